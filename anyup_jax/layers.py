@@ -1,0 +1,225 @@
+"""The layers of AnyUp in Flax nnx, NHWC, in the order of `anyup_torch/layers.py`.
+
+Parameters are float32. `dtype` is the type of the convolutions and activations; norm statistics, rotary angles and
+softmax stay in float32 whatever it is.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+from anyup_jax import geometry
+from anyup_jax.config import NORM_GROUPS
+
+GROUP_NORM_EPS = 1e-5
+RMS_NORM_EPS = float(np.finfo(np.float32).eps)
+
+
+class Carried(nnx.Variable):
+    """A published weight that never reaches the output: kept so that checkpoints convert without loss, never trained."""
+
+
+def precision(dtype: jnp.dtype) -> lax.Precision:
+    """Matrix products in float32 are exact to float32 on every platform; other types use the platform's default."""
+    return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else lax.Precision.DEFAULT
+
+
+def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float) -> Float[Array, "..."]:
+    return jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
+
+
+class Conv(nnx.Module):
+    """k x k convolution without bias; `padding` is "reflect" or "zeros". Kernel (k, k, in, out)."""
+
+    def __init__(self, inputs: int, outputs: int, kernel_size: int = 1, *, padding: str = "reflect", dtype, rngs: nnx.Rngs):
+        shape = (kernel_size, kernel_size, inputs, outputs)
+        self.kernel = nnx.Param(uniform(rngs, shape, (inputs * kernel_size**2) ** -0.5))
+        self.padding = padding
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "B H W inputs"]) -> Float[Array, "B H W outputs"]:
+        kernel, x = self.kernel[...].astype(self.dtype), x.astype(self.dtype)
+        if kernel.shape[:2] == (1, 1):
+            return jnp.matmul(x, kernel[0, 0], precision=precision(self.dtype))
+        half = kernel.shape[0] // 2
+        edges = ((half, half), (half, half))
+        if self.padding == "reflect":
+            x = jnp.pad(x, ((0, 0), *edges, (0, 0)), mode="reflect")
+            edges = ((0, 0), (0, 0))
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(
+            x, kernel, (1, 1), edges, dimension_numbers=dimensions, precision=precision(self.dtype)
+        )
+
+
+class GroupNorm(nnx.Module):
+    """Normalisation over the positions and the channels of each of 8 groups, then a scale and a shift per channel."""
+
+    def __init__(self, channels: int):
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+
+    def __call__(self, x: Float[Array, "B H W channels"]) -> Float[Array, "B H W channels"]:
+        scale, shift = self.affine(x)
+        return (x * scale + shift).astype(x.dtype)
+
+    def affine(self, x: Float[Array, "B H W channels"]) -> tuple[Float[Array, "B 1 1 channels"], ...]:
+        """Return the scale and shift per image and channel that normalise `x`: two reductions and no copy of x."""
+        x = x.astype(jnp.float32)
+        moments = jnp.stack([x.mean((1, 2)), jnp.square(x).mean((1, 2))])
+        grouped = moments.reshape(2, len(x), NORM_GROUPS, -1).mean(-1, keepdims=True)
+        mean, square = jnp.broadcast_to(grouped, (*grouped.shape[:3], x.shape[-1] // NORM_GROUPS)).reshape(moments.shape)
+        scale = self.scale[...] * lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0) + GROUP_NORM_EPS)
+        return scale[:, None, None], (self.bias[...] - mean * scale)[:, None, None]
+
+
+class ResBlock(nnx.Module):
+    """`conv(SiLU(GN(conv(SiLU(GN(x))))))` plus the shortcut, both convolutions 1 x 1."""
+
+    def __init__(self, inputs: int, outputs: int, *, dtype, rngs: nnx.Rngs):
+        self.norm1 = GroupNorm(inputs)
+        self.conv1 = Conv(inputs, outputs, dtype=dtype, rngs=rngs)
+        self.norm2 = GroupNorm(outputs)
+        self.conv2 = Conv(outputs, outputs, dtype=dtype, rngs=rngs)
+        self.shortcut = Conv(inputs, outputs, dtype=dtype, rngs=rngs) if inputs != outputs else None
+
+    def __call__(self, x: Float[Array, "B H W inputs"], size: tuple[int, int] | None = None) -> Float[Array, "B h w outputs"]:
+        """Apply the block, then average the result over a grid of `size` positions (None: every position).
+
+        Everything after the second SiLU is linear in the positions, so averaging comes before the last convolution.
+        """
+        hidden = nnx.silu(self.norm2(self.conv1(nnx.silu(self.norm1(x)))))
+        if size is not None:
+            x, hidden = adaptive_average_pool(x, size), adaptive_average_pool(hidden, size)
+        return (x if self.shortcut is None else self.shortcut(x)) + self.conv2(hidden)
+
+
+class Encoder(nnx.Module):
+    """A k x k convolution with reflected borders and two ResBlocks."""
+
+    def __init__(self, inputs: int, outputs: int, kernel_size: int = 1, *, dtype, rngs: nnx.Rngs):
+        self.conv = Conv(inputs, outputs, kernel_size, dtype=dtype, rngs=rngs)
+        self.block1 = ResBlock(outputs, outputs, dtype=dtype, rngs=rngs)
+        self.block2 = ResBlock(outputs, outputs, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W inputs"], size: tuple[int, int] | None = None) -> Float[Array, "B h w outputs"]:
+        return self.block2(self.block1(self.conv(x)), size)
+
+
+class FeatureUnification(nnx.Module):
+    """Describes features of any number of channels by how strongly, on average, they answer to M filters (paper, sec. 3).
+
+    Every channel is correlated with every filter (zero padding, divided by the taps inside the image), a softmax picks
+    among the filters, and the picks are averaged over the channels.
+
+    The published layer writes its responses channel by channel (entry c M + m of a buffer) but reads the same buffer as
+    if filter by filter (entry m' C + c'). The released weights were trained that way, so it is kept: the softmax runs
+    over m' for a fixed c', and the layer is not invariant to the order of the channels.
+    """
+
+    def __init__(self, filters: int, kernel_size: int, init_gaussian_derivatives: bool, *, dtype, rngs: nnx.Rngs):
+        if init_gaussian_derivatives:
+            basis = jnp.asarray(geometry.gaussian_derivatives(filters, kernel_size))
+        else:
+            basis = jax.random.normal(rngs.params(), (filters, kernel_size, kernel_size))
+        self.basis = nnx.Param(basis)
+        self.dtype = dtype
+
+    def __call__(self, features: Float[Array, "B h w C"]) -> Float[Array, "B h w M"]:
+        basis = self.basis[...]
+        (filters, kernel, _), (batch, height, width, channels) = basis.shape, features.shape
+        half = kernel // 2
+        padded = jnp.pad(features, ((0, 0), (half, half), (half, half), (0, 0)))
+        rows, cols = (geometry.taps_in_bounds(size, kernel) for size in (height, width))
+        shares = jnp.asarray(1 / np.outer(rows, cols), jnp.float32)
+        taps = basis.reshape(filters, -1).T.astype(self.dtype)
+
+        @jax.checkpoint
+        def describe(start):  # positions start ... start + step of the flattened batch x height x width
+            index = jnp.minimum(start + jnp.arange(step), batch * height * width - 1)
+            b, i, j = index // (height * width), index // width % height, index % width
+            offsets = np.arange(kernel)
+            patch = padded[b[:, None, None], i[:, None, None] + offsets[:, None], j[:, None, None] + offsets]
+            patch = patch.reshape(step, kernel * kernel, channels).swapaxes(1, 2)
+            response = jnp.matmul(patch.astype(self.dtype), taps, precision=precision(self.dtype)).astype(jnp.float32)
+            response = response * shares[i, j][:, None, None]
+            misread = response.reshape(step, filters, channels)  # written (C, M), read (M, C): the quirk
+            return jax.nn.softmax(misread, axis=1).mean(2)
+
+        step = max(1, min(batch * height * width, UNIFICATION_BLOCK // (channels * filters)))
+        starts = jnp.arange(0, batch * height * width, step)
+        unified = lax.map(describe, starts).reshape(-1, filters)[: batch * height * width]
+        return unified.reshape(batch, height, width, filters)
+
+
+UNIFICATION_BLOCK = 1 << 20  # responses held at once by the feature unification
+
+
+class RoPE(nnx.Module):
+    """Rotates every pixel's channels by angles that are linear in its coordinates, with trained frequencies."""
+
+    def __init__(self, dim: int):
+        self.freqs = nnx.Param(jnp.asarray(geometry.rope_frequencies(dim)))
+
+    def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
+        row, col = self.turns(x.shape[1], x.shape[2])
+        # cos and sin of a sum of a row's and a column's angle: no H x W x D table of angles is evaluated
+        cos = row[0][:, None] * col[0] - row[1][:, None] * col[1]
+        sin = row[1][:, None] * col[0] + row[0][:, None] * col[1]
+        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        return (x * cos + jnp.concatenate([-second, first], -1) * sin).astype(x.dtype)
+
+    def turns(self, height: int, width: int) -> tuple[tuple[Float[Array, "n D"], Float[Array, "n D"]], ...]:
+        """Return cosine and sine of the rows' and of the columns' angles."""
+        angles = (axis[:, None] * freqs for axis, freqs in zip(geometry.coordinates(height, width), self.freqs[...]))
+        return tuple((jnp.cos(angle), jnp.sin(angle)) for angle in angles)
+
+
+class RMSNorm(nnx.Module):
+    """Division by the root mean square over the channels, then a scale."""
+
+    def __init__(self, channels: int):
+        self.scale = nnx.Param(jnp.ones(channels))
+
+    def __call__(self, x: Float[Array, "... channels"]) -> Float[Array, "... channels"]:
+        wide = x.astype(jnp.float32)
+        normed = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + RMS_NORM_EPS)
+        return (normed * self.scale[...]).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias`."""
+
+    def __init__(self, inputs: int, outputs: int, *, dtype, rngs: nnx.Rngs, variable: type[nnx.Variable] = nnx.Param):
+        self.kernel = variable(uniform(rngs, (inputs, outputs), (6 / (inputs + outputs)) ** 0.5))
+        self.bias = variable(jnp.zeros(outputs))
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
+        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
+        return jnp.matmul(x.astype(self.dtype), kernel, precision=precision(self.dtype)) + bias
+
+
+def adaptive_average_pool(x: Float[Array, "B H W D"], size: tuple[int, int]) -> Float[Array, "B h w D"]:
+    """Average over `size` bins an axis, [floor(i H / h), ceil((i + 1) H / h)); also upwards, where bins overlap."""
+    return _pool_axis(_pool_axis(x, size[0], 1), size[1], 2)
+
+
+def _pool_axis(x: Float[Array, "B H W D"], out: int, axis: int) -> Float[Array, "B H W D"]:
+    size = x.shape[axis]
+    if size == out:
+        return x
+    if size % out == 0:
+        shape = (*x.shape[:axis], out, size // out, *x.shape[axis + 1 :])
+        return x.reshape(shape).mean(axis + 1, dtype=jnp.float32).astype(x.dtype)
+    index, weights = geometry.pool_bins(size, out)
+    shape = [-1 if a == axis else 1 for a in range(x.ndim)]
+    taps = (jnp.take(x, i, axis).astype(jnp.float32) * w.reshape(shape) for i, w in zip(index.T, weights.T))
+    return functools.reduce(jnp.add, taps).astype(x.dtype)

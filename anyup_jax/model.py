@@ -1,0 +1,106 @@
+"""AnyUp in Flax nnx: the universal feature upsampler (arXiv 2510.12764), NHWC."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from anyup_jax import checks
+from anyup_jax.attention import resolve, window_attention
+from anyup_jax.config import AnyUpConfig
+from anyup_jax.geometry import axis_window
+from anyup_jax.layers import Carried, Conv, Encoder, FeatureUnification, Linear, ResBlock, RMSNorm, RoPE
+
+
+class FeatureEncoder(nnx.Module):
+    """Feature unification and two ResBlocks: features of any width become D channels."""
+
+    def __init__(self, config: AnyUpConfig, *, dtype, rngs: nnx.Rngs):
+        gaussian = config.init_gaussian_derivatives
+        self.unify = FeatureUnification(config.filters, config.kernel_size_lfu, gaussian, dtype=dtype, rngs=rngs)
+        self.block1 = ResBlock(config.filters, config.qk_dim, dtype=dtype, rngs=rngs)
+        self.block2 = ResBlock(config.qk_dim, config.qk_dim, dtype=dtype, rngs=rngs)
+
+    def __call__(self, features: Float[Array, "B h w C"]) -> Float[Array, "B h w D"]:
+        norm = jnp.linalg.norm(features, axis=-1, keepdims=True)
+        return self.block2(self.block1(self.unify(features / jnp.maximum(norm, 1e-12))))
+
+
+class CrossAttention(nnx.Module):
+    """Normalises and projects queries and keys, then averages the raw values a query's window holds."""
+
+    def __init__(self, config: AnyUpConfig, *, dtype, rngs: nnx.Rngs):
+        dim = config.qk_dim
+        self.num_heads = config.num_heads
+        self.conv = Conv(dim, dim, 3, padding="zeros", dtype=dtype, rngs=rngs)
+        self.norm_q = RMSNorm(dim)
+        self.norm_k = RMSNorm(dim)
+        self.query = Linear(dim, dim, dtype=dtype, rngs=rngs)
+        self.key = Linear(dim, dim, dtype=dtype, rngs=rngs)
+        self.value = Linear(dim, dim, dtype=dtype, rngs=rngs)  # never reaches the output; part of in_proj in PyTorch
+        self.out = Linear(dim, dim, dtype=dtype, rngs=rngs, variable=Carried)
+
+    def __call__(self, query, key, values, rows, cols, *, backend, q_chunk_size) -> Float[Array, "B Ho Wo E"]:
+        query = self.query(self.norm_q(self.conv(query)))
+        key = self.key(self.norm_k(key))
+        options = dict(num_heads=self.num_heads, backend=backend, q_chunk_size=q_chunk_size)
+        return window_attention(query, key, values, rows, cols, **options)
+
+
+class AnyUp(nnx.Module):
+    """Upsamples the features of any vision encoder to any resolution, guided by the image.
+
+    Args:
+        config: the architecture.
+        rngs: random streams for the initial parameters.
+        dtype: type of the computation, float32 or bfloat16; parameters are float32 either way.
+    """
+
+    def __init__(self, config: AnyUpConfig = AnyUpConfig(), *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+        dim, build = config.qk_dim, functools.partial(Encoder, dtype=dtype, rngs=rngs)
+        resolve(config.backend)
+        self.config = config
+        self.dtype = dtype
+        self.image_encoder = build(config.input_dim, dim, config.kernel_size)
+        self.key_encoder = build(dim, dim)
+        self.query_encoder = build(dim, dim)
+        self.key_features_encoder = FeatureEncoder(config, dtype=dtype, rngs=rngs)
+        self.cross_decode = CrossAttention(config, dtype=dtype, rngs=rngs)
+        self.aggregation = build(2 * dim, dim, 3)
+        self.rope = RoPE(dim)
+
+    def __call__(
+        self,
+        image: Float[Array, "B H W 3"],
+        features: Float[Array, "B h w C"],
+        output_size: tuple[int, int] | None = None,
+        q_chunk_size: int | None = None,
+        values: Float[Array, "B h w E"] | None = None,
+    ) -> Float[Array, "B Ho Wo E"]:
+        """Return `values` (default: the features) upsampled to `output_size` (default: the image's).
+
+        Args:
+            image: guidance, normalised with the ImageNet mean and standard deviation; sides of at least 2 pixels.
+            features: any encoder's feature map of the same view; sides of at least 2 cells.
+            output_size: height and width of the output, any positive size.
+            q_chunk_size: query positions worked on at once; bounds memory, never changes the result.
+            values: what is averaged instead of the features: class logits, colours, a projection. The output is
+                linear in it, so a linear head may as well be applied before upsampling.
+
+        Raises:
+            ValueError, TypeError: for shapes, types or sizes that do not fit; the message says what would.
+        """
+        checks.check_inputs(self.config, image, features, output_size, q_chunk_size, values)
+        values = features if values is None else values
+        size, cells = output_size or image.shape[1:3], features.shape[1:3]
+        rows, cols = (axis_window(n, m, self.config.window_ratio, self.config.window) for n, m in zip(size, cells))
+
+        guide = self.rope(self.image_encoder(image.astype(self.dtype)))
+        query = self.query_encoder(guide, None if size == guide.shape[1:3] else size)
+        key = self.key_encoder(guide, cells)
+        key = self.aggregation(jnp.concatenate([key, self.key_features_encoder(features)], -1))
+        options = dict(backend=self.config.backend, q_chunk_size=q_chunk_size)
+        return self.cross_decode(query, key, values, rows, cols, **options)
