@@ -1,0 +1,66 @@
+"""Window attention: the public function, its backends by name, and which of them `auto` takes."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from anyup_torch.attention.dense import dense
+from anyup_torch.attention.tiled import tiled
+from anyup_torch.geometry import AxisWindow
+
+BACKENDS = {"dense": dense, "tiled": tiled}
+
+
+def resolve(backend: str) -> str:
+    """Return the backend that `backend` stands for: itself, or for "auto" the best one.
+
+    Raises:
+        ValueError: if there is no such backend.
+    """
+    if backend == "auto":
+        return "tiled"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; choose one of auto, {', '.join(BACKENDS)}.")
+    return backend
+
+
+def window_attention(
+    query: Float[Tensor, "B Ho Wo D"],
+    key: Float[Tensor, "B h w D"],
+    values: Float[Tensor, "B h w E"],
+    rows: AxisWindow,
+    cols: AxisWindow,
+    *,
+    num_heads: int,
+    backend: str = "auto",
+    q_chunk_size: int | None = None,
+) -> Float[Tensor, "B Ho Wo E"]:
+    """Average the values a query's window holds, with attention weights that are averaged over the heads.
+
+    Channels come last here, as inside the attention they do in both frameworks. Per head, the weights are
+    softmax(query . key / sqrt(D / num_heads)) over the window; a key that `rows` and `cols` count m times enters m
+    times (log m is added to its logit). Every backend gives the same result.
+
+    Args:
+        query, key: projected queries and keys, the heads one after the other in the last axis.
+        values: what is averaged; any number E of channels.
+        rows, cols: the windows along the two axes.
+        num_heads: number of heads; divides D.
+        backend: a name in `BACKENDS`, or "auto".
+        q_chunk_size: number of query positions worked on at once; None lets the backend choose.
+
+    Raises:
+        ValueError: for an unknown backend, a chunk size below 1, or shapes that do not fit the windows.
+    """
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, values {tuple(values.shape)}"
+    if (rows.queries, cols.queries) != query.shape[1:3] or (rows.keys, cols.keys) != key.shape[1:3]:
+        raise ValueError(
+            f"Windows of {rows.queries} x {cols.queries} queries over {rows.keys} x {cols.keys} keys do not fit {shapes}."
+        )
+    if key.shape[:3] != values.shape[:3] or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        raise ValueError(f"Queries and keys must share batch and channels, keys and values batch and positions; got {shapes}.")
+    if q_chunk_size is not None and q_chunk_size < 1:
+        raise ValueError(f"q_chunk_size={q_chunk_size} must be at least 1, or None to let the backend choose.")
+    attend = BACKENDS[resolve(backend)]
+    return attend(query, key, values, rows, cols, num_heads=num_heads, q_chunk_size=q_chunk_size)

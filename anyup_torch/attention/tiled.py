@@ -1,0 +1,109 @@
+"""Attention tile by tile: exact, linear in the number of queries, plain PyTorch operations, differentiable.
+
+The windows of a tile of neighbouring queries overlap, so one slice of keys and values serves the whole tile. What a
+query does not see of that slice is masked. Neighbouring tiles of a row of tiles are worked on together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from anyup_torch.geometry import AxisTiles, AxisWindow, plan_tiles
+
+GROUP_PAIRS = 1 << 17  # query-key pairs scored at once: what a core's cache holds
+GROUP_PAIRS_PARALLEL = 1 << 22  # the same for accelerators and compiled programs, which want few large operations
+
+
+def tiled(
+    query: Float[Tensor, "B Ho Wo D"],
+    key: Float[Tensor, "B h w D"],
+    values: Float[Tensor, "B h w E"],
+    rows: AxisWindow,
+    cols: AxisWindow,
+    *,
+    num_heads: int,
+    q_chunk_size: int | None = None,
+) -> Float[Tensor, "B Ho Wo E"]:
+    """Compute `window_attention` on tiles of queries, at most `q_chunk_size` queries at a time."""
+    tall, wide = plan_tiles(rows, cols, q_chunk_size)
+    attend = TileAttention(tall, wide, num_heads, q_chunk_size, query.device)
+
+    def upsample(query: Tensor, key: Tensor, values: Tensor) -> Float[Tensor, "Ho Wo E"]:
+        strips = []
+        for row, first in enumerate(tall.first.tolist()):
+            tiles = list(attend(row, query[first : first + tall.size], key, values))
+            strips.append(torch.cat(_without_overlap(tiles, wide, axis=1), 1))
+        return torch.cat(_without_overlap(strips, tall, axis=0))
+
+    return torch.stack([upsample(*image) for image in zip(query, key, values)])
+
+
+class TileAttention:
+    """Attention of one row of tiles after the other, for one image.
+
+    Args:
+        tall, wide: the tiles along the rows and along the columns.
+        num_heads: number of heads.
+        q_chunk_size: most query positions worked on at once; None for what suits the device.
+        device: where the tensors are.
+    """
+
+    def __init__(self, tall: AxisTiles, wide: AxisTiles, num_heads: int, q_chunk_size: int | None, device: torch.device):
+        self.tall, self.wide, self.num_heads = tall, wide, num_heads
+        queries = tall.size * wide.size
+        if q_chunk_size is None:
+            serial = device.type == "cpu" and not torch.compiler.is_compiling()
+            self.group = (GROUP_PAIRS if serial else GROUP_PAIRS_PARALLEL) // (queries * tall.span * wide.span)
+        else:
+            self.group = q_chunk_size // queries
+        self.group = max(1, min(self.group, wide.runs))
+        with np.errstate(divide="ignore"):
+            self.row_bias, self.col_bias = (
+                torch.from_numpy(np.log(tiles.count.astype(np.float32))).to(device) for tiles in (tall, wide)
+            )
+        self.query_cols = torch.from_numpy(wide.first[:, None] + np.arange(wide.size)).to(device)
+        self.key_cols = torch.from_numpy(wide.start[:, None] + np.arange(wide.span)).to(device)
+
+    def __call__(
+        self, row: int, query: Float[Tensor, "T Wo D"], key: Float[Tensor, "h w D"], values: Float[Tensor, "h w E"]
+    ) -> Iterator[Float[Tensor, "T U E"]]:
+        """Yield the outputs of the tiles of tile row `row`, from left to right; `query` holds that row's queries."""
+        start = int(self.tall.start[row])
+        key, values = key[start : start + self.tall.span], values[start : start + self.tall.span]
+        for begin in range(0, self.wide.runs, self.group):
+            tiles = slice(begin, min(begin + self.group, self.wide.runs))
+            if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or values.requires_grad):
+                yield from checkpoint(self._attend, row, tiles, query, key, values, use_reentrant=False)
+            else:
+                yield from self._attend(row, tiles, query, key, values)
+
+    def _attend(self, row: int, tiles: slice, query: Tensor, key: Tensor, values: Tensor) -> Float[Tensor, "G T U E"]:
+        heads, head_dim = self.num_heads, query.shape[-1] // self.num_heads
+        height, width = self.tall.size, self.wide.size
+        query_cols, key_cols = self.query_cols[tiles], self.key_cols[tiles]
+        group = len(query_cols)
+
+        queries = query[:, query_cols.flatten()].reshape(height, group, width, heads, head_dim)
+        queries = queries.permute(1, 3, 0, 2, 4).reshape(group * heads, height * width, head_dim)
+        keys = key[:, key_cols.flatten()].reshape(self.tall.span, group, self.wide.span, heads, head_dim)
+        keys = keys.permute(1, 3, 4, 0, 2).reshape(group * heads, head_dim, -1) * head_dim**-0.5
+        seen = values[:, key_cols.flatten()].reshape(self.tall.span, group, self.wide.span, -1)
+        seen = seen.transpose(0, 1).flatten(1, 2)
+
+        bias = self.row_bias[row][:, None, :, None] + self.col_bias[tiles][:, None, :, None]
+        bias = bias.reshape(group, 1, height * width, -1)
+        scores = (queries @ keys).float().unflatten(0, (group, heads)) + bias
+        weights = scores.softmax(-1).mean(1)
+        return (weights.to(values.dtype) @ seen).unflatten(1, (height, width))
+
+
+def _without_overlap(pieces: list[Tensor], tiles: AxisTiles, axis: int) -> list[Tensor]:
+    """Cut from the last piece what the one before it covers already."""
+    overlap = 0 if tiles.runs == 1 else int(tiles.first[-2] + tiles.size - tiles.first[-1])
+    return [*pieces[:-1], pieces[-1].narrow(axis, overlap, tiles.size - overlap)]

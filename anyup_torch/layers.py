@@ -1,0 +1,128 @@
+"""The layers of AnyUp in PyTorch, NCHW, in the order of `anyup_jax/layers.py`; state-dict keys are the published ones.
+
+These modules are the plain definition: what autograd and `torch.compile` work on. `streaming.py` computes the same in
+eager inference with a fraction of the memory.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from anyup_torch import geometry
+from anyup_torch.config import NORM_GROUPS
+
+GROUP_NORM_EPS = 1e-5
+RMS_NORM_EPS = float(np.finfo(np.float32).eps)
+
+
+class ResBlock(nn.Module):
+    """`conv(SiLU(GN(conv(SiLU(GN(x))))))` plus the shortcut, both convolutions 1 x 1."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.block = nn.Sequential(
+            nn.GroupNorm(NORM_GROUPS, inputs, GROUP_NORM_EPS),
+            nn.SiLU(),
+            nn.Conv2d(inputs, outputs, 1, bias=False),
+            nn.GroupNorm(NORM_GROUPS, outputs, GROUP_NORM_EPS),
+            nn.SiLU(),
+            nn.Conv2d(outputs, outputs, 1, bias=False),
+        )
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, bias=False) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "B inputs H W"]) -> Float[Tensor, "B outputs H W"]:
+        return self.block(x) + self.shortcut(x)
+
+
+class Encoder(nn.Sequential):
+    """A k x k convolution with reflected borders and two ResBlocks."""
+
+    def __init__(self, inputs: int, outputs: int, kernel_size: int = 1):
+        half = kernel_size // 2
+        conv = nn.Conv2d(inputs, outputs, kernel_size, padding=half, padding_mode="reflect", bias=False)
+        super().__init__(conv, ResBlock(outputs, outputs), ResBlock(outputs, outputs))
+
+
+class FeatureUnification(nn.Module):
+    """Describes features of any number of channels by how strongly, on average, they answer to M filters (paper, sec. 3).
+
+    Every channel is correlated with every filter (zero padding, divided by the taps inside the image), a softmax picks
+    among the filters, and the picks are averaged over the channels.
+
+    The published layer writes its responses channel by channel (entry c M + m of a buffer) but reads the same buffer as
+    if filter by filter (entry m' C + c'). The released weights were trained that way, so it is kept: the softmax runs
+    over m' for a fixed c', and the layer is not invariant to the order of the channels.
+    """
+
+    def __init__(self, filters: int, kernel_size: int, init_gaussian_derivatives: bool):
+        super().__init__()
+        if init_gaussian_derivatives:
+            basis = torch.from_numpy(geometry.gaussian_derivatives(filters, kernel_size))[:, None]
+        else:
+            basis = torch.randn(filters, 1, kernel_size, kernel_size)
+        self.basis = nn.Parameter(basis)
+
+    def forward(self, features: Float[Tensor, "B C h w"]) -> Float[Tensor, "B M h w"]:
+        filters, kernel = self.basis.shape[0], self.basis.shape[-1]
+        batch, channels, height, width = features.shape
+        positions, half = batch * height * width, kernel // 2
+        padded = F.pad(features, (half, half, half, half)).permute(0, 2, 3, 1).contiguous()
+        rows, cols = (geometry.taps_in_bounds(size, kernel) for size in (height, width))
+        shares = torch.from_numpy(1 / np.outer(rows, cols)).to(features).flatten()
+        taps = self.basis.reshape(filters, -1).t()
+        offset = torch.arange(kernel, device=features.device)
+
+        def describe(index: Tensor) -> Tensor:  # positions of the flattened batch x height x width
+            b, i, j = index // (height * width), index // width % height, index % width
+            patch = padded[b[:, None, None], i[:, None, None] + offset[:, None], j[:, None, None] + offset]
+            response = patch.flatten(1, 2).transpose(1, 2) @ taps
+            response = response.float() * shares[index % (height * width), None, None]
+            misread = response.reshape(-1, filters, channels)  # written (C, M), read (M, C): the quirk
+            return misread.softmax(1).mean(2)
+
+        step = max(1, UNIFICATION_BLOCK // (channels * filters))
+        blocks = torch.arange(positions, device=features.device).split(step)
+        if torch.is_grad_enabled() and (self.basis.requires_grad or features.requires_grad):
+            unified = [checkpoint(describe, index, use_reentrant=False) for index in blocks]
+        else:
+            unified = [describe(index) for index in blocks]
+        return torch.cat(unified).to(features.dtype).reshape(batch, height, width, filters).permute(0, 3, 1, 2)
+
+
+UNIFICATION_BLOCK = 1 << 21  # responses held at once by the feature unification
+
+
+class RoPE(nn.Module):
+    """Rotates every pixel's channels by angles that are linear in its coordinates, with trained frequencies."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.freqs = nn.Parameter(torch.from_numpy(geometry.rope_frequencies(dim)))
+
+    def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
+        row, col = self.angles(*x.shape[2:])
+        angle = row.t()[:, :, None] + col.t()[:, None]
+        first, second = x.float().chunk(2, 1)
+        return (x * angle.cos() + torch.cat([-second, first], 1) * angle.sin()).to(x.dtype)
+
+    def angles(self, height: int, width: int) -> tuple[Float[Tensor, "H D"], Float[Tensor, "W D"]]:
+        """Return the rows' and the columns' parts of the angles, float32; a pixel's angle is their sum."""
+        axes = (torch.from_numpy(axis).to(self.freqs.device) for axis in geometry.coordinates(height, width))
+        row, col = (axis[:, None] * freqs for axis, freqs in zip(axes, self.freqs.float()))
+        return row, col
+
+
+class RMSNorm(nn.Module):
+    """Division by the root mean square over the channels, then a scale."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Float[Tensor, "... channels"]) -> Float[Tensor, "... channels"]:
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), RMS_NORM_EPS).to(x.dtype)

@@ -1,0 +1,111 @@
+"""AnyUp in PyTorch: the universal feature upsampler (arXiv 2510.12764), NCHW."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from anyup_torch import checks, streaming
+from anyup_torch.attention import resolve, window_attention
+from anyup_torch.config import AnyUpConfig
+from anyup_torch.geometry import axis_window
+from anyup_torch.layers import Encoder, FeatureUnification, ResBlock, RMSNorm, RoPE
+
+
+class FeatureEncoder(nn.Sequential):
+    """Feature unification and two ResBlocks: features of any width become D channels."""
+
+    def __init__(self, config: AnyUpConfig):
+        unify = FeatureUnification(config.filters, config.kernel_size_lfu, config.init_gaussian_derivatives)
+        super().__init__(unify, ResBlock(config.filters, config.qk_dim), ResBlock(config.qk_dim, config.qk_dim))
+
+    def forward(self, features: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D h w"]:
+        return super().forward(F.normalize(features, dim=1, eps=1e-12))
+
+
+class Projections(nn.Module):
+    """Norms and projections of queries and keys; holds the parameters of the published attention module."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.norm_q = RMSNorm(dim)
+        self.norm_k = RMSNorm(dim)
+        self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+
+    def project_query(self, query: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        return F.linear(self.norm_q(query), *self._part(0))
+
+    def project_key(self, key: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        return F.linear(self.norm_k(key), *self._part(1))
+
+    def _part(self, index: int) -> tuple[Tensor, Tensor]:
+        # the third part, for values, and out_proj never reach the output: the raw values are averaged
+        return self.attention.in_proj_weight.chunk(3)[index], self.attention.in_proj_bias.chunk(3)[index]
+
+
+class CrossAttention(nn.Module):
+    """Normalises and projects queries and keys, then averages the raw values a query's window holds."""
+
+    def __init__(self, config: AnyUpConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.cross_attn = Projections(config.qk_dim, config.num_heads)
+        self.conv2d = nn.Conv2d(config.qk_dim, config.qk_dim, 3, padding=1, bias=False)
+
+    def forward(self, query, key, values, rows, cols, *, backend, q_chunk_size) -> Float[Tensor, "B E Ho Wo"]:
+        query = self.cross_attn.project_query(self.conv2d(query).permute(0, 2, 3, 1))
+        key = self.cross_attn.project_key(key.permute(0, 2, 3, 1))
+        options = dict(num_heads=self.num_heads, backend=backend, q_chunk_size=q_chunk_size)
+        output = window_attention(query, key, values.permute(0, 2, 3, 1), rows, cols, **options)
+        return output.permute(0, 3, 1, 2)
+
+
+class AnyUp(nn.Module):
+    """Upsamples the features of any vision encoder to any resolution, guided by the image.
+
+    Args:
+        config: the architecture.
+    """
+
+    def __init__(self, config: AnyUpConfig = AnyUpConfig()):
+        super().__init__()
+        resolve(config.backend)
+        self.config = config
+        self.image_encoder = Encoder(config.input_dim, config.qk_dim, config.kernel_size)
+        self.key_encoder = Encoder(config.qk_dim, config.qk_dim)
+        self.query_encoder = Encoder(config.qk_dim, config.qk_dim)
+        self.key_features_encoder = FeatureEncoder(config)
+        self.cross_decode = CrossAttention(config)
+        self.aggregation = Encoder(2 * config.qk_dim, config.qk_dim, 3)
+        self.rope = RoPE(config.qk_dim)
+
+    def forward(
+        self,
+        image: Float[Tensor, "B 3 H W"],
+        features: Float[Tensor, "B C h w"],
+        output_size: tuple[int, int] | None = None,
+        vis_attn: bool = False,
+        q_chunk_size: int | None = None,
+        values: Float[Tensor, "B E h w"] | None = None,
+    ) -> Float[Tensor, "B E Ho Wo"]:
+        values = features if values is None else values
+        size, cells = tuple(output_size or image.shape[2:]), tuple(features.shape[2:])
+        rows, cols = (axis_window(n, m, self.config.window_ratio, self.config.window) for n, m in zip(size, cells))
+        if resolve(self.config.backend) == "tiled" and not torch.is_grad_enabled():
+            out = streaming.empty(len(image), *size, values.shape[1], like=values)
+            for b in range(len(image)):
+                streaming.upsample_image(self, image[b], features[b:b+1], values[b].permute(1, 2, 0), rows, cols, q_chunk_size, out[b])
+            return out.permute(0, 3, 1, 2)
+
+        guide = self.rope(self.image_encoder(image))
+        query = F.adaptive_avg_pool2d(self.query_encoder(guide), size)
+        key = F.adaptive_avg_pool2d(self.key_encoder(guide), cells)
+        key = self.aggregation(torch.cat([key, self.key_features_encoder(features)], 1))
+        options = dict(backend=self.config.backend, q_chunk_size=q_chunk_size)
+        return self.cross_decode(query, key, values, rows, cols, **options)
+
+    def decode_keys(self, key, features):
+        key = self.aggregation(torch.cat([key, self.key_features_encoder(features)], 1))
+        return self.cross_decode.cross_attn.project_key(key.permute(0, 2, 3, 1))
