@@ -1,2 +1,25 @@
-from anyup_jax.config import AnyUpConfig
-from anyup_jax.model import AnyUp
+"""AnyUp, the universal feature upsampler (arXiv 2510.12764), in JAX and Flax.
+
+The names below are imported when they are first used, so that the command line and the framework-free modules
+(config, geometry, visualize) load without jax.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anyup_jax.config import AnyUpConfig
+    from anyup_jax.model import AnyUp, upsample
+    from anyup_jax.pretrained import from_pretrained
+
+_HOME = {"AnyUp": "model", "AnyUpConfig": "config", "from_pretrained": "pretrained", "upsample": "model"}
+
+__all__ = ["AnyUp", "AnyUpConfig", "from_pretrained", "upsample"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(_HOME)}.")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,4 +1,4 @@
-"""Hyper-parameters of AnyUp. Both frameworks hold this file, byte for byte the same; it imports neither."""
+"""Hyper-parameters of AnyUp. Both packages hold this file, line for line the same; it imports no framework."""
 
 from __future__ import annotations
 
@@ -49,14 +49,20 @@ class AnyUpConfig:
                 raise ValueError(f"{_field(name)}={value!r} must be a positive integer.")
         for name in ("kernel_size", "kernel_size_lfu"):
             if getattr(self, name) % 2 == 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be odd, so that a pixel is the centre of its patch.")
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be odd, so that a pixel is the centre of its patch."
+                )
         for name in ("qk_dim", "filters"):
             if getattr(self, name) % NORM_GROUPS:
-                raise ValueError(f"{_field(name)}={getattr(self, name)} must be a multiple of the {NORM_GROUPS} norm groups.")
+                raise ValueError(
+                    f"{_field(name)}={getattr(self, name)} must be a multiple of the {NORM_GROUPS} norm groups."
+                )
         if self.qk_dim % self.num_heads:
             raise ValueError(f"qk_dim={self.qk_dim} must be a multiple of num_heads={self.num_heads}.")
         if not isinstance(self.window_ratio, int | float) or not -float("inf") < self.window_ratio < float("inf"):
-            raise ValueError(f"window_ratio={self.window_ratio!r} must be a finite number; 0 lets a query see every key.")
+            raise ValueError(
+                f"window_ratio={self.window_ratio!r} must be a finite number; 0 lets a query see every key."
+            )
         if self.window not in WINDOWS:
             raise ValueError(f"window={self.window!r} is unknown; choose one of {', '.join(WINDOWS)}.")
 

@@ -1,6 +1,6 @@
 """Where things are: windows, coordinates, pooling bins and tiles, as numpy tables made once on the host.
 
-Both frameworks hold this file, byte for byte the same; it imports neither. Kernels receive these tables and never a
+Both packages hold this file, line for line the same; it imports no framework. Kernels receive these tables and never a
 ratio: the window bounds are only exact when computed in numpy float32, in the order of operations used here.
 """
 
@@ -230,6 +230,15 @@ def pool_bins(size: int, out: int) -> tuple[np.ndarray, np.ndarray]:
     return index, (inside / (stop - first)[:, None]).astype(np.float32)
 
 
+def reflection(size: int, border: int) -> np.ndarray:
+    """Indices that extend an axis by `border` reflected positions at both ends, (size + 2 border,) int64.
+
+    The reference cannot reflect an axis no longer than the border. Here the reflection goes on as often as needed, and
+    a single position, which has nothing to reflect, is repeated.
+    """
+    return np.pad(np.arange(size), border, mode="reflect")
+
+
 def taps_in_bounds(size: int, kernel: int) -> np.ndarray:
     """How many taps of a zero-padded kernel fall inside an axis, at every position: (size,) float32."""
     i = np.arange(size)
@@ -249,5 +258,8 @@ def gaussian_derivatives(filters: int, kernel: int) -> np.ndarray:
     x = (np.arange(kernel) - radius) / sigma
     density = np.exp(-(x**2) / 2) / (sigma * math.sqrt(2 * math.pi))
     orders = [(total - b, b) for total in range(filters) for b in range(total + 1)][:filters]
-    axis = [(-1) ** n * np.polynomial.hermite_e.hermeval(x, np.eye(n + 1)[n]) * density for n in range(orders[-1][0] + orders[-1][1] + 1)]
+    axis = [
+        (-1) ** n * np.polynomial.hermite_e.hermeval(x, np.eye(n + 1)[n]) * density
+        for n in range(orders[-1][0] + orders[-1][1] + 1)
+    ]
     return np.stack([np.outer(axis[a], axis[b]) for a, b in orders]).astype(np.float32)

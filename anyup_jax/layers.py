@@ -31,14 +31,16 @@ def precision(dtype: jnp.dtype) -> lax.Precision:
     return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else lax.Precision.DEFAULT
 
 
-def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float) -> Float[Array, "..."]:
+def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float) -> Float[Array, ...]:
     return jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
 
 
 class Conv(nnx.Module):
     """k x k convolution without bias; `padding` is "reflect" or "zeros". Kernel (k, k, in, out)."""
 
-    def __init__(self, inputs: int, outputs: int, kernel_size: int = 1, *, padding: str = "reflect", dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, inputs: int, outputs: int, kernel_size: int = 1, *, padding: str = "reflect", dtype, rngs: nnx.Rngs
+    ):
         shape = (kernel_size, kernel_size, inputs, outputs)
         self.kernel = nnx.Param(uniform(rngs, shape, (inputs * kernel_size**2) ** -0.5))
         self.padding = padding
@@ -51,7 +53,8 @@ class Conv(nnx.Module):
         half = kernel.shape[0] // 2
         edges = ((half, half), (half, half))
         if self.padding == "reflect":
-            x = jnp.pad(x, ((0, 0), *edges, (0, 0)), mode="reflect")
+            for axis in (1, 2):
+                x = jnp.take(x, geometry.reflection(x.shape[axis], half), axis)
             edges = ((0, 0), (0, 0))
         dimensions = ("NHWC", "HWIO", "NHWC")
         return lax.conv_general_dilated(
@@ -75,7 +78,9 @@ class GroupNorm(nnx.Module):
         x = x.astype(jnp.float32)
         moments = jnp.stack([x.mean((1, 2)), jnp.square(x).mean((1, 2))])
         grouped = moments.reshape(2, len(x), NORM_GROUPS, -1).mean(-1, keepdims=True)
-        mean, square = jnp.broadcast_to(grouped, (*grouped.shape[:3], x.shape[-1] // NORM_GROUPS)).reshape(moments.shape)
+        mean, square = jnp.broadcast_to(grouped, (*grouped.shape[:3], x.shape[-1] // NORM_GROUPS)).reshape(
+            moments.shape
+        )
         scale = self.scale[...] * lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0) + GROUP_NORM_EPS)
         return scale[:, None, None], (self.bias[...] - mean * scale)[:, None, None]
 
@@ -90,7 +95,9 @@ class ResBlock(nnx.Module):
         self.conv2 = Conv(outputs, outputs, dtype=dtype, rngs=rngs)
         self.shortcut = Conv(inputs, outputs, dtype=dtype, rngs=rngs) if inputs != outputs else None
 
-    def __call__(self, x: Float[Array, "B H W inputs"], size: tuple[int, int] | None = None) -> Float[Array, "B h w outputs"]:
+    def __call__(
+        self, x: Float[Array, "B H W inputs"], size: tuple[int, int] | None = None
+    ) -> Float[Array, "B h w outputs"]:
         """Apply the block, then average the result over a grid of `size` positions (None: every position).
 
         Everything after the second SiLU is linear in the positions, so averaging comes before the last convolution.
@@ -109,7 +116,9 @@ class Encoder(nnx.Module):
         self.block1 = ResBlock(outputs, outputs, dtype=dtype, rngs=rngs)
         self.block2 = ResBlock(outputs, outputs, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B H W inputs"], size: tuple[int, int] | None = None) -> Float[Array, "B h w outputs"]:
+    def __call__(
+        self, x: Float[Array, "B H W inputs"], size: tuple[int, int] | None = None
+    ) -> Float[Array, "B h w outputs"]:
         return self.block2(self.block1(self.conv(x)), size)
 
 

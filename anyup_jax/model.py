@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -79,23 +80,27 @@ class AnyUp(nnx.Module):
         output_size: tuple[int, int] | None = None,
         q_chunk_size: int | None = None,
         values: Float[Array, "B h w E"] | None = None,
+        *,
+        check: bool = False,
     ) -> Float[Array, "B Ho Wo E"]:
         """Return `values` (default: the features) upsampled to `output_size` (default: the image's).
 
         Args:
-            image: guidance, normalised with the ImageNet mean and standard deviation; sides of at least 2 pixels.
-            features: any encoder's feature map of the same view; sides of at least 2 cells.
+            image: guidance, normalised with the ImageNet mean and standard deviation.
+            features: any encoder's feature map of the same view, of any size and number of channels.
             output_size: height and width of the output, any positive size.
             q_chunk_size: query positions worked on at once; bounds memory, never changes the result.
             values: what is averaged instead of the features: class logits, colours, a projection. The output is
                 linear in it, so a linear head may as well be applied before upsampling.
+            check: also look for values that are not finite; costs a pass over the inputs, not possible inside jit.
 
         Raises:
             ValueError, TypeError: for shapes, types or sizes that do not fit; the message says what would.
         """
-        checks.check_inputs(self.config, image, features, output_size, q_chunk_size, values)
-        values = features if values is None else values
-        size, cells = output_size or image.shape[1:3], features.shape[1:3]
+        size = checks.check_inputs(self.config, "NHWC", image, features, output_size, q_chunk_size, values)
+        if check:
+            check_finite(image=image, features=features, values=values)
+        values, cells = features if values is None else values, features.shape[1:3]
         rows, cols = (axis_window(n, m, self.config.window_ratio, self.config.window) for n, m in zip(size, cells))
 
         guide = self.rope(self.image_encoder(image.astype(self.dtype)))
@@ -104,3 +109,34 @@ class AnyUp(nnx.Module):
         key = self.aggregation(jnp.concatenate([key, self.key_features_encoder(features)], -1))
         options = dict(backend=self.config.backend, q_chunk_size=q_chunk_size)
         return self.cross_decode(query, key, values, rows, cols, **options)
+
+
+def upsample(
+    model: AnyUp,
+    image: Float[Array, "B H W 3"],
+    features: Float[Array, "B h w C"],
+    output_size: tuple[int, int] | None = None,
+    q_chunk_size: int | None = None,
+    values: Float[Array, "B h w E"] | None = None,
+) -> Float[Array, "B Ho Wo E"]:
+    """Call the model as one compiled program, compiled once per set of shapes; arguments as for `AnyUp.__call__`."""
+    size = checks.check_inputs(model.config, "NHWC", image, features, output_size, q_chunk_size, values)
+    return _upsample(*nnx.split(model), image, features, values, size, q_chunk_size)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "output_size", "q_chunk_size"))
+def _upsample(graph, state, image, features, values, output_size, q_chunk_size):
+    return nnx.merge(graph, state)(image, features, output_size, q_chunk_size, values)
+
+
+def check_finite(**arrays: Float[Array, ...] | None) -> None:
+    """Raise ValueError naming the first array that holds NaN or infinity, TypeError inside a traced function."""
+    for name, array in arrays.items():
+        if isinstance(array, jax.core.Tracer):
+            raise TypeError(
+                "check=True reads the values of its inputs, which jit and grad do not have; check before calling them."
+            )
+        if array is not None and not jnp.isfinite(array).all():
+            raise ValueError(
+                f"{name} of shape {array.shape} holds NaN or infinity; the output would be NaN in its windows."
+            )

@@ -20,6 +20,23 @@ GROUP_NORM_EPS = 1e-5
 RMS_NORM_EPS = float(np.finfo(np.float32).eps)
 
 
+class ReflectConv2d(nn.Conv2d):
+    """k x k convolution without bias over reflected borders; unlike PyTorch's, for sides of any length."""
+
+    def __init__(self, inputs: int, outputs: int, kernel_size: int = 1):
+        super().__init__(inputs, outputs, kernel_size, bias=False)
+
+    def forward(self, x: Float[Tensor, "B inputs H W"]) -> Float[Tensor, "B outputs H W"]:
+        return super().forward(self.pad(x))
+
+    def pad(self, x: Float[Tensor, "B inputs H W"]) -> Float[Tensor, "B inputs Hp Wp"]:
+        for axis, kernel in zip((2, 3), self.kernel_size):
+            if kernel > 1:
+                index = torch.from_numpy(geometry.reflection(x.shape[axis], kernel // 2))
+                x = x.index_select(axis, index.to(x.device))
+        return x
+
+
 class ResBlock(nn.Module):
     """`conv(SiLU(GN(conv(SiLU(GN(x))))))` plus the shortcut, both convolutions 1 x 1."""
 
@@ -43,9 +60,9 @@ class Encoder(nn.Sequential):
     """A k x k convolution with reflected borders and two ResBlocks."""
 
     def __init__(self, inputs: int, outputs: int, kernel_size: int = 1):
-        half = kernel_size // 2
-        conv = nn.Conv2d(inputs, outputs, kernel_size, padding=half, padding_mode="reflect", bias=False)
-        super().__init__(conv, ResBlock(outputs, outputs), ResBlock(outputs, outputs))
+        super().__init__(
+            ReflectConv2d(inputs, outputs, kernel_size), ResBlock(outputs, outputs), ResBlock(outputs, outputs)
+        )
 
 
 class FeatureUnification(nn.Module):

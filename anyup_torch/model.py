@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from anyup_torch import checks, streaming
+from anyup_torch import checks, streaming, visualize
 from anyup_torch.attention import resolve, window_attention
 from anyup_torch.config import AnyUpConfig
 from anyup_torch.geometry import axis_window
@@ -89,23 +89,70 @@ class AnyUp(nn.Module):
         vis_attn: bool = False,
         q_chunk_size: int | None = None,
         values: Float[Tensor, "B E h w"] | None = None,
+        *,
+        check: bool = False,
     ) -> Float[Tensor, "B E Ho Wo"]:
-        values = features if values is None else values
-        size, cells = tuple(output_size or image.shape[2:]), tuple(features.shape[2:])
+        """Return `values` (default: the features) upsampled to `output_size` (default: the image's).
+
+        Args:
+            image: guidance, normalised with the ImageNet mean and standard deviation.
+            features: any encoder's feature map of the same view, of any size and number of channels.
+            output_size: height and width of the output, any positive size.
+            vis_attn: also show the attention: colours of a wheel over the feature map, sent through the attention.
+            q_chunk_size: query positions worked on at once; bounds memory, never changes the result.
+            values: what is averaged instead of the features: class logits, colours, a projection. The output is
+                linear in it, so a linear head may as well be applied before upsampling.
+            check: also look for values that are not finite; costs a pass over the inputs.
+
+        In eager inference the output's memory is in channels-last order; its shape is NCHW as always.
+
+        Raises:
+            ValueError, TypeError: for shapes, types or sizes that do not fit; the message says what would.
+        """
+        size = checks.check_inputs(self.config, "NCHW", image, features, output_size, q_chunk_size, values)
+        if check:
+            check_finite(image=image, features=features, values=values)
+        values, cells = features if values is None else values, tuple(features.shape[2:])
         rows, cols = (axis_window(n, m, self.config.window_ratio, self.config.window) for n, m in zip(size, cells))
-        if resolve(self.config.backend) == "tiled" and not torch.is_grad_enabled():
-            out = streaming.empty(len(image), *size, values.shape[1], like=values)
-            for b in range(len(image)):
-                streaming.upsample_image(self, image[b], features[b:b+1], values[b].permute(1, 2, 0), rows, cols, q_chunk_size, out[b])
-            return out.permute(0, 3, 1, 2)
+        if vis_attn:
+            self.show_attention(image, features, size, q_chunk_size)
+        if streaming.possible(self, image, features, values):
+            return streaming.upsample(self, image, features, values, rows, cols, q_chunk_size)
 
         guide = self.rope(self.image_encoder(image))
         query = F.adaptive_avg_pool2d(self.query_encoder(guide), size)
         key = F.adaptive_avg_pool2d(self.key_encoder(guide), cells)
-        key = self.aggregation(torch.cat([key, self.key_features_encoder(features)], 1))
+        key = self.combine(key, features)
         options = dict(backend=self.config.backend, q_chunk_size=q_chunk_size)
         return self.cross_decode(query, key, values, rows, cols, **options)
 
-    def decode_keys(self, key, features):
-        key = self.aggregation(torch.cat([key, self.key_features_encoder(features)], 1))
-        return self.cross_decode.cross_attn.project_key(key.permute(0, 2, 3, 1))
+    def combine(self, key: Float[Tensor, "B D h w"], features: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D h w"]:
+        """Aggregate what the image and what the features say of each cell."""
+        return self.aggregation(torch.cat([key, self.key_features_encoder(features)], 1))
+
+    def show_attention(
+        self, image: Tensor, features: Tensor, output_size: tuple[int, int], q_chunk_size: int | None
+    ) -> None:
+        """Show where every output position looks: a wheel of colours over the cells, sent through the attention."""
+        try:
+            from matplotlib import pyplot
+        except ModuleNotFoundError as error:
+            raise ImportError('vis_attn=True needs matplotlib: pip install "anyup-jax[viz]".') from error
+
+        def upsample(colors):
+            values = torch.from_numpy(colors).to(features).permute(2, 0, 1)[None]
+            with torch.no_grad():
+                pixels = self(image[:1], features[:1], output_size, q_chunk_size=q_chunk_size, values=values)
+            return pixels[0].permute(1, 2, 0).float().cpu()
+
+        pyplot.imshow(visualize.attention_picture(upsample, *features.shape[2:]))
+        pyplot.axis("off")
+        pyplot.show()
+
+
+def check_finite(**tensors: Float[Tensor, ...] | None) -> None:
+    """Raise ValueError naming the first tensor that holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.isfinite().all():
+            shape = tuple(tensor.shape)
+            raise ValueError(f"{name} of shape {shape} holds NaN or infinity; the output would be NaN in its windows.")

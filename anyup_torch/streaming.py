@@ -11,26 +11,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from anyup_torch.attention import resolve
 from anyup_torch.attention.tiled import TileAttention
 from anyup_torch.config import NORM_GROUPS
 from anyup_torch.geometry import AxisWindow, plan_tiles
-from anyup_torch.layers import Encoder, ResBlock, RoPE
+from anyup_torch.layers import ReflectConv2d, ResBlock, RoPE
 
 BLOCK = 1 << 14  # pixels a block: what stays in a core's cache at 128 channels
 BLOCK_PARALLEL = 1 << 18  # the same on accelerators, which want few large operations
-
-
-def empty(*shape: int, like: Tensor) -> Tensor:
-    """Allocate without initialising. On the CPU through numpy, which asks Linux for huge pages."""
-    if like.device.type == "cpu" and like.dtype == torch.float32:
-        return torch.from_numpy(np.empty(shape, np.float32))
-    return like.new_empty(shape)
 
 
 @dataclasses.dataclass
@@ -58,14 +51,27 @@ class Pixels:
     def affine(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
         """Return scale and shift per channel that apply `norm` to these pixels."""
         moments = torch.stack([self.total, self.square]) / len(self.data)
-        mean, square = moments.reshape(2, NORM_GROUPS, -1).mean(-1).repeat_interleave(len(norm.weight) // NORM_GROUPS, 1)
+        mean, square = (
+            moments.reshape(2, NORM_GROUPS, -1).mean(-1).repeat_interleave(len(norm.weight) // NORM_GROUPS, 1)
+        )
         scale = norm.weight * (square - mean.square() + norm.eps).rsqrt()
         return scale.to(self.data.dtype), (norm.bias - mean * scale).to(self.data.dtype)
 
 
-def blocks(pixels: int, like: Tensor) -> Iterator[slice]:
-    step = BLOCK if like.device.type == "cpu" else BLOCK_PARALLEL
-    return (slice(start, start + step) for start in range(0, pixels, step))
+def workspace(output: Tensor, count: int, rows: int, dim: int, like: Tensor) -> Tensor:
+    """Return `count` uninitialised (rows, dim) buffers inside the memory of `output`, or new ones where they do not fit."""
+    if output.dtype == like.dtype and output.numel() >= count * rows * dim:
+        return output.view(-1)[: count * rows * dim].view(count, rows, dim)
+    return like.new_empty(count, rows, dim)
+
+
+def block_size(pixels: Tensor) -> int:
+    return BLOCK if pixels.device.type == "cpu" else BLOCK_PARALLEL
+
+
+def blocks(pixels: Tensor) -> Iterator[slice]:
+    step = block_size(pixels)
+    return (slice(start, start + step) for start in range(0, len(pixels), step))
 
 
 def activate(block: Tensor, affine: tuple[Tensor, Tensor], scratch: Tensor) -> Tensor:
@@ -79,12 +85,12 @@ class Stream:
 
     def __init__(self, hidden: Float[Tensor, "pixels D"]):
         self.hidden = hidden
-        self.scratch = empty(min(len(hidden), BLOCK if hidden.device.type == "cpu" else BLOCK_PARALLEL), hidden.shape[1], like=hidden)
+        self.scratch = hidden.new_empty(min(len(hidden), block_size(hidden)), hidden.shape[1])
 
     def widen(self, block: ResBlock, x: Pixels) -> Pixels:
         """Return the block's first convolution of SiLU(GN(x))."""
         affine, weight, hidden = x.affine(block.block[0]), matrix(block.block[2]), Pixels.around(self.hidden)
-        for rows in blocks(len(x.data), x.data):
+        for rows in blocks(x.data):
             torch.mm(activate(x.data[rows], affine, self.scratch), weight, out=hidden.data[rows])
             hidden.count(hidden.data[rows], self.scratch)
         return hidden
@@ -93,7 +99,7 @@ class Stream:
         """Apply a ResBlock of equal widths in place and return its output."""
         hidden = self.widen(block, x)
         affine, weight, output = hidden.affine(block.block[3]), matrix(block.block[5]), Pixels.around(x.data)
-        for rows in blocks(len(x.data), x.data):
+        for rows in blocks(x.data):
             output.data[rows].addmm_(activate(hidden.data[rows], affine, self.scratch), weight)
             output.count(output.data[rows], self.scratch)
         return output
@@ -102,7 +108,7 @@ class Stream:
         """Apply a ResBlock and average over `size` bins: its last convolution is linear, so the averages come first."""
         hidden = self.widen(block, x)
         affine = hidden.affine(block.block[3])
-        for rows in blocks(len(x.data), x.data):
+        for rows in blocks(x.data):
             hidden.data[rows] = activate(hidden.data[rows], affine, self.scratch)
         x, hidden = (pool_pixels(pixels.data, shape, size) for pixels in (x, hidden))
         return torch.addmm(x, hidden, matrix(block.block[5]))
@@ -118,11 +124,11 @@ def pool_pixels(data: Float[Tensor, "HW D"], shape: tuple[int, int], size: tuple
     return F.adaptive_avg_pool2d(image, size).permute(0, 2, 3, 1).reshape(size[0] * size[1], -1)
 
 
-def project_image(encoder: Encoder, image: Float[Tensor, "3 H W"], out: Tensor) -> Pixels:
+def project_image(conv: ReflectConv2d, image: Float[Tensor, "3 H W"], out: Float[Tensor, "HW D"]) -> Pixels:
     """Write the image encoder's first convolution to `out`."""
-    conv, pixels = encoder[0], Pixels.around(out)
-    half, rows_a_block = conv.kernel_size[0] // 2, max(1, BLOCK // image.shape[2])
-    padded = F.pad(image[None], (half,) * 4, mode="reflect") if half else image[None]
+    pixels = Pixels.around(out)
+    half, rows_a_block = conv.kernel_size[0] // 2, max(1, block_size(out) // image.shape[2])
+    padded = conv.pad(image[None])
     for start in range(0, image.shape[1], rows_a_block):
         strip = padded[:, :, start : start + rows_a_block + 2 * half]
         block = F.conv2d(strip, conv.weight)[0].permute(1, 2, 0).flatten(0, 1)
@@ -132,17 +138,17 @@ def project_image(encoder: Encoder, image: Float[Tensor, "3 H W"], out: Tensor) 
     return pixels
 
 
-def encode(encoder: Encoder, x: Pixels, stream: Stream) -> Pixels:
-    return stream.apply(encoder[2], stream.apply(encoder[1], x))
-
-
 def rotate_and_project(
-    guide: Float[Tensor, "HW D"], shape: tuple[int, int], rope: RoPE, encoders: tuple[Encoder, ...], outputs: tuple[Tensor, ...]
+    guide: Float[Tensor, "HW D"],
+    shape: tuple[int, int],
+    rope: RoPE,
+    convs: tuple[nn.Conv2d, ...],
+    outputs: tuple[Float[Tensor, "HW D"], ...],
 ) -> tuple[Pixels, ...]:
-    """Rotate the guide and write the encoders' first convolutions of it; an output may be the guide itself."""
+    """Rotate the guide and write 1 x 1 convolutions of it; one of the outputs may be the guide itself."""
     row_angle, col_angle = rope.angles(*shape)
-    pixels = tuple(Pixels.around(out) for out in outputs)
-    rows_a_block = max(1, BLOCK // shape[1])
+    projected = tuple(Pixels.around(out) for out in outputs)
+    rows_a_block = max(1, block_size(guide) // shape[1])
     for start in range(0, shape[0], rows_a_block):
         angle = (row_angle[start : start + rows_a_block, None] + col_angle).flatten(0, 1)
         rows = slice(start * shape[1], start * shape[1] + len(angle))
@@ -150,28 +156,69 @@ def rotate_and_project(
         first, second = block.chunk(2, 1)
         turned = torch.cat([-second, first], 1).mul_(angle.sin())
         turned = turned.addcmul_(block, angle.cos_()).to(guide.dtype)
-        for encoder, out, scratch in zip(encoders, pixels, (angle, angle)):
-            torch.mm(turned, matrix(encoder[0]), out=out.data[rows])
-            out.count(out.data[rows], scratch.to(guide.dtype))
-    return pixels
+        scratch = angle.to(guide.dtype)
+        for conv, pixels in zip(convs, projected):
+            torch.mm(turned, matrix(conv), out=pixels.data[rows])
+            pixels.count(pixels.data[rows], scratch)
+    return projected
 
 
-def upsample_image(model, image: Float[Tensor, "3 H W"], features: Float[Tensor, "1 C h w"], values: Float[Tensor, "h w E"], rows: AxisWindow, cols: AxisWindow, q_chunk_size: int | None, output: Float[Tensor, "Ho Wo E"]) -> None:
-    """Write the upsampled `values` of one image to `output`."""
-    shape, size, cells, dim = tuple(image.shape[1:]), (rows.queries, cols.queries), (rows.keys, cols.keys), model.config.qk_dim
-    # queries carry one row of zeros above and below: the borders of the 3 x 3 convolution
-    bordered = empty((shape[0] + 2) * shape[1], dim, like=image)
-    bordered[: shape[1]], bordered[-shape[1] :] = 0, 0
-    guide, stream = bordered[shape[1] : -shape[1]], Stream(empty(shape[0] * shape[1], dim, like=image))
+def possible(model: nn.Module, *tensors: Tensor) -> bool:
+    """Whether the model can be streamed: in eager inference, in one type throughout, with the tiled attention."""
+    return (
+        resolve(model.config.backend) == "tiled"
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(tensors[0].device.type)
+        and all(tensor.dtype == model.rope.freqs.dtype for tensor in tensors)
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *model.parameters())))
+    )
 
-    encode(model.image_encoder, project_image(model.image_encoder, image, guide), stream)
-    keys = empty(shape[0] * shape[1], dim, like=image)
-    encoders = (model.key_encoder, model.query_encoder)
-    key, query = rotate_and_project(guide, shape, model.rope, encoders, (keys, guide))
+
+@torch.no_grad()
+def upsample(
+    model: nn.Module,
+    image: Float[Tensor, "B 3 H W"],
+    features: Float[Tensor, "B C h w"],
+    values: Float[Tensor, "B E h w"],
+    rows: AxisWindow,
+    cols: AxisWindow,
+    q_chunk_size: int | None,
+) -> Float[Tensor, "B E Ho Wo"]:
+    """Return the model's output, one image after the other."""
+    output = values.new_empty(len(image), rows.queries, cols.queries, values.shape[1])
+    plan = TileAttention(*plan_tiles(rows, cols, q_chunk_size), model.config.num_heads, q_chunk_size, image.device)
+    for guidance, maps, seen, pixels in zip(image, features, values, output):
+        query, key = encode(model, guidance, maps, (rows.queries, cols.queries), pixels)
+        attend(model.cross_decode, plan, query, key, seen.permute(1, 2, 0), pixels)
+    return output.permute(0, 3, 1, 2)
+
+
+def encode(
+    model: nn.Module,
+    image: Float[Tensor, "3 H W"],
+    features: Float[Tensor, "C h w"],
+    size: tuple[int, int],
+    spare: Tensor,
+) -> tuple[Float[Tensor, "Ho+2 Wo D"], Float[Tensor, "h w D"]]:
+    """Return the queries before their 3 x 3 convolution, between two rows of zeros, and the projected keys.
+
+    Two of the three full-resolution buffers lie in the memory of `spare`, which is overwritten.
+    """
+    (height, width), cells, dim = image.shape[1:], features.shape[1:], model.config.qk_dim
+    shape, pixels = (height, width), height * width
+    hidden, keys = workspace(spare, 2, pixels, dim, image)
+    bordered = image.new_empty(pixels + 2 * width, dim)
+    bordered[:width], bordered[-width:] = 0, 0
+    guide, stream = bordered[width:-width], Stream(hidden)
+
+    x = project_image(model.image_encoder[0], image, guide)
+    x = stream.apply(model.image_encoder[2], stream.apply(model.image_encoder[1], x))
+    first_layers = (model.key_encoder[0], model.query_encoder[0])
+    key, query = rotate_and_project(x.data, shape, model.rope, first_layers, (keys, guide))
 
     key = stream.pool(model.key_encoder[2], stream.apply(model.key_encoder[1], key), shape, cells)
-    del keys
-    key = model.decode_keys(key.reshape(1, *cells, dim).permute(0, 3, 1, 2), features)[0]
+    key = key.reshape(1, *cells, dim).permute(0, 3, 1, 2)
+    key = model.cross_decode.cross_attn.project_key(model.combine(key, features[None])[0].permute(1, 2, 0))
 
     query = stream.apply(model.query_encoder[1], query)
     if size == shape:
@@ -179,15 +226,22 @@ def upsample_image(model, image: Float[Tensor, "3 H W"], features: Float[Tensor,
     else:
         pooled = stream.pool(model.query_encoder[2], query, shape, size)
         bordered = F.pad(pooled.reshape(*size, dim), (0, 0, 0, 0, 1, 1))
-    del stream, guide, query
-    bordered = bordered.reshape(size[0] + 2, size[1], dim)
+    return bordered.reshape(size[0] + 2, size[1], dim), key
 
-    attention, conv = model.cross_decode.cross_attn, model.cross_decode.conv2d
-    tall, wide = plan_tiles(rows, cols, q_chunk_size)
-    attend = TileAttention(tall, wide, model.config.num_heads, q_chunk_size, image.device)
-    for row, first in enumerate(tall.first.tolist()):
-        strip = bordered[first : first + tall.size + 2].permute(2, 0, 1)[None]
-        strip = F.conv2d(strip, conv.weight, padding=(0, 1))[0].permute(1, 2, 0)
-        tiles = attend(row, attention.project_query(strip), key, values)
-        for start, tile in zip(wide.first.tolist(), tiles):
-            output[first : first + tall.size, start : start + wide.size] = tile
+
+def attend(
+    decode: nn.Module,
+    plan: TileAttention,
+    query: Float[Tensor, "Ho+2 Wo D"],
+    key: Float[Tensor, "h w D"],
+    values: Float[Tensor, "h w E"],
+    output: Float[Tensor, "Ho Wo E"],
+) -> None:
+    """Write the attention's output to `output`, one row of tiles after the other."""
+    height, width = plan.tall.size, plan.wide.size
+    for row, first in enumerate(plan.tall.first.tolist()):
+        strip = query[first : first + height + 2].permute(2, 0, 1)[None]
+        strip = F.conv2d(strip, decode.conv2d.weight, padding=(0, 1))[0].permute(1, 2, 0)
+        tiles = plan(row, decode.cross_attn.project_query(strip), key, values)
+        for start, tile in zip(plan.wide.first.tolist(), tiles):
+            output[first : first + height, start : start + width] = tile

@@ -57,7 +57,9 @@ def window_attention(
             f"Windows of {rows.queries} x {cols.queries} queries over {rows.keys} x {cols.keys} keys do not fit {shapes}."
         )
     if key.shape[:3] != values.shape[:3] or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
-        raise ValueError(f"Queries and keys must share batch and channels, keys and values batch and positions; got {shapes}.")
+        raise ValueError(
+            f"Queries and keys must share batch and channels, keys and values batch and positions; got {shapes}."
+        )
     if q_chunk_size is not None and q_chunk_size < 1:
         raise ValueError(f"q_chunk_size={q_chunk_size} must be at least 1, or None to let the backend choose.")
     attend = BACKENDS[resolve(backend)]

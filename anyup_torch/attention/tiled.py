@@ -54,7 +54,9 @@ class TileAttention:
         device: where the tensors are.
     """
 
-    def __init__(self, tall: AxisTiles, wide: AxisTiles, num_heads: int, q_chunk_size: int | None, device: torch.device):
+    def __init__(
+        self, tall: AxisTiles, wide: AxisTiles, num_heads: int, q_chunk_size: int | None, device: torch.device
+    ):
         self.tall, self.wide, self.num_heads = tall, wide, num_heads
         queries = tall.size * wide.size
         if q_chunk_size is None:

@@ -1,0 +1,8 @@
+"""`python -m anyup_jax`: see `anyup_jax.cli`."""
+
+import sys
+
+from anyup_jax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

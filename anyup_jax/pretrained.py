@@ -1,0 +1,44 @@
+"""Models with published or converted weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+import convert
+from anyup_jax.config import AnyUpConfig
+from anyup_jax.model import AnyUp
+
+
+def from_pretrained(source: str | Path, *, dtype: jnp.dtype = jnp.float32, **overrides: Any) -> AnyUp:
+    """Return a model with the weights of a checkpoint.
+
+    Args:
+        source: a published name ("anyup", "anyup_multi_backbone"), fetched once; or the path of a .pth, .pt or
+            .safetensors file or of an Orbax directory.
+        dtype: type of the computation, float32 or bfloat16; parameters are float32 either way.
+        overrides: fields of `AnyUpConfig` that the weights do not decide, such as `window="natten"`.
+
+    Raises:
+        ValueError: for an unknown name, a file that is not one AnyUp model, or overrides that contradict the weights.
+        FileNotFoundError, ConnectionError: if there is no such file, or it cannot be fetched.
+        TypeError: for overrides that are no fields of `AnyUpConfig`.
+    """
+    return build(convert.load(source), dtype=dtype, **overrides)
+
+
+def build(checkpoint: convert.Checkpoint, *, dtype: jnp.dtype = jnp.float32, **overrides: Any) -> AnyUp:
+    """Return a model with the weights of a checkpoint that has been read; arguments as in `from_pretrained`."""
+    config = AnyUpConfig().replace(**checkpoint.configured(**overrides))
+    parameters = checkpoint.flax()
+    # shapes first and the weights after, so that no initial parameters are drawn
+    graph, state = nnx.split(nnx.eval_shape(lambda: AnyUp(config, rngs=nnx.Rngs(0), dtype=dtype)))
+    filled = [
+        (path, variable.replace(jnp.array(parameters.pop(".".join(path)), jnp.float32)))
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    assert not parameters, f"the table has more than the model: {', '.join(parameters)}"
+    return nnx.merge(graph, nnx.from_flat_state(filled))

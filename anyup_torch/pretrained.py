@@ -1,0 +1,41 @@
+"""Models with published or converted weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import convert
+from anyup_torch.config import AnyUpConfig
+from anyup_torch.model import AnyUp
+
+
+def from_pretrained(source: str | Path, *, device: torch.device | str = "cpu", **overrides: Any) -> AnyUp:
+    """Return a model with the weights of a checkpoint, in evaluation mode.
+
+    Args:
+        source: a published name ("anyup", "anyup_multi_backbone"), fetched once; or the path of a .pth, .pt or
+            .safetensors file or of an Orbax directory (which needs jax and orbax-checkpoint to be installed).
+        device: where the parameters go; they are float32.
+        overrides: fields of `AnyUpConfig` that the weights do not decide, such as `window="natten"`.
+
+    Raises:
+        ValueError: for an unknown name, a file that is not one AnyUp model, or overrides that contradict the weights.
+        FileNotFoundError, ConnectionError: if there is no such file, or it cannot be fetched.
+        TypeError: for overrides that are no fields of `AnyUpConfig`.
+        ImportError: for an Orbax directory where jax is missing.
+    """
+    return build(convert.load(source), device=device, **overrides)
+
+
+def build(checkpoint: convert.Checkpoint, *, device: torch.device | str = "cpu", **overrides: Any) -> AnyUp:
+    """Return a model with the weights of a checkpoint that has been read; arguments as in `from_pretrained`."""
+    config = AnyUpConfig().replace(**checkpoint.configured(**overrides))
+    with torch.device("meta"):  # shapes only, so that no initial parameters are drawn
+        model = AnyUp(config)
+    state = {name: torch.from_numpy(tensor.astype(np.float32)) for name, tensor in checkpoint.tensors.items()}
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.to(device).eval()

@@ -1,0 +1,207 @@
+"""Checkpoint files: which format a path has, and reading and writing each of them.
+
+.pth .pt        PyTorch's archive: a plain state dict, or a training checkpoint that holds one
+.safetensors    PyTorch's names and layout, the configuration as JSON in the metadata
+a directory     an Orbax checkpoint: Flax's names and layout in `params/`, the configuration in `config.json`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from convert import torch_file, training_checkpoint
+from convert.apply import Checkpoint
+
+TORCH, SAFETENSORS, ORBAX = "torch", "safetensors", "orbax"
+SUFFIXES = {".pth": TORCH, ".pt": TORCH, ".safetensors": SAFETENSORS}
+FOREIGN = (".bin", ".ckpt", ".h5", ".json", ".msgpack", ".npy", ".npz", ".onnx", ".pkl", ".tar", ".zip")
+METADATA_KEY = "anyup_config"  # in the metadata of a .safetensors file
+
+
+def format_of(path: str | Path) -> str:
+    """Return the format of a path: by its suffix, and a directory (or a path without a known suffix) is Orbax.
+
+    Raises ValueError for the suffixes of other formats.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix in FOREIGN:
+        raise ValueError(f"{path} has the suffix {suffix}; use {', '.join(SUFFIXES)}, or a directory for Orbax.")
+    return ORBAX if path.is_dir() else SUFFIXES.get(suffix, ORBAX)
+
+
+def read(path: str | Path, *, kind: str | None = None) -> Checkpoint:
+    """Read a checkpoint of any format; `kind` names the format where the path does not tell it.
+
+    Raises:
+        FileNotFoundError: if nothing is there.
+        ValueError: if the file is damaged, or holds other tensors than one AnyUp model (all faults are listed).
+    """
+    kind = kind or format_of(path)
+    tensors, config = read_tensors(path, kind=kind)
+    try:
+        return (Checkpoint.from_flax if kind == ORBAX else Checkpoint)(tensors, config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_tensors(path: str | Path, *, kind: str | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return what a file holds, in its own names and layout, and the configuration it carries; nothing is checked."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist.")
+    kind = kind or format_of(path)
+    if kind == ORBAX:
+        return _read_orbax(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file.")
+    if kind == TORCH:
+        return training_checkpoint.unwrap(torch_file.read(path), path)
+    return _read_safetensors(path)
+
+
+def write(path: str | Path, checkpoint: Checkpoint, *, overwrite: bool = False) -> Path:
+    """Write a checkpoint in the format of the path, under a temporary name that is then renamed.
+
+    A .pth or .pt file holds the state dict only, so that `load_state_dict(strict=True)` takes it; the other formats
+    carry `checkpoint.config`.
+
+    Raises:
+        FileExistsError: if something is there, unless it is a checkpoint of this format and `overwrite` is given.
+        FileNotFoundError: if the parent directory does not exist.
+        PermissionError: if the parent directory is not writable.
+    """
+    path, kind = Path(path), format_of(path)
+    _check_destination(path, kind, overwrite)
+    with _temporary(path) as temporary:
+        if kind == TORCH:
+            torch_file.write(temporary, checkpoint.tensors)
+        elif kind == SAFETENSORS:
+            metadata = {"format": "pt", METADATA_KEY: _to_json(checkpoint.config)}
+            temporary.write_bytes(safetensors.numpy.save(checkpoint.tensors, metadata=metadata))
+        else:
+            _write_orbax(temporary, checkpoint)
+    return path
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file: {error}.") from error
+    return tensors, _from_json(metadata.get(METADATA_KEY, "{}"), f"the metadata of {path}")
+
+
+def _read_orbax(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    if not is_orbax(path):
+        raise ValueError(
+            f"{path} is no Orbax checkpoint of AnyUp: it must be a directory with config.json and params/."
+        )
+    config = _from_json((path / "config.json").read_text(), f"{path / 'config.json'}")
+    checkpointer = _orbax()
+    import jax
+
+    try:
+        with checkpointer.PyTreeCheckpointer() as reader:
+            tree = reader.metadata(path.absolute() / "params").item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: checkpointer.RestoreArgs(restore_type=np.ndarray), tree)
+            nested = reader.restore(path.absolute() / "params", restore_args=as_numpy)
+    except (ValueError, KeyError, OSError, AttributeError) as error:
+        raise ValueError(f"{path / 'params'} is incomplete or damaged: {error}") from error
+    return dict(_flatten(nested)), config
+
+
+def _write_orbax(path: Path, checkpoint: Checkpoint) -> None:
+    checkpointer = _orbax()
+    nested: dict[str, Any] = {}
+    for name, array in checkpoint.flax().items():
+        *parents, leaf = name.split(".")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = array
+    path.mkdir()
+    (path / "config.json").write_text(_to_json(checkpoint.config))
+    with checkpointer.PyTreeCheckpointer() as writer:
+        writer.save(path.absolute() / "params", nested)
+
+
+def is_orbax(path: Path) -> bool:
+    return (path / "config.json").is_file() and (path / "params").is_dir()
+
+
+def _orbax() -> Any:
+    try:
+        import orbax.checkpoint
+    except ImportError as error:
+        raise ImportError(
+            "Orbax directories need jax and orbax-checkpoint; install them, or convert to .safetensors where they are."
+        ) from error
+    return orbax.checkpoint
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", np.asarray(value)
+
+
+def _to_json(config: Mapping[str, Any]) -> str:
+    return json.dumps(dict(config), indent=2) + "\n"
+
+
+def _from_json(text: str, origin: str) -> dict[str, Any]:
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{origin} holds no configuration: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{origin} holds no configuration: it must be a JSON object.")
+    return config
+
+
+def _check_destination(path: Path, kind: str, overwrite: bool) -> None:
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: the directory {parent} does not exist.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written: the directory {parent} is not writable.")
+    if not path.exists():
+        return
+    if kind == ORBAX and not is_orbax(path):
+        what = "a directory that is no Orbax checkpoint" if path.is_dir() else "a file"
+        raise FileExistsError(f"{path} is {what} and stays as it is; choose another name.")
+    if not overwrite:
+        raise FileExistsError(f"{path} exists already; choose another name, or allow overwriting it (--overwrite).")
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """Give a path in a temporary sibling directory, and rename what was written there to `path`."""
+    directory = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
+    try:
+        yield directory / path.name
+        replaced = path.rename(directory / "replaced") if path.is_dir() else None
+        try:
+            os.replace(directory / path.name, path)
+        except OSError:
+            if replaced is not None:
+                replaced.rename(path)
+            raise
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)

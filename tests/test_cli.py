@@ -1,0 +1,189 @@
+"""The command line as a user types it: the files it writes, what it says, how it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+from anyup_jax.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def command(*args: object) -> subprocess.CompletedProcess:
+    argv = [sys.executable, "-m", "anyup_jax", *map(str, args)]
+    return subprocess.run(argv, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+@pytest.fixture
+def photograph(tmp_path):
+    path = tmp_path / "photograph.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 100, 3), np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def features(tmp_path):
+    path = tmp_path / "features.npy"
+    np.save(path, np.random.default_rng(1).normal(size=(4, 6, 5)).astype(np.float32))
+    return path
+
+
+def test_demo_draws_one_picture(tmp_path, photograph):
+    path = tmp_path / "pictures" / "demo.png"
+    done = command("demo", photograph, "--short-side", 64, "--picture", path)
+    assert done.returncode == 0, done.stderr
+    for said in ("64 x 64", "efficientnet_lite0", "UNTRAINED", "4 x 4 x 112", "2 x 2 x 320", "compiled in", str(path)):
+        assert said in done.stdout
+    assert [file.name for file in path.parent.iterdir()] == ["demo.png"]
+    with Image.open(path) as image:
+        assert image.size[0] > image.size[1] > 500
+
+
+def test_upsample_writes_what_the_encoder_gave(tmp_path, photograph):
+    out = tmp_path / "out.safetensors"
+    options = ("--encoder", "efficientnet_lite0", "--layer", "-2", "--weights", "random", "--output-size", 40, 60)
+    done = command("upsample", photograph, *options, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "UNTRAINED" in done.stdout
+    with safe_open(out, "numpy") as archive:
+        written = archive.get_tensor("features")
+        metadata = {key: json.loads(value) for key, value in archive.metadata().items()}
+    assert (written.shape, written.dtype) == ((40, 60, 112), np.float32)
+    assert np.isfinite(written).all()
+    assert metadata == {
+        "image": str(photograph),
+        "image_size": [70, 100],
+        "features_size": [4, 6, 112],
+        "output_size": [40, 60],
+        "encoder": "efficientnet_lite0",
+        "layers": [3],
+        "stride": 16,
+        "weights": "UNTRAINED, random initialisation with seed 0",
+        "window": "paper",
+        "dtype": "float32",
+    }
+
+
+def test_upsample_takes_features_of_ones_own(tmp_path, photograph, features, capsys):
+    argv = ["upsample", str(photograph), "--features", str(features), "--out"]
+    assert main([*argv, str(tmp_path / "out.npy")]) == 0
+    full = np.load(tmp_path / "out.npy")
+    assert (full.shape, full.dtype) == ((70, 100, 5), np.float32)
+    given = np.load(features)
+    assert full.min() >= given.min()  # averages of the features
+    assert full.max() <= given.max()
+
+    assert main([*argv, str(tmp_path / "out.npz"), "--q-chunk-size", "512", "--backend", "dense"]) == 0
+    with np.load(tmp_path / "out.npz") as archive:
+        np.testing.assert_allclose(archive["features"], full, atol=1e-4)
+        assert archive["image_size"].tolist() == [70, 100]
+        assert json.loads(str(archive["metadata"]))["features"] == str(features)
+
+    assert main([*argv, str(tmp_path / "other.npy"), "--seed", "1"]) == 0
+    assert not np.allclose(np.load(tmp_path / "other.npy"), full, atol=1e-4)
+    assert "compiled in" in capsys.readouterr().out
+
+
+def test_upsample_options_of_the_model(tmp_path, photograph, features):
+    out = tmp_path / "out.npz"
+    argv = ["upsample", str(photograph), "--features", str(features), "--out", str(out)]
+    assert main([*argv, "--max-side", "40", "--window", "natten", "--dtype", "bfloat16"]) == 0
+    with np.load(out) as archive:
+        metadata = json.loads(str(archive["metadata"]))
+        assert archive["features"].shape == (28, 40, 5)
+        assert archive["features"].dtype == np.float32
+    assert (metadata["window"], metadata["dtype"], metadata["image_size"]) == ("natten", "bfloat16", [28, 40])
+
+
+def test_several_layers_are_concatenated(tmp_path, photograph):
+    out = tmp_path / "out.npz"
+    argv = ["upsample", str(photograph), "--layer", "2", "--layer", "-3", "--output-size", "8", "9", "--out", str(out)]
+    assert main(argv) == 0
+    with np.load(out) as archive:
+        assert archive["features"].shape == (8, 9, 80)
+        np.testing.assert_array_equal(archive["features"][..., :40], archive["features"][..., 40:])
+
+
+def test_help_needs_no_image():
+    for args in (["--help"], ["demo", "--help"], ["upsample", "--help"]):
+        with pytest.raises(SystemExit, match="0"):
+            main(args)
+
+
+def test_an_error_is_one_line_and_status_2(tmp_path):
+    done = command("upsample", tmp_path / "absent.jpg", "--out", tmp_path / "out.npy")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "absent.jpg" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["upsample", "{image}", "--out", "{folder}/out.txt"], "the output can be .npy, .npz, .safetensors"),
+        (["upsample", "{image}", "--out", "{folder}/absent/out.npy"], "does not exist; create it first"),
+        (["upsample", "{text}", "--out", "{folder}/out.npy"], "text.png is not an image"),
+        (
+            ["upsample", "{image}", "--encoder", "resnet5", "--out", "{folder}/out.npy"],
+            "no model 'resnet5'; the nearest",
+        ),
+        (["upsample", "{image}", "--layer", "9", "--out", "{folder}/out.npy"], "has 5 layers; layer=(9,)"),
+        (["upsample", "{image}", "--features", "{image}", "--out", "{folder}/out.npy"], "is not an .npy file"),
+        (
+            ["upsample", "{image}", "--features", "x.npy", "--layer", "1", "--out", "{folder}/out.npy"],
+            "leave --encoder",
+        ),
+        (["upsample", "{image}", "--backend", "magic", "--out", "{folder}/out.npy"], "backend='magic' is unknown"),
+        (["demo", "{folder}/absent.png", "--picture", "{folder}/demo.png"], "absent.png"),
+        (["demo", "--picture", "{folder}/demo.jpg"], "the output can be .png"),
+        (["demo", "--picture", "{folder}/demo.png", "--short-side", "20"], "too small for the demo"),
+    ],
+)
+def test_what_is_refused(tmp_path, photograph, capsys, argv, sentence):
+    (tmp_path / "text.png").write_text("no image")
+    names = dict(image=photograph, folder=tmp_path, text=tmp_path / "text.png")
+    before = sorted(tmp_path.iterdir())
+    assert main([part.format(**names) for part in argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert sentence in error
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["upsample", "i.png", "--out", "o.npy", "--output-size", "0", "9"], "'0' is not a positive integer"),
+        (["upsample", "i.png", "--out", "o.npy", "--output-size", "9"], "expected 2 arguments"),
+        (["upsample", "i.png"], "--out"),
+        (["upsample", "i.png", "--out", "o.npy", "--window", "round"], "invalid choice: 'round'"),
+        ([], "COMMAND"),
+    ],
+)
+def test_wrong_arguments(capsys, argv, sentence):
+    with pytest.raises(SystemExit, match="2"):
+        main(argv)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert sentence in error
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"), [("matplotlib.figure", "viz"), ("skimage.data", "viz"), ("anyup_torch.encoders", "torch")]
+)
+def test_missing_extras_are_named(monkeypatch, tmp_path, capsys, module, extra):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(["demo", "--picture", str(tmp_path / "demo.png"), "--short-side", "64"]) == 2
+    assert f'pip install "anyup-jax[{extra}]"' in capsys.readouterr().err
