@@ -57,7 +57,8 @@ class AxisWindow:
 def paper_bounds(queries: int, keys: int, ratio: float) -> np.ndarray:
     """Half-open key bounds of the paper's window along one axis, (queries, 2) int32.
 
-    Query i at y = (i + 1/2) / queries sees keys [floor(clip(y - r, 0, 1) n), ceil(clip(y + r, 0, 1) n)) (paper, sec. 3).
+    Query i at y = (i + 1/2) / queries sees keys [floor(clip(y - r, 0, 1) n), ceil(clip(y + r, 0, 1) n)) (paper,
+    section 3).
 
     Raises:
         ValueError: if the ratio is so small that a query would see no key.
@@ -208,7 +209,7 @@ def coordinates(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rope_frequencies(dim: int, theta: float = 100.0) -> np.ndarray:
-    """Initial rotary frequencies, (2, dim) float32: rows act on the first half of the channels, columns on the second."""
+    """Initial rotary frequencies, (2, dim) float32: rows act on the first half of the channels, columns on the rest."""
     exponents = np.linspace(0, -1, dim // 4, dtype=np.float64)
     wave = np.tile(theta**exponents, 2)
     zeros = np.zeros_like(wave)

@@ -13,7 +13,7 @@ from anyup_jax import checks
 from anyup_jax.attention import resolve, window_attention
 from anyup_jax.config import AnyUpConfig
 from anyup_jax.geometry import axis_window
-from anyup_jax.layers import Carried, Conv, Encoder, FeatureUnification, Linear, ResBlock, RMSNorm, RoPE
+from anyup_jax.layers import Carried, Conv, Encoder, FeatureUnification, Linear, ResBlock, RMSNorm, RoPE, map_rows
 
 
 class FeatureEncoder(nnx.Module):
@@ -45,7 +45,7 @@ class CrossAttention(nnx.Module):
         self.out = Linear(dim, dim, dtype=dtype, rngs=rngs, variable=Carried)
 
     def __call__(self, query, key, values, rows, cols, *, backend, q_chunk_size) -> Float[Array, "B Ho Wo E"]:
-        query = self.query(self.norm_q(self.conv(query)))
+        query = map_rows(lambda query: self.query(self.norm_q(query)), self.conv(query))
         key = self.key(self.norm_k(key))
         options = dict(num_heads=self.num_heads, backend=backend, q_chunk_size=q_chunk_size)
         return window_attention(query, key, values, rows, cols, **options)
@@ -104,8 +104,9 @@ class AnyUp(nnx.Module):
         rows, cols = (axis_window(n, m, self.config.window_ratio, self.config.window) for n, m in zip(size, cells))
 
         guide = self.rope(self.image_encoder(image.astype(self.dtype)))
-        query = self.query_encoder(guide, None if size == guide.shape[1:3] else size)
         key = self.key_encoder(guide, cells)
+        guide = guide + 0 * key.mean(dtype=guide.dtype)  # queries wait for the keys, so that both use the same memory
+        query = self.query_encoder(guide, None if size == guide.shape[1:3] else size)
         key = self.aggregation(jnp.concatenate([key, self.key_features_encoder(features)], -1))
         options = dict(backend=self.config.backend, q_chunk_size=q_chunk_size)
         return self.cross_decode(query, key, values, rows, cols, **options)
@@ -121,11 +122,14 @@ def upsample(
 ) -> Float[Array, "B Ho Wo E"]:
     """Call the model as one compiled program, compiled once per set of shapes; arguments as for `AnyUp.__call__`."""
     size = checks.check_inputs(model.config, "NHWC", image, features, output_size, q_chunk_size, values)
-    return _upsample(*nnx.split(model), image, features, values, size, q_chunk_size)
+    return compiled(*nnx.split(model), image, features, values, size, q_chunk_size)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "output_size", "q_chunk_size"))
-def _upsample(graph, state, image, features, values, output_size, q_chunk_size):
+def compiled(
+    graph: nnx.GraphDef, state: nnx.State, image, features, values, output_size, q_chunk_size
+) -> Float[Array, "B Ho Wo E"]:
+    """The program behind `upsample`; `compiled.lower(...)` shows what it costs."""
     return nnx.merge(graph, state)(image, features, output_size, q_chunk_size, values)
 
 

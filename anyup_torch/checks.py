@@ -55,8 +55,8 @@ def check_inputs(
         )
     if _looks_transposed(cells, shape[height] / shape[width], layout):
         raise ValueError(
-            f"features of shape {cells} do not have the proportions of the image {shape}, but would with the channels on "
-            f"another axis; {layout} is expected: transpose by {ORDERS[layout]}."
+            f"features of shape {cells} do not have the proportions of the image {shape}, but would with the channels "
+            f"on another axis; {layout} is expected: transpose by {ORDERS[layout]}."
         )
     if values is not None:
         expected = [values.shape[axis] if axis == channels else cells[axis] for axis in range(4)]

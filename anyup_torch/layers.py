@@ -66,7 +66,7 @@ class Encoder(nn.Sequential):
 
 
 class FeatureUnification(nn.Module):
-    """Describes features of any number of channels by how strongly, on average, they answer to M filters (paper, sec. 3).
+    """Describes features of any number of channels by how strongly, on average, they answer to M filters.
 
     Every channel is correlated with every filter (zero padding, divided by the taps inside the image), a softmax picks
     among the filters, and the picks are averaged over the channels.

@@ -1,7 +1,7 @@
 """The same model for eager inference, in a fraction of the memory: blocks of rows through whole residual blocks.
 
-A GroupNorm needs the statistics of a whole image, but once they are known it is a scale and a shift per channel. So each
-layer is one pass over the pixels, block by block in the processor's cache: normalise, SiLU, matrix product, written in
+A GroupNorm needs the statistics of a whole image, but once they are known it is a scale and a shift per channel. So
+each layer is one pass over the pixels, block by block in the cache: normalise, SiLU, matrix product, written in
 place, with the next norm's statistics gathered on the way. Three D-channel images are held at the peak; the queries
 after their last convolution, and the attention weights, exist only for one row of tiles at a time.
 """
@@ -59,7 +59,7 @@ class Pixels:
 
 
 def workspace(output: Tensor, count: int, rows: int, dim: int, like: Tensor) -> Tensor:
-    """Return `count` uninitialised (rows, dim) buffers inside the memory of `output`, or new ones where they do not fit."""
+    """Return `count` uninitialised (rows, dim) buffers in the memory of `output`, or new ones where they do not fit."""
     if output.dtype == like.dtype and output.numel() >= count * rows * dim:
         return output.view(-1)[: count * rows * dim].view(count, rows, dim)
     return like.new_empty(count, rows, dim)

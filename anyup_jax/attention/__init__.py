@@ -54,7 +54,8 @@ def window_attention(
     shapes = f"query {query.shape}, key {key.shape}, values {values.shape}"
     if (rows.queries, cols.queries) != query.shape[1:3] or (rows.keys, cols.keys) != key.shape[1:3]:
         raise ValueError(
-            f"Windows of {rows.queries} x {cols.queries} queries over {rows.keys} x {cols.keys} keys do not fit {shapes}."
+            f"Windows of {rows.queries} x {cols.queries} queries over {rows.keys} x {cols.keys} keys "
+            f"do not fit {shapes}."
         )
     if key.shape[:3] != values.shape[:3] or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
         raise ValueError(

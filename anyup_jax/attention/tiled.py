@@ -34,7 +34,7 @@ def tiled(
     with np.errstate(divide="ignore"):
         row_bias, col_bias = (jnp.asarray(np.log(tiles.count), jnp.float32) for tiles in (tall, wide))
     first_row, first_col, start_row, start_col = map(jnp.asarray, (tall.first, wide.first, tall.start, wide.start))
-    query = query * jnp.asarray(head_dim**-0.5, query.dtype)
+    key = key * jnp.asarray(head_dim**-0.5, key.dtype)
 
     @jax.checkpoint
     def attend(query, key, values, b, i, j):
