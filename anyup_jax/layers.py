@@ -33,7 +33,7 @@ def precision(dtype: jnp.dtype) -> lax.Precision:
 
 
 @jax.custom_jvp
-def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def silu(x: Float[Array, ...]) -> Float[Array, ...]:
     """x / (1 + exp(-x)): `jax.nn.silu` with one operation less, which counts where memory is not the limit."""
     return x / (1 + jnp.exp(-x))
 

@@ -45,10 +45,13 @@ class CrossAttention(nnx.Module):
         self.out = Linear(dim, dim, dtype=dtype, rngs=rngs, variable=Carried)
 
     def __call__(self, query, key, values, rows, cols, *, backend, q_chunk_size) -> Float[Array, "B Ho Wo E"]:
-        query = map_rows(lambda query: self.query(self.norm_q(query)), self.conv(query))
+        query = self.project_query(query)
         key = self.key(self.norm_k(key))
         options = dict(num_heads=self.num_heads, backend=backend, q_chunk_size=q_chunk_size)
         return window_attention(query, key, values, rows, cols, **options)
+
+    def project_query(self, query: Float[Array, "B Ho Wo D"]) -> Float[Array, "B Ho Wo D"]:
+        return map_rows(lambda query: self.query(self.norm_q(query)), self.conv(query))
 
 
 class AnyUp(nnx.Module):

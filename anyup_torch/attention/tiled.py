@@ -88,10 +88,14 @@ class TileAttention:
     def _attend(self, row: int, tiles: slice, query: Tensor, key: Tensor, values: Tensor) -> Float[Tensor, "G T U E"]:
         heads, head_dim = self.num_heads, query.shape[-1] // self.num_heads
         height, width = self.tall.size, self.wide.size
-        query_cols, key_cols = self.query_cols[tiles], self.key_cols[tiles]
-        group = len(query_cols)
+        first, group = self.wide.first[tiles], tiles.stop - tiles.start
+        if first[-1] - first[0] == (group - 1) * width:  # side by side: no copy
+            queries = query[:, first[0] : first[-1] + width]
+        else:
+            queries = query[:, self.query_cols[tiles].flatten()]
+        key_cols = self.key_cols[tiles]
 
-        queries = query[:, query_cols.flatten()].reshape(height, group, width, heads, head_dim)
+        queries = queries.reshape(height, group, width, heads, head_dim)
         queries = queries.permute(1, 3, 0, 2, 4).reshape(group * heads, height * width, head_dim)
         keys = key[:, key_cols.flatten()].reshape(self.tall.span, group, self.wide.span, heads, head_dim)
         keys = keys.permute(1, 3, 4, 0, 2).reshape(group * heads, head_dim, -1) * head_dim**-0.5
@@ -99,9 +103,8 @@ class TileAttention:
         seen = seen.transpose(0, 1).flatten(1, 2)
 
         bias = self.row_bias[row][:, None, :, None] + self.col_bias[tiles][:, None, :, None]
-        bias = bias.reshape(group, 1, height * width, -1)
-        scores = (queries @ keys).float().unflatten(0, (group, heads)) + bias
-        weights = scores.softmax(-1).mean(1)
+        scores = (queries @ keys).float().unflatten(0, (group, heads))
+        weights = scores.add_(bias.reshape(group, 1, height * width, -1)).softmax(-1).mean(1)
         return (weights.to(values.dtype) @ seen).unflatten(1, (height, width))
 
 

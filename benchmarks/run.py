@@ -1,0 +1,37 @@
+"""Print the benchmarks' tables: `python -m benchmarks.run [NAME ...] [--rounds N]`."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+
+from benchmarks.accuracy import accuracy
+from benchmarks.forward import forward, large, scaling
+from benchmarks.stages import stages
+
+TABLES = {table.__name__: table for table in (forward, stages, scaling, large, accuracy)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the named tables, all of them by default, in this order."""
+    lines = "\n".join(f"  {name:<10}{table.__doc__.splitlines()[0]}" for name, table in TABLES.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run",
+        description=f"Benchmarks on this machine:\n{lines}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="tables to print (default: all)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="repetitions (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if unknown := [name for name in args.names if name not in TABLES]:
+        parser.error(f"no benchmark named {', '.join(unknown)}; choose from {', '.join(TABLES)}")
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds} must be at least 1")
+    console = Console(width=130)
+    for name in args.names or TABLES:
+        console.print(TABLES[name](args.rounds))
+
+
+if __name__ == "__main__":
+    main()

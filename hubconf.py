@@ -1,0 +1,31 @@
+"""Entry points of `torch.hub.load(REPO, "anyup" | "anyup_multi_backbone", ...)`; also with `source="local"`."""
+
+from anyup_torch import AnyUp as _AnyUp
+from anyup_torch import AnyUpConfig as _AnyUpConfig
+from anyup_torch import from_pretrained as _from_pretrained
+
+dependencies = ["torch", "numpy", "ml_dtypes", "jaxtyping", "platformdirs"]
+
+
+def anyup(use_natten: bool = False, pretrained: bool = True, device: str = "cpu") -> _AnyUp:
+    """AnyUp trained on DINOv2 ViT-S/14 features, the model of the paper.
+
+    Args:
+        use_natten: take the windows of the published NATTEN variant (`window="natten"`), another output. NATTEN itself
+            is not needed: the windows are computed by whichever backend is best here.
+        pretrained: fetch the published weights once; otherwise initialise randomly.
+        device: where the parameters go.
+    """
+    return _load("anyup", use_natten, pretrained, device)
+
+
+def anyup_multi_backbone(use_natten: bool = False, pretrained: bool = True, device: str = "cpu") -> _AnyUp:
+    """AnyUp trained on DINOv2 (with, without registers), CLIP, SigLIP2 and ViT-B features; arguments as for `anyup`."""
+    return _load("anyup_multi_backbone", use_natten, pretrained, device)
+
+
+def _load(name: str, use_natten: bool, pretrained: bool, device: str) -> _AnyUp:
+    window = "natten" if use_natten else "paper"
+    if pretrained:
+        return _from_pretrained(name, device=device, window=window)
+    return _AnyUp(_AnyUpConfig(window=window)).to(device).eval()
