@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from anyup_jax import geometry
@@ -27,7 +28,7 @@ class Carried(nnx.Variable):
     """A published weight that never reaches the output: kept for conversion without loss, never trained."""
 
 
-def precision(dtype: jnp.dtype) -> lax.Precision:
+def precision(dtype: DTypeLike) -> lax.Precision:
     """Matrix products in float32 are exact to float32 on every platform; other types use the platform's default."""
     return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else lax.Precision.DEFAULT
 
@@ -81,7 +82,14 @@ class Conv(nnx.Module):
     """k x k convolution without bias; `padding` is "reflect" or "zeros". Kernel (k, k, in, out)."""
 
     def __init__(
-        self, inputs: int, outputs: int, kernel_size: int = 1, *, padding: str = "reflect", dtype, rngs: nnx.Rngs
+        self,
+        inputs: int,
+        outputs: int,
+        kernel_size: int = 1,
+        *,
+        padding: str = "reflect",
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
     ):
         shape = (kernel_size, kernel_size, inputs, outputs)
         self.kernel = nnx.Param(uniform(rngs, shape, (inputs * kernel_size**2) ** -0.5))
@@ -130,7 +138,7 @@ class GroupNorm(nnx.Module):
 class ResBlock(nnx.Module):
     """`conv(SiLU(GN(conv(SiLU(GN(x))))))` plus the shortcut, both convolutions 1 x 1."""
 
-    def __init__(self, inputs: int, outputs: int, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.norm1 = GroupNorm(inputs)
         self.conv1 = Conv(inputs, outputs, dtype=dtype, rngs=rngs)
         self.norm2 = GroupNorm(outputs)
@@ -158,7 +166,7 @@ class ResBlock(nnx.Module):
 class Encoder(nnx.Module):
     """A k x k convolution with reflected borders and two ResBlocks."""
 
-    def __init__(self, inputs: int, outputs: int, kernel_size: int = 1, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, kernel_size: int = 1, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.conv = Conv(inputs, outputs, kernel_size, dtype=dtype, rngs=rngs)
         self.block1 = ResBlock(outputs, outputs, dtype=dtype, rngs=rngs)
         self.block2 = ResBlock(outputs, outputs, dtype=dtype, rngs=rngs)
@@ -180,7 +188,9 @@ class FeatureUnification(nnx.Module):
     over m' for a fixed c', and the layer is not invariant to the order of the channels.
     """
 
-    def __init__(self, filters: int, kernel_size: int, init_gaussian_derivatives: bool, *, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, filters: int, kernel_size: int, init_gaussian_derivatives: bool, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         if init_gaussian_derivatives:
             basis = jnp.asarray(geometry.gaussian_derivatives(filters, kernel_size))
         else:
@@ -255,7 +265,15 @@ class RMSNorm(nnx.Module):
 class Linear(nnx.Module):
     """`x @ kernel + bias`."""
 
-    def __init__(self, inputs: int, outputs: int, *, dtype, rngs: nnx.Rngs, variable: type[nnx.Variable] = nnx.Param):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        variable: type[nnx.Variable] = nnx.Param,
+    ):
         self.kernel = variable(uniform(rngs, (inputs, outputs), (6 / (inputs + outputs)) ** 0.5))
         self.bias = variable(jnp.zeros(outputs))
         self.dtype = dtype
@@ -270,7 +288,7 @@ def adaptive_average_pool(x: Float[Array, "B H W D"], size: tuple[int, int]) -> 
     return _pool_axis(_pool_axis(x, size[0], 1), size[1], 2)
 
 
-def _pool_axis(x: Float[Array, "B H W D"], out: int, axis: int) -> Float[Array, "B H W D"]:
+def _pool_axis(x: Float[Array, "B H W D"], out: int, axis: int) -> Float[Array, "B h w D"]:
     size = x.shape[axis]
     if size == out:
         return x

@@ -6,7 +6,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from anyup_jax import checks
@@ -19,7 +21,7 @@ from anyup_jax.layers import Carried, Conv, Encoder, FeatureUnification, Linear,
 class FeatureEncoder(nnx.Module):
     """Feature unification and two ResBlocks: features of any width become D channels."""
 
-    def __init__(self, config: AnyUpConfig, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: AnyUpConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         gaussian = config.init_gaussian_derivatives
         self.unify = FeatureUnification(config.filters, config.kernel_size_lfu, gaussian, dtype=dtype, rngs=rngs)
         self.block1 = ResBlock(config.filters, config.qk_dim, dtype=dtype, rngs=rngs)
@@ -33,7 +35,7 @@ class FeatureEncoder(nnx.Module):
 class CrossAttention(nnx.Module):
     """Normalises and projects queries and keys, then averages the raw values a query's window holds."""
 
-    def __init__(self, config: AnyUpConfig, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: AnyUpConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         dim = config.qk_dim
         self.num_heads = config.num_heads
         self.conv = Conv(dim, dim, 3, padding="zeros", dtype=dtype, rngs=rngs)
@@ -63,7 +65,7 @@ class AnyUp(nnx.Module):
         dtype: type of the computation, float32 or bfloat16; parameters are float32 either way.
     """
 
-    def __init__(self, config: AnyUpConfig = AnyUpConfig(), *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+    def __init__(self, config: AnyUpConfig = AnyUpConfig(), *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         dim, build = config.qk_dim, functools.partial(Encoder, dtype=dtype, rngs=rngs)
         resolve(config.backend)
         self.config = config
@@ -78,11 +80,11 @@ class AnyUp(nnx.Module):
 
     def __call__(
         self,
-        image: Float[Array, "B H W 3"],
-        features: Float[Array, "B h w C"],
+        image: Float[Array | np.ndarray, "B H W input_dim"],
+        features: Float[Array | np.ndarray, "B h w C"],
         output_size: tuple[int, int] | None = None,
         q_chunk_size: int | None = None,
-        values: Float[Array, "B h w E"] | None = None,
+        values: Float[Array | np.ndarray, "B h w E"] | None = None,
         *,
         check: bool = False,
     ) -> Float[Array, "B Ho Wo E"]:
@@ -103,10 +105,11 @@ class AnyUp(nnx.Module):
         size = checks.check_inputs(self.config, "NHWC", image, features, output_size, q_chunk_size, values)
         if check:
             check_finite(image=image, features=features, values=values)
-        values, cells = features if values is None else values, features.shape[1:3]
+        image, features = jnp.asarray(image, self.dtype), jnp.asarray(features)
+        values, cells = features if values is None else jnp.asarray(values), features.shape[1:3]
         rows, cols = (axis_window(n, m, self.config.window_ratio, self.config.window) for n, m in zip(size, cells))
 
-        guide = self.rope(self.image_encoder(image.astype(self.dtype)))
+        guide = self.rope(self.image_encoder(image))
         key = self.key_encoder(guide, cells)
         guide = guide + 0 * key.mean(dtype=guide.dtype)  # queries wait for the keys, so that both use the same memory
         query = self.query_encoder(guide, None if size == guide.shape[1:3] else size)
@@ -117,11 +120,11 @@ class AnyUp(nnx.Module):
 
 def upsample(
     model: AnyUp,
-    image: Float[Array, "B H W 3"],
-    features: Float[Array, "B h w C"],
+    image: Float[Array | np.ndarray, "B H W input_dim"],
+    features: Float[Array | np.ndarray, "B h w C"],
     output_size: tuple[int, int] | None = None,
     q_chunk_size: int | None = None,
-    values: Float[Array, "B h w E"] | None = None,
+    values: Float[Array | np.ndarray, "B h w E"] | None = None,
 ) -> Float[Array, "B Ho Wo E"]:
     """Call the model as one compiled program, compiled once per set of shapes; arguments as for `AnyUp.__call__`."""
     size = checks.check_inputs(model.config, "NHWC", image, features, output_size, q_chunk_size, values)

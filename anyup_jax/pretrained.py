@@ -7,13 +7,14 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 import convert
 from anyup_jax.config import AnyUpConfig
 from anyup_jax.model import AnyUp
 
 
-def from_pretrained(source: str | Path, *, dtype: jnp.dtype = jnp.float32, **overrides: Any) -> AnyUp:
+def from_pretrained(source: str | Path, *, dtype: DTypeLike = jnp.float32, **overrides: Any) -> AnyUp:
     """Return a model with the weights of a checkpoint.
 
     Args:
@@ -30,7 +31,7 @@ def from_pretrained(source: str | Path, *, dtype: jnp.dtype = jnp.float32, **ove
     return build(convert.load(source), dtype=dtype, **overrides)
 
 
-def build(checkpoint: convert.Checkpoint, *, dtype: jnp.dtype = jnp.float32, **overrides: Any) -> AnyUp:
+def build(checkpoint: convert.Checkpoint, *, dtype: DTypeLike = jnp.float32, **overrides: Any) -> AnyUp:
     """Return a model with the weights of a checkpoint that has been read; arguments as in `from_pretrained`."""
     config = AnyUpConfig().replace(**checkpoint.configured(**overrides))
     parameters = checkpoint.flax()

@@ -83,7 +83,7 @@ class AnyUp(nn.Module):
 
     def forward(
         self,
-        image: Float[Tensor, "B 3 H W"],
+        image: Float[Tensor, "B input_dim H W"],
         features: Float[Tensor, "B C h w"],
         output_size: tuple[int, int] | None = None,
         vis_attn: bool = False,

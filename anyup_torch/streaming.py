@@ -124,7 +124,7 @@ def pool_pixels(data: Float[Tensor, "HW D"], shape: tuple[int, int], size: tuple
     return F.adaptive_avg_pool2d(image, size).permute(0, 2, 3, 1).reshape(size[0] * size[1], -1)
 
 
-def project_image(conv: ReflectConv2d, image: Float[Tensor, "3 H W"], out: Float[Tensor, "HW D"]) -> Pixels:
+def project_image(conv: ReflectConv2d, image: Float[Tensor, "input_dim H W"], out: Float[Tensor, "HW D"]) -> Pixels:
     """Write the image encoder's first convolution to `out`."""
     pixels = Pixels.around(out)
     half, rows_a_block = conv.kernel_size[0] // 2, max(1, block_size(out) // image.shape[2])
@@ -177,7 +177,7 @@ def possible(model: nn.Module, *tensors: Tensor) -> bool:
 @torch.no_grad()
 def upsample(
     model: nn.Module,
-    image: Float[Tensor, "B 3 H W"],
+    image: Float[Tensor, "B input_dim H W"],
     features: Float[Tensor, "B C h w"],
     values: Float[Tensor, "B E h w"],
     rows: AxisWindow,
@@ -195,11 +195,11 @@ def upsample(
 
 def encode(
     model: nn.Module,
-    image: Float[Tensor, "3 H W"],
+    image: Float[Tensor, "input_dim H W"],
     features: Float[Tensor, "C h w"],
     size: tuple[int, int],
     spare: Tensor,
-) -> tuple[Float[Tensor, "Ho+2 Wo D"], Float[Tensor, "h w D"]]:
+) -> tuple[Float[Tensor, "bordered Wo D"], Float[Tensor, "h w D"]]:
     """Return the queries before their 3 x 3 convolution, between two rows of zeros, and the projected keys.
 
     Two of the three full-resolution buffers lie in the memory of `spare`, which is overwritten.
@@ -232,7 +232,7 @@ def encode(
 def attend(
     decode: nn.Module,
     plan: TileAttention,
-    query: Float[Tensor, "Ho+2 Wo D"],
+    query: Float[Tensor, "bordered Wo D"],
     key: Float[Tensor, "h w D"],
     values: Float[Tensor, "h w E"],
     output: Float[Tensor, "Ho Wo E"],

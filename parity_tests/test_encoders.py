@@ -1,0 +1,79 @@
+"""JAX against PyTorch AnyUp on the features of real encoders: many widths, strides and ranges, real photographs."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+
+import anyup_jax
+import anyup_torch
+from anyup_jax import pretrained as jax_pretrained
+from anyup_torch import encoders
+from anyup_torch import pretrained as torch_pretrained
+from convert import Checkpoint
+from parity_tests import tolerances
+from parity_tests.golden import DATA, needs_photos
+from tests.weights import random_weights
+
+SIZES = {"D": 128, "M": 128, "I": 3, "k": 1, "u": 5}
+RANDOM = {  # randomly initialised, with timm's architecture: image height and width
+    "vit_small_patch14_dinov2": (112, 140),
+    "vit_small_patch14_reg4_dinov2": (126, 112),
+    "vit_base_patch16_clip_224": (112, 144),
+    "vit_base_patch16_siglip_224": (128, 112),
+    "vit_base_patch16_224": (112, 128),
+    "resnet50": (128, 160),
+    "convnext_tiny": (160, 128),
+}
+MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])  # of AnyUp's guidance
+
+
+@functools.cache
+def models() -> tuple[anyup_jax.AnyUp, anyup_torch.AnyUp]:
+    checkpoint = Checkpoint(random_weights(SIZES, seed=3))
+    return jax_pretrained.build(checkpoint, num_heads=4), torch_pretrained.build(checkpoint, num_heads=4)
+
+
+def photograph(source, height: int, width: int) -> np.ndarray:
+    """Return an RGB photograph, (height, width, 3) with values in [0, 1]."""
+    image = Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source)
+    with image:
+        return np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC), np.float32) / 255
+
+
+def check(encoder: encoders.Encoder, picture: np.ndarray) -> None:
+    """Both models upsample the encoder's features to a third of the image's size, as the encoder gives them."""
+    features = encoder.encode_array(picture)[None]
+    size = (picture.shape[0] // 3, picture.shape[1] // 3)
+    image = ((picture - MEAN) / STD)[None]
+    in_jax, in_torch = models()
+    ours = np.asarray(anyup_jax.upsample(in_jax, image, features, size))
+    with torch.no_grad():
+        image, maps = (torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))) for x in (image, features))
+        theirs = in_torch(image, maps, size).permute(0, 2, 3, 1).numpy()
+    assert ours.shape == (1, *size, encoder.channels)
+    assert np.ptp(theirs, (0, 1, 2)).max() > 1e-3 * np.abs(features).max()  # something was upsampled
+    assert np.abs(ours - theirs).max() <= tolerances.ENCODER * tolerances.largest(features)
+
+
+@pytest.mark.parametrize(("name", "size"), RANDOM.items(), ids=RANDOM)
+def test_architectures(name, size):
+    torch.manual_seed(0)
+    check(encoders.create(name, pretrained=False), photograph(data.coffee(), *size))
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_trained_weights(layer):
+    check(encoders.create("efficientnet_lite0", layer=layer), photograph(data.coffee(), 168, 160))
+
+
+@needs_photos
+@pytest.mark.parametrize("index", [0, 1])
+def test_trained_weights_on_photographs(index):
+    path = sorted((DATA / "photos" / "val" / "photo").iterdir())[index]
+    check(encoders.create("efficientnet_lite0", layer=-2), photograph(path, 160, 168))

@@ -1,0 +1,320 @@
+"""The JAX model: shapes, types, transformations, numbers that must not change, and what it refuses."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import anyup_jax
+from anyup_jax import AnyUp, AnyUpConfig, attention, geometry, layers, pretrained
+from anyup_jax.layers import Carried, FeatureUnification, map_rows
+from anyup_jax.model import FeatureEncoder
+from convert import Checkpoint
+from tests.weights import SMALL, random_weights
+
+TOLERANCE = 2e-5
+
+
+@functools.cache
+def small(window: str = "paper", backend: str = "auto", dtype=jnp.float32) -> AnyUp:
+    """A model whose every parameter matters: perturbed weights, not initial ones."""
+    fields = dict(num_heads=2, window_ratio=0.2, window=window, backend=backend)
+    return pretrained.build(Checkpoint(random_weights(SMALL)), dtype=dtype, **fields)
+
+
+def inputs(image=(20, 28), cells=(5, 7), channels=6, batch=1, seed=0):
+    random = np.random.default_rng(seed)
+    shapes = (batch, *image, 3), (batch, *cells, channels)
+    return tuple(jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in shapes)
+
+
+def close(left, right, tolerance=TOLERANCE):
+    np.testing.assert_allclose(np.asarray(left, np.float32), np.asarray(right, np.float32), rtol=0, atol=tolerance)
+
+
+def by_path(state: nnx.State) -> dict[str, np.ndarray]:
+    return {".".join(path): np.asarray(variable[...]) for path, variable in nnx.to_flat_state(state)}
+
+
+def mean_square(model: AnyUp, *arguments, wrap=lambda function: function):
+    """Return path -> gradient of the mean square of the model's output."""
+    graph, trained, carried = nnx.split(model, nnx.Param, Carried)
+    forward = wrap(lambda state: nnx.merge(graph, state, carried)(*arguments))
+    return by_path(jax.jit(jax.grad(lambda state: jnp.square(forward(state)).mean()))(trained))
+
+
+SIZES = [None, (33, 47), (3, 4), (1, 1), (50, 9)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_shape_and_type(size):
+    image, features = inputs(batch=2)
+    output = anyup_jax.upsample(small(), image, features, size)
+    assert output.shape == (2, *(size or (20, 28)), 6)
+    assert output.dtype == jnp.float32
+    assert jnp.isfinite(output).all()
+
+
+@pytest.mark.parametrize(
+    "shapes", [dict(image=(1, 12)), dict(image=(8, 1)), dict(cells=(4, 1)), dict(cells=(1, 1))], ids=str
+)
+def test_sides_of_one(shapes):
+    image, features = inputs(**shapes)
+    output = anyup_jax.upsample(small(), image, features, (9, 10))
+    assert output.shape == (1, 9, 10, 6)
+    assert jnp.isfinite(output).all()
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager():
+    image, features = inputs()
+    eager = small()(image, features)
+    close(anyup_jax.upsample(small(), image, features), eager)
+    close(nnx.jit(lambda model, *given: model(*given))(small(), image, features), eager)
+
+
+def test_gradients_reach_every_parameter_that_matters():
+    gradients = mean_square(small(), *inputs())
+    dead = {"cross_decode.value.kernel", "cross_decode.value.bias"}
+    live = set(gradients) - dead - {"cross_decode.key.bias"}  # a key bias moves all logits of a query alike
+    assert all(np.isfinite(gradient).all() for gradient in gradients.values())
+    assert {path for path in live if not np.abs(gradients[path]).max() > 1e-9} == set()
+    assert {path for path in dead if gradients[path].any()} == set()
+
+
+def test_the_unused_projection_is_carried_and_not_trained():
+    model = small()
+    assert set(by_path(nnx.state(model, Carried))) == {"cross_decode.out.kernel", "cross_decode.out.bias"}
+    assert not [path for path in by_path(nnx.state(model, nnx.Param)) if path.startswith("cross_decode.out")]
+
+
+def test_vmap_equals_a_loop():
+    image, features = inputs(batch=3)
+    call = jax.jit(jax.vmap(lambda image, features: small()(image[None], features[None])[0]))
+    looped = [anyup_jax.upsample(small(), image[i : i + 1], features[i : i + 1])[0] for i in range(3)]
+    close(call(image, features), jnp.stack(looped))
+
+
+@pytest.mark.parametrize("backend", attention.BACKENDS)
+def test_a_batch_equals_its_images(backend):
+    image, features = inputs(batch=2)
+    single = [anyup_jax.upsample(small("paper", backend), image[i : i + 1], features[i : i + 1]) for i in range(2)]
+    close(anyup_jax.upsample(small("paper", backend), image, features), jnp.concatenate(single))
+
+
+@pytest.mark.slow
+def test_rematerialisation_keeps_the_gradients():
+    plain, remat = (mean_square(small(), *inputs(), wrap=wrap) for wrap in (lambda f: f, jax.checkpoint))
+    for path, gradient in plain.items():
+        np.testing.assert_allclose(remat[path], gradient, rtol=0, atol=1e-5 * max(1e-3, np.abs(gradient).max()))
+
+
+def test_bfloat16_computation_has_float32_parameters_and_stays_close():
+    model = small(dtype=jnp.bfloat16)
+    assert {array.dtype for array in by_path(nnx.state(model)).values()} == {np.dtype(np.float32)}
+    image, features = inputs()
+    output = anyup_jax.upsample(model, image, features)
+    assert output.dtype == features.dtype
+    close(output, anyup_jax.upsample(small(), image, features), 0.05)
+    assert np.abs(output - anyup_jax.upsample(small(), image, features)).max() > 0  # bfloat16 was really used
+
+
+@pytest.mark.parametrize("backend", attention.BACKENDS)
+def test_values_go_through_linearly_and_default_to_the_features(backend):
+    image, features = inputs()
+    head = jnp.asarray(np.random.default_rng(1).standard_normal((6, 4)), jnp.float32)
+    after = anyup_jax.upsample(small("paper", backend), image, features)
+    before = anyup_jax.upsample(small("paper", backend), image, features, values=features @ head)
+    close(before, after @ head)
+    close(anyup_jax.upsample(small("paper", backend), image, features, values=features), after, 1e-6)
+
+
+@pytest.mark.parametrize(("backend", "window"), [("tiled", "paper"), ("tiled", "natten"), ("dense", "paper")])
+@pytest.mark.parametrize("chunk", [1, 23, 100_000])
+def test_chunks_do_not_change_the_result(chunk, backend, window):
+    image, features = inputs(image=(10, 14))
+    whole = anyup_jax.upsample(small(window, backend), image, features)
+    close(anyup_jax.upsample(small(window, backend), image, features, q_chunk_size=chunk), whole)
+
+
+def test_outputs_are_averages_of_the_features():
+    image, features = inputs()
+    constant = jnp.broadcast_to(features[:, :1, :1], features.shape)
+    close(anyup_jax.upsample(small(), image, constant), jnp.broadcast_to(constant[:, :1, :1], (*image.shape[:3], 6)))
+    output = anyup_jax.upsample(small(), image, features)
+    slack = 1e-5
+    assert (output <= features.max((1, 2), keepdims=True) + slack).all()
+    assert (output >= features.min((1, 2), keepdims=True) - slack).all()
+    assert output.std() > 0.05  # and not one average for all
+
+
+@pytest.mark.parametrize("height", [1, 4, 12, 13, 17])
+@pytest.mark.parametrize("count", [1, 2])
+def test_blocks_of_rows_equal_the_whole(height, count, monkeypatch):
+    monkeypatch.setattr(layers, "BLOCK", 2 * 4 * 5)  # 4 rows of 5 pixels in a batch of 2
+    random = np.random.default_rng(height)
+    images = [jnp.asarray(random.standard_normal((2, height, 5, 3)), jnp.float32) for _ in range(count)]
+
+    def function(*images):
+        return sum(jnp.sin(image) * (i + 1) for i, image in enumerate(images))
+
+    assert ("scan" in str(jax.make_jaxpr(functools.partial(map_rows, function))(*images))) == (height > 4)
+    close(map_rows(function, *images), function(*images), 1e-6)
+
+
+def test_small_blocks_do_not_change_the_model(monkeypatch):
+    image, features = inputs(image=(21, 29))
+    whole = anyup_jax.upsample(small(), image, features, (19, 23))
+    monkeypatch.setattr(layers, "BLOCK", 29 * 4)
+    compiled = jax.jit(lambda image, features: small()(image, features, (19, 23)))  # not in upsample's cache
+    close(compiled(image, features), whole)
+
+
+def unification(channels: int, filters: int = 8, kernel: int = 5) -> FeatureUnification:
+    return FeatureUnification(filters, kernel, False, dtype=jnp.float32, rngs=nnx.Rngs(channels))
+
+
+def literal_unification(features: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    """The published layer word for word, position by position: (h, w, C) and (M, k, k) -> (h, w, M)."""
+    (height, width, channels), (filters, kernel, _) = features.shape, basis.shape
+    half, unified = kernel // 2, np.zeros((height, width, filters))
+    for i, j in np.ndindex(height, width):
+        buffer, taps = np.zeros((channels, filters)), 0
+        for di, dj in np.ndindex(kernel, kernel):
+            row, col = i + di - half, j + dj - half
+            if 0 <= row < height and 0 <= col < width:
+                buffer += np.outer(features[row, col], basis[:, di, dj])
+                taps += 1
+        misread = (buffer / taps).reshape(-1).reshape(filters, channels)  # written (C, M), read (M, C)
+        weights = np.exp(misread - misread.max(0))
+        unified[i, j] = (weights / weights.sum(0)).mean(1)
+    return unified
+
+
+@pytest.mark.parametrize("channels", [1, 3, 8, 13])
+def test_unification_is_the_published_one_with_its_quirk(channels):
+    layer, features = unification(channels), inputs(channels=channels)[1]
+    expected = literal_unification(np.asarray(features[0], np.float64), np.asarray(layer.basis[...], np.float64))
+    close(layer(features)[0], expected, 1e-6)
+
+
+@pytest.mark.parametrize("block", [1, 100, 500])
+def test_unification_in_blocks(block, monkeypatch):
+    layer, features = unification(7), inputs(channels=7, batch=2)[1]
+    whole = layer(features)
+    monkeypatch.setattr(layers, "UNIFICATION_BLOCK", block)
+    close(layer(features), whole, 1e-6)
+
+
+def test_unification_depends_on_the_order_of_the_channels():
+    layer, features = unification(6), inputs()[1]
+    assert np.abs(layer(features) - layer(features[..., ::-1])).max() > 1e-3
+
+
+@pytest.mark.parametrize("channels", [4096, 8192])
+def test_unification_of_many_channels_never_holds_all_responses(channels):
+    layer, filters, cells = unification(channels, 128), 128, 8
+    features = jax.ShapeDtypeStruct((1, cells, cells, channels), jnp.float32)
+    memory = jax.jit(layer.__call__).lower(features).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < channels * filters * cells * cells * 4 / 4
+
+
+def test_filters_can_start_as_gaussian_derivatives():
+    config = AnyUpConfig(qk_dim=16, num_heads=2, lfu_dim=24, kernel_size_lfu=3, init_gaussian_derivatives=True)
+    basis = FeatureEncoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0)).unify.basis
+    assert isinstance(basis, nnx.Param)
+    np.testing.assert_array_equal(basis[...], geometry.gaussian_derivatives(24, 3))
+
+
+FIELDS = [
+    (dict(qk_dim=0), "qk_dim=0 must be a positive integer"),
+    (dict(input_dim=True), "input_dim=True must be a positive integer"),
+    (dict(num_heads=2.0), "num_heads=2.0 must be a positive integer"),
+    (dict(kernel_size=-1), "kernel_size=-1 must be a positive integer"),
+    (dict(lfu_dim=0), "lfu_dim=0 must be a positive integer"),
+    (dict(kernel_size=2), "kernel_size=2 must be odd"),
+    (dict(kernel_size_lfu=4), "kernel_size_lfu=4 must be odd"),
+    (dict(qk_dim=100), "qk_dim=100 must be a multiple of the 8 norm groups"),
+    (dict(lfu_dim=12), "lfu_dim=12 must be a multiple of the 8 norm groups"),
+    (dict(num_heads=3), "qk_dim=128 must be a multiple of num_heads=3"),
+    (dict(window_ratio=float("nan")), "window_ratio=nan must be a finite number"),
+    (dict(window_ratio=float("inf")), "window_ratio=inf must be a finite number"),
+    (dict(window_ratio="0.1"), "window_ratio='0.1' must be a finite number"),
+    (dict(window="round"), "window='round' is unknown; choose one of paper, natten"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), FIELDS, ids=[str(fields) for fields, _ in FIELDS])
+def test_an_invalid_configuration_cannot_exist(fields, message):
+    with pytest.raises(ValueError, match=message):
+        AnyUpConfig(**fields)
+    with pytest.raises(ValueError, match=message):
+        AnyUpConfig().replace(**fields)
+
+
+def test_unknown_names():
+    with pytest.raises(TypeError, match="no field windows; its fields are input_dim, "):
+        AnyUpConfig().replace(windows="paper")
+    with pytest.raises(ValueError, match="backend='fast' is unknown; choose one of auto, dense, tiled"):
+        AnyUp(AnyUpConfig(backend="fast"), rngs=nnx.Rngs(0))
+
+
+def zeros(*shape, dtype=jnp.float32):
+    return jnp.zeros(shape, dtype)
+
+
+IMAGE, FEATURES = zeros(1, 20, 28, 3), zeros(1, 5, 7, 6)
+REFUSED = {
+    "rank": (dict(image=zeros(20, 28, 3)), ValueError, "image has shape .*; it must have four axes, NHWC"),
+    "empty": (dict(features=zeros(1, 0, 7, 6)), ValueError, "features has shape .* none of them empty"),
+    "rank of values": (dict(values=zeros(5, 7, 6)), ValueError, "values has shape .* four axes"),
+    "integer image": (
+        dict(image=zeros(1, 20, 28, 3, dtype=jnp.uint8)),
+        TypeError,
+        "image holds uint8; .*divide by 255",
+    ),
+    "integer features": (
+        dict(features=zeros(1, 5, 7, 6, dtype=jnp.int32)),
+        TypeError,
+        "features holds int32; .*convert",
+    ),
+    "transposed image": (dict(image=zeros(1, 3, 20, 28)), ValueError, r"another axis: transpose by \(0, 2, 3, 1\)"),
+    "channels": (dict(image=zeros(1, 20, 28, 4)), ValueError, "NHWC with 3 channels is expected.$"),
+    "batch": (dict(features=zeros(2, 5, 7, 6)), ValueError, "differ in the batch size; give one feature map per image"),
+    "transposed features": (dict(features=zeros(1, 384, 5, 7)), ValueError, r"transpose by \(0, 2, 3, 1\)"),
+    "values": (dict(values=zeros(1, 5, 8, 2)), ValueError, "must share batch, height and width with the features"),
+    "chunk of 0": (dict(q_chunk_size=0), ValueError, "q_chunk_size=0 must be a whole number of at least 1"),
+    "chunk of 1.5": (dict(q_chunk_size=1.5), ValueError, "q_chunk_size=1.5 must be a whole number"),
+    "size of 0": (dict(output_size=(0, 4)), ValueError, "must be at least 1 x 1"),
+    "fractional size": (dict(output_size=(4.0, 4)), TypeError, "must be two whole numbers, height and width"),
+    "three sizes": (dict(output_size=(4, 4, 4)), TypeError, "must be two whole numbers, height and width"),
+    "one size": (dict(output_size=4), TypeError, "output_size=4 must be two whole numbers"),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused(change, error, message):
+    arguments = dict(image=IMAGE, features=FEATURES) | change
+    for call in (small(), functools.partial(anyup_jax.upsample, small())):
+        with pytest.raises(error, match=message):
+            call(**arguments)
+
+
+@pytest.mark.parametrize("name", ["image", "features", "values"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_check_names_what_is_not_finite(name, bad):
+    arguments = dict(image=IMAGE, features=FEATURES, values=FEATURES)
+    arguments[name] = arguments[name].at[0, 1, 2, 0].set(bad)
+    with pytest.raises(ValueError, match=f"^{name} of shape .* holds NaN or infinity"):
+        small()(**arguments, check=True)
+
+
+def test_check_passes_finite_inputs_and_is_refused_in_jit():
+    assert jnp.isfinite(small()(IMAGE, FEATURES, (2, 2), check=True)).all()
+    with pytest.raises(TypeError, match="which jit and grad do not have"):
+        jax.jit(lambda image: small()(image, FEATURES, (2, 2), check=True))(IMAGE)
