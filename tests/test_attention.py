@@ -1,0 +1,203 @@
+"""One contract for every backend of both frameworks: values and gradients against the definition in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import anyup_jax.attention
+import anyup_torch.attention
+from anyup_jax.geometry import AxisWindow, axis_window
+
+TOLERANCE = 2e-6  # float32 sums of a few hundred terms of order 1
+GRADIENT_TOLERANCE = 2e-5  # relative to the largest entry
+BFLOAT16_TOLERANCE = 3e-2  # 8 bits of mantissa on values of order 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    output: tuple[int, int]
+    cells: tuple[int, int]
+    channels: int = 6
+    batch: int = 1
+    heads: int = 2
+    ratio: float = 0.2
+
+
+SHAPES = {
+    "square": Shape((24, 24), (6, 6)),
+    "prime_sizes": Shape((23, 17), (5, 3)),
+    "one_row_of_cells": Shape((6, 20), (1, 5)),
+    "one_column_of_cells": Shape((20, 6), (5, 1)),
+    "one_channel": Shape((12, 12), (4, 4), channels=1),
+    "c129": Shape((12, 12), (4, 4), channels=129),
+    "batch_of_three": Shape((12, 15), (4, 5), batch=3),
+    "every_key": Shape((12, 12), (5, 4), ratio=0.0),
+    "fractional_ratio": Shape((25, 31), (9, 8), ratio=0.1),
+    "single_query_a_cell": Shape((7, 7), (7, 7), ratio=0.3),
+    "wide_window": Shape((18, 18), (6, 6), ratio=0.8),
+    "output_smaller_than_cells": Shape((5, 6), (10, 12)),
+    "one_query": Shape((1, 1), (3, 3), ratio=0.5),
+}
+CASES = [
+    pytest.param(name, window, id=f"{name}-{window}")
+    for name, shape in SHAPES.items()
+    for window in ("paper", "natten")
+    if window == "paper" or min(o - c for o, c in zip(shape.output, shape.cells)) >= 0
+]
+BACKENDS = [
+    pytest.param(framework, backend, id=f"{framework}-{backend}")
+    for framework, module in (("jax", anyup_jax.attention), ("torch", anyup_torch.attention))
+    for backend in module.BACKENDS
+]
+
+
+def windows(shape: Shape, window: str) -> tuple[AxisWindow, AxisWindow]:
+    rows, cols = (axis_window(n, m, shape.ratio, window) for n, m in zip(shape.output, shape.cells))
+    return rows, cols
+
+
+def arrays(shape: Shape, dim: int = 16) -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    sizes = (*shape.output, dim), (*shape.cells, dim), (*shape.cells, shape.channels)
+    return [random.standard_normal((shape.batch, *size), dtype=np.float32) for size in sizes]
+
+
+def attend(framework: str, backend: str, inputs: list, rows: AxisWindow, cols: AxisWindow, **options: Any) -> Any:
+    module = anyup_jax.attention if framework == "jax" else anyup_torch.attention
+    convert = jnp.asarray if framework == "jax" else torch.as_tensor
+    return module.window_attention(*map(convert, inputs), rows, cols, backend=backend, **options)
+
+
+def definition(query: torch.Tensor, key: torch.Tensor, values: torch.Tensor, rows, cols, heads: int) -> torch.Tensor:
+    """Window attention in float64, query by query."""
+    dim = query.shape[-1] // heads
+    count = torch.from_numpy(np.einsum("ih,jw->ijhw", rows.dense(), cols.dense())).double()
+    output = torch.zeros(*query.shape[:3], values.shape[-1], dtype=torch.float64)
+    for b, i, j in np.ndindex(*query.shape[:3]):
+        seen = count[i, j] > 0
+        weights = 0
+        for head in range(heads):
+            part = slice(head * dim, (head + 1) * dim)
+            scores = key[b, :, :, part][seen] @ query[b, i, j, part] / dim**0.5
+            terms = count[i, j][seen] * torch.exp(scores - scores.max())
+            weights = weights + terms / terms.sum() / heads
+        output[b, i, j] = weights @ values[b][seen]
+    return output
+
+
+@pytest.mark.parametrize(("name", "window"), CASES)
+def test_values_and_gradients(name: str, window: str) -> None:
+    shape = SHAPES[name]
+    rows, cols = windows(shape, window)
+    inputs = arrays(shape)
+    exact = [torch.from_numpy(array).double().requires_grad_() for array in inputs]
+    expected = definition(*exact, rows, cols, shape.heads)
+    cotangent = np.random.default_rng(1).standard_normal(expected.shape).astype(np.float32)
+    gradients = torch.autograd.grad(expected, exact, torch.from_numpy(cotangent).double())
+
+    for backend in anyup_jax.attention.BACKENDS:
+
+        def call(*tensors, backend=backend):
+            return attend("jax", backend, tensors, rows, cols, num_heads=shape.heads)
+
+        output, pullback = jax.vjp(call, *map(jnp.asarray, inputs))
+        compare(output, expected, f"jax {backend}")
+        compare_gradients(pullback(jnp.asarray(cotangent)), gradients, f"jax {backend}")
+    for backend in anyup_torch.attention.BACKENDS:
+        leaves = [torch.from_numpy(array).requires_grad_() for array in inputs]
+        output = attend("torch", backend, leaves, rows, cols, num_heads=shape.heads)
+        compare(output.detach(), expected, f"torch {backend}")
+        compare_gradients(
+            torch.autograd.grad(output, leaves, torch.from_numpy(cotangent)), gradients, f"torch {backend}"
+        )
+
+
+def compare(output: Any, expected: torch.Tensor, name: str) -> None:
+    assert output.shape == expected.shape
+    np.testing.assert_allclose(np.asarray(output), expected.detach().numpy(), rtol=0, atol=TOLERANCE, err_msg=name)
+
+
+def compare_gradients(gradients: Any, expected: Any, name: str) -> None:
+    for ours, theirs in zip(gradients, expected):
+        scale = max(theirs.abs().max().item(), 1e-3)
+        error = np.abs(np.asarray(ours) - theirs.numpy()).max() / scale
+        assert error <= GRADIENT_TOLERANCE, f"{name}: {error}"
+
+
+@pytest.mark.parametrize(("framework", "backend"), BACKENDS)
+@pytest.mark.parametrize("chunk", [1, 7, 100, 10**9])
+def test_chunk_never_changes_the_result(framework: str, backend: str, chunk: int) -> None:
+    shape = SHAPES["fractional_ratio"]
+    rows, cols = windows(shape, "paper")
+    whole, parts = (
+        np.asarray(attend(framework, backend, arrays(shape), rows, cols, num_heads=2, q_chunk_size=size))
+        for size in (None, chunk)
+    )
+    np.testing.assert_allclose(parts, whole, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("framework", "backend"), BACKENDS)
+def test_bfloat16(framework: str, backend: str) -> None:
+    shape = SHAPES["square"]
+    rows, cols = windows(shape, "natten")
+    inputs = arrays(shape)
+    exact = np.asarray(attend(framework, backend, inputs, rows, cols, num_heads=2))
+    half = [jnp.bfloat16(a) if framework == "jax" else torch.from_numpy(a).bfloat16() for a in inputs]
+    output = attend(framework, backend, half, rows, cols, num_heads=2)
+    assert "bfloat16" in str(output.dtype)
+    output = output.astype(jnp.float32) if framework == "jax" else output.float()
+    np.testing.assert_allclose(np.asarray(output), exact, rtol=0, atol=BFLOAT16_TOLERANCE)
+
+
+@pytest.mark.parametrize(("framework", "backend"), BACKENDS)
+def test_keys_outside_the_window_have_no_influence(framework: str, backend: str) -> None:
+    rows, cols = windows(Shape((8, 8), (8, 8), ratio=0.1), "paper")
+    query, key, values = arrays(Shape((8, 8), (8, 8)))
+    loud, far = key.copy(), values.copy()
+    loud[:, 4:], far[:, 4:] = 1e3, 1e6
+    seen = rows.dense()[:, 4:].sum(1) == 0  # queries that see none of the changed rows
+    assert seen.any()
+    quiet, noisy = (
+        np.asarray(attend(framework, backend, inputs, rows, cols, num_heads=2))[:, seen]
+        for inputs in ([query, key, values], [query, loud, far])
+    )
+    np.testing.assert_array_equal(noisy, quiet)
+
+
+@pytest.mark.parametrize(("framework", "backend"), BACKENDS)
+def test_extreme_logits_pick_one_key(framework: str, backend: str) -> None:
+    shape = SHAPES["square"]
+    rows, cols = windows(shape, "paper")
+    query, key, values = arrays(shape)
+    output = np.asarray(attend(framework, backend, [1e3 * query, 1e3 * key, values], rows, cols, num_heads=1))
+    assert np.isfinite(output).all()
+    distance = np.abs(output[:, :, :, None, None] - values[:, None, None]).max(-1).min((-1, -2))
+    assert distance.max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backend": "none"}, "backend='none' is unknown; choose one of auto, dense"),
+        ({"q_chunk_size": 0}, "q_chunk_size=0 must be at least 1"),
+        ({"rows": axis_window(5, 6, 0.2)}, "Windows of 5 x 24 queries over 6 x 6 keys do not fit query"),
+        ({"values": np.zeros((1, 6, 5, 6), np.float32)}, "keys and values batch and positions"),
+        ({"key": np.zeros((2, 6, 6, 16), np.float32)}, "Queries and keys must share batch"),
+    ],
+)
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_errors(framework: str, changes: dict, message: str) -> None:
+    shape = SHAPES["square"]
+    rows, cols = windows(shape, "paper")
+    query, key, values = arrays(shape)
+    call = {"query": query, "key": key, "values": values, "rows": rows, "cols": cols, "backend": "auto"} | changes
+    inputs = [call.pop(name) for name in ("query", "key", "values")]
+    with pytest.raises(ValueError, match=message):
+        attend(framework, call.pop("backend"), inputs, call.pop("rows"), call.pop("cols"), num_heads=2, **call)

@@ -1,0 +1,37 @@
+"""torch.hub, from a local checkout."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from parity_tests.golden import GOLDEN, needs_golden
+
+REPO = str(Path(__file__).resolve().parents[1])
+
+
+@pytest.mark.parametrize("name", ["anyup", "anyup_multi_backbone"])
+@pytest.mark.parametrize(("use_natten", "window"), [(False, "paper"), (True, "natten")])
+def test_random_model(name: str, use_natten: bool, window: str) -> None:
+    model = torch.hub.load(REPO, name, source="local", use_natten=use_natten, pretrained=False, device="cpu")
+    assert model.config.window == window
+    assert not model.training
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 28, 28), torch.ones(1, 5, 2, 2)).shape == (1, 5, 28, 28)
+
+
+@needs_golden
+@pytest.mark.parametrize(
+    ("name", "file"), [("anyup", "anyup_paper.pth"), ("anyup_multi_backbone", "anyup_multi_backbone.pth")]
+)
+def test_pretrained_model_comes_from_the_cache(
+    name: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANYUP_CACHE", str(tmp_path))
+    shutil.copy(GOLDEN / "weights.pth", tmp_path / file)
+    model = torch.hub.load(REPO, name, source="local")
+    weights = torch.load(GOLDEN / "weights.pth", weights_only=True)
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in model.state_dict().items())

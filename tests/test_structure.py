@@ -1,0 +1,77 @@
+"""The layout's promises: import directions, the mirrored files, no path of anybody's machine."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FORBIDDEN = {"anyup_jax": {"torch", "timm", "anyup_torch"}, "anyup_torch": {"jax", "flax", "orbax", "anyup_jax"}}
+MIRRORED = ("config", "geometry", "checks", "visualize")
+
+
+def imports(path: Path) -> set[str]:
+    tree = ast.walk(ast.parse(path.read_text()))
+    names = {alias.name for node in tree if isinstance(node, ast.Import) for alias in node.names}
+    tree = ast.walk(ast.parse(path.read_text()))
+    names |= {node.module for node in tree if isinstance(node, ast.ImportFrom) and node.module}
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_import_direction(package: str) -> None:
+    files = list((ROOT / package).rglob("*.py"))
+    assert files
+    assert {path.name: imports(path) & FORBIDDEN[package] for path in files if imports(path) & FORBIDDEN[package]} == {}
+
+
+@pytest.mark.parametrize(
+    ("modules", "blocked"),
+    [
+        ("anyup_jax.model, anyup_jax.pretrained, anyup_jax.cli, anyup_jax.visualize", "torch"),
+        ("anyup_torch.model, anyup_torch.pretrained, anyup_torch.encoders", "jax"),
+        ("convert, convert.io, anyup_jax.geometry, anyup_jax.config", "torch"),
+        ("convert, convert.io, anyup_jax.geometry, anyup_jax.config", "jax"),
+    ],
+)
+def test_imports_without_the_other_framework(modules: str, blocked: str) -> None:
+    program = f"import sys; sys.modules[{blocked!r}] = None; import {modules}"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("name", MIRRORED)
+def test_framework_free_files_are_the_same(name: str) -> None:
+    jax_side, torch_side = ((ROOT / package / f"{name}.py").read_text() for package in ("anyup_jax", "anyup_torch"))
+    assert torch_side.replace("anyup_torch", "anyup_jax") == jax_side
+
+
+def test_mirrored_classes_stand_in_the_same_order() -> None:
+    for name in ("layers", "model"):
+        jax_side, torch_side = (
+            re.findall(r"^class (\w+)", (ROOT / package / f"{name}.py").read_text(), re.MULTILINE)
+            for package in ("anyup_jax", "anyup_torch")
+        )
+        shared = set(jax_side) & set(torch_side)
+        assert len(shared) >= 3
+        assert [c for c in jax_side if c in shared] == [c for c in torch_side if c in shared]
+
+
+def test_no_machine_path() -> None:
+    suffixes = {".py", ".md", ".toml", ".txt", ".yml", ""}
+    packages = ("anyup_jax", "anyup_torch", "convert", "benchmarks", "examples", "parity_tests")
+    files = [*ROOT.glob("*.*"), *(path for package in packages for path in (ROOT / package).rglob("*"))]
+    pattern = re.compile(r"/(work|root|home)/")
+    texts = [path for path in files if path.is_file() and path.suffix in suffixes]
+    assert len(texts) > 40
+    assert [path.name for path in texts if pattern.search(path.read_text())] == []
+
+
+def test_changelog_knows_the_version() -> None:
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
