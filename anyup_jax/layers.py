@@ -51,7 +51,7 @@ def normed_silu(x: Float[Array, "B H W C"], affine: tuple[Float[Array, "B 1 1 C"
     return silu(x * scale + shift).astype(x.dtype)
 
 
-def map_rows(function: Callable[..., Array], *images: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
+def map_rows(function: Callable[..., Array], *images: Float[Array, "B H W _"]) -> Float[Array, "B H W D"]:
     """Apply a function of single pixels, in blocks of image rows that overwrite the first image where shapes allow.
 
     The same as `function(*images)`. What the function holds in between exists for one block only.

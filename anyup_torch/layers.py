@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -32,9 +32,13 @@ class ReflectConv2d(nn.Conv2d):
     def pad(self, x: Float[Tensor, "B inputs H W"]) -> Float[Tensor, "B inputs Hp Wp"]:
         for axis, kernel in zip((2, 3), self.kernel_size):
             if kernel > 1:
-                index = torch.from_numpy(geometry.reflection(x.shape[axis], kernel // 2))
-                x = x.index_select(axis, index.to(x.device))
+                x = x.index_select(axis, _reflection(x.shape[axis], kernel // 2, x.device))
         return x
+
+
+@torch.compiler.disable  # tables are made by numpy, not traced
+def _reflection(size: int, border: int, device: torch.device) -> Int[Tensor, " n"]:
+    return torch.from_numpy(geometry.reflection(size, border)).to(device)
 
 
 class ResBlock(nn.Module):
@@ -84,6 +88,7 @@ class FeatureUnification(nn.Module):
             basis = torch.randn(filters, 1, kernel_size, kernel_size)
         self.basis = nn.Parameter(basis)
 
+    @torch.compiler.disable  # a loop over blocks, which tracing would unroll
     def forward(self, features: Float[Tensor, "B C h w"]) -> Float[Tensor, "B M h w"]:
         filters, kernel = self.basis.shape[0], self.basis.shape[-1]
         batch, channels, height, width = features.shape
@@ -129,9 +134,15 @@ class RoPE(nn.Module):
 
     def angles(self, height: int, width: int) -> tuple[Float[Tensor, "H D"], Float[Tensor, "W D"]]:
         """Return the rows' and the columns' parts of the angles, float32; a pixel's angle is their sum."""
-        axes = (torch.from_numpy(axis).to(self.freqs.device) for axis in geometry.coordinates(height, width))
+        axes = _coordinates(height, width, self.freqs.device)
         row, col = (axis[:, None] * freqs for axis, freqs in zip(axes, self.freqs.float()))
         return row, col
+
+
+@torch.compiler.disable
+def _coordinates(height: int, width: int, device: torch.device) -> tuple[Float[Tensor, " H"], Float[Tensor, " W"]]:
+    rows, cols = (torch.from_numpy(axis).to(device) for axis in geometry.coordinates(height, width))
+    return rows, cols
 
 
 class RMSNorm(nn.Module):

@@ -13,6 +13,8 @@ from anyup_torch.config import AnyUpConfig
 from anyup_torch.geometry import axis_window
 from anyup_torch.layers import Encoder, FeatureUnification, ResBlock, RMSNorm, RoPE
 
+host_window = torch.compiler.disable(axis_window)  # exact only in numpy, so it is not traced
+
 
 class FeatureEncoder(nn.Sequential):
     """Feature unification and two ResBlocks: features of any width become D channels."""
@@ -113,7 +115,7 @@ class AnyUp(nn.Module):
         if check:
             check_finite(image=image, features=features, values=values)
         values, cells = features if values is None else values, tuple(features.shape[2:])
-        rows, cols = (axis_window(n, m, self.config.window_ratio, self.config.window) for n, m in zip(size, cells))
+        rows, cols = (host_window(n, m, self.config.window_ratio, self.config.window) for n, m in zip(size, cells))
         if vis_attn:
             self.show_attention(image, features, size, q_chunk_size)
         if streaming.possible(self, image, features, values):

@@ -32,7 +32,7 @@ class Pixels:
 
     Attributes:
         data: (H W, D), contiguous.
-        total, square: (D,) float64, sums over the pixels of x and of x squared.
+        total, square: (D,) float32 or wider, sums over the pixels of x and of x squared.
     """
 
     data: Tensor
@@ -41,19 +41,21 @@ class Pixels:
 
     @classmethod
     def around(cls, data: Tensor) -> Pixels:
-        return cls(data, *(torch.zeros(data.shape[1], dtype=torch.float64, device=data.device) for _ in range(2)))
+        return cls(data, *data.new_zeros(2, data.shape[1], dtype=torch.promote_types(data.dtype, torch.float32)))
 
     def count(self, block: Tensor, scratch: Tensor) -> None:
         """Add a block of freshly written pixels to the sums."""
-        self.total += block.sum(0, dtype=torch.float32)
-        self.square += torch.mul(block, block, out=scratch[: len(block)]).sum(0, dtype=torch.float32)
+        if block.dtype != self.total.dtype:
+            block = block.to(self.total.dtype)
+            scratch = torch.empty_like(block)
+        self.total += block.sum(0)
+        self.square += torch.mul(block, block, out=scratch[: len(block)]).sum(0)
 
     def affine(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
         """Return scale and shift per channel that apply `norm` to these pixels."""
         moments = torch.stack([self.total, self.square]) / len(self.data)
-        mean, square = (
-            moments.reshape(2, NORM_GROUPS, -1).mean(-1).repeat_interleave(len(norm.weight) // NORM_GROUPS, 1)
-        )
+        grouped = moments.reshape(2, NORM_GROUPS, -1).mean(-1)
+        mean, square = grouped.repeat_interleave(len(norm.weight) // NORM_GROUPS, 1)
         scale = norm.weight * (square - mean.square() + norm.eps).rsqrt()
         return scale.to(self.data.dtype), (norm.bias - mean * scale).to(self.data.dtype)
 
@@ -74,10 +76,10 @@ def blocks(pixels: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, len(pixels), step))
 
 
-def activate(block: Tensor, affine: tuple[Tensor, Tensor], scratch: Tensor) -> Tensor:
-    """SiLU(GN(block)) in `scratch`."""
+def activate(block: Tensor, affine: tuple[Tensor, Tensor], out: Tensor) -> Tensor:
+    """Write SiLU(GN(block)) to the beginning of `out`, which may be the block itself."""
     scale, shift = affine
-    return F.silu(torch.addcmul(shift, block, scale, out=scratch[: len(block)]), inplace=True)
+    return F.silu(torch.addcmul(shift, block, scale, out=out[: len(block)]), inplace=True)
 
 
 class Stream:
@@ -109,7 +111,7 @@ class Stream:
         hidden = self.widen(block, x)
         affine = hidden.affine(block.block[3])
         for rows in blocks(x.data):
-            hidden.data[rows] = activate(hidden.data[rows], affine, self.scratch)
+            activate(hidden.data[rows], affine, hidden.data[rows])
         x, hidden = (pool_pixels(pixels.data, shape, size) for pixels in (x, hidden))
         return torch.addmm(x, hidden, matrix(block.block[5]))
 

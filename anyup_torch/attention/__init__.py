@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -25,6 +26,7 @@ def resolve(backend: str) -> str:
     return backend
 
 
+@torch.compiler.disable  # tables made by numpy, and a loop over tiles that tracing would unroll
 def window_attention(
     query: Float[Tensor, "B Ho Wo D"],
     key: Float[Tensor, "B h w D"],

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from anyup_torch.geometry import AxisTiles, AxisWindow, plan_tiles
 
 GROUP_PAIRS = 1 << 17  # query-key pairs scored at once: what a core's cache holds
-GROUP_PAIRS_PARALLEL = 1 << 22  # the same for accelerators and compiled programs, which want few large operations
+GROUP_PAIRS_PARALLEL = 1 << 22  # the same for accelerators, which want few large operations
 
 
 def tiled(
@@ -60,8 +60,9 @@ class TileAttention:
         self.tall, self.wide, self.num_heads = tall, wide, num_heads
         queries = tall.size * wide.size
         if q_chunk_size is None:
-            serial = device.type == "cpu" and not torch.compiler.is_compiling()
-            self.group = (GROUP_PAIRS if serial else GROUP_PAIRS_PARALLEL) // (queries * tall.span * wide.span)
+            self.group = (GROUP_PAIRS if device.type == "cpu" else GROUP_PAIRS_PARALLEL) // (
+                queries * tall.span * wide.span
+            )
         else:
             self.group = q_chunk_size // queries
         self.group = max(1, min(self.group, wide.runs))
