@@ -4,7 +4,7 @@ from anyup_torch import AnyUp as _AnyUp
 from anyup_torch import AnyUpConfig as _AnyUpConfig
 from anyup_torch import from_pretrained as _from_pretrained
 
-dependencies = ["torch", "numpy", "ml_dtypes", "jaxtyping", "platformdirs"]
+dependencies = ["torch", "numpy", "jaxtyping", "ml_dtypes", "platformdirs", "rich", "safetensors"]
 
 
 def anyup(use_natten: bool = False, pretrained: bool = True, device: str = "cpu") -> _AnyUp:

@@ -1,12 +1,13 @@
 """AnyUp, the universal feature upsampler (arXiv 2510.12764), in JAX and Flax.
 
-The names below are imported when they are first used, so that the command line and the framework-free modules
-(config, geometry, visualize) load without jax.
+The names below and the modules are imported when they are first used, so that the command line and the framework-free
+modules (config, geometry, visualize) load without jax.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ __all__ = ["AnyUp", "AnyUpConfig", "from_pretrained", "upsample"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    module = f"{__name__}.{name}"
+    if name.startswith("_") or importlib.util.find_spec(module) is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(_HOME)}.")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return importlib.import_module(module)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,18 @@ def test_pretrained_model_comes_from_the_cache(
     model = torch.hub.load(REPO, name, source="local")
     weights = torch.load(GOLDEN / "weights.pth", weights_only=True)
     assert all(torch.equal(tensor, weights[key]) for key, tensor in model.state_dict().items())
+
+
+def test_needs_nothing_but_its_dependencies() -> None:
+    """What hubconf and a model import, besides the standard library, PyTorch's own needs and this repository."""
+    program = """
+import sys, torch, numpy
+before = set(sys.modules)
+import hubconf
+hubconf.anyup(pretrained=False)
+names = {name.partition(".")[0] for name in set(sys.modules) - before}
+outside = {n for n in names if "site-packages" in str(getattr(sys.modules.get(n), "__file__", ""))}
+print(*(outside - {"sympy", "mpmath", "triton"} - set(hubconf.dependencies)))
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPO, check=True)
+    assert run.stdout.split() == []

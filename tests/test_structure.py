@@ -75,3 +75,11 @@ def test_no_machine_path() -> None:
 def test_changelog_knows_the_version() -> None:
     version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize(("package", "module"), [("anyup_jax", "visualize"), ("anyup_torch", "encoders")])
+def test_modules_are_attributes(package: str, module: str) -> None:
+    program = f"import {package}; print({package}.{module}.__name__); {package}.nothing"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert run.stdout.strip() == f"{package}.{module}"
+    assert f"module '{package}' has no attribute 'nothing'; it offers AnyUp" in run.stderr
