@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from anyup_jax import visualize
+from anyup_jax import figure, visualize
 
 
 def features(*shape: int, seed: int = 0) -> np.ndarray:
@@ -134,7 +134,7 @@ def test_panels_are_drawn_into_one_picture(tmp_path):
     path.write_bytes(b"an older picture")
     colours = [np.full((h, w, 3), c, np.uint8) for h, w, c in ((64, 96, 10), (4, 6, 90), (64, 96, 170), (2, 3, 250))]
     panels = [(f"panel {i}\nline", picture) for i, picture in enumerate(colours)]
-    visualize.draw_panels(path, panels, columns=2, title="A title", subtitle="weights: none")
+    figure.draw_panels(path, panels, columns=2, title="A title", subtitle="weights: none")
     with Image.open(path) as image:
         drawn = np.asarray(image.convert("L"))
     areas = [np.count_nonzero(drawn == c) for c in (10, 90, 170, 250)]
@@ -145,4 +145,4 @@ def test_panels_are_drawn_into_one_picture(tmp_path):
 def test_missing_matplotlib_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "anyup-jax\[viz\]"'):
-        visualize.draw_panels(tmp_path / "p.png", [("a", np.zeros((2, 2, 3), np.uint8))])
+        figure.draw_panels(tmp_path / "p.png", [("a", np.zeros((2, 2, 3), np.uint8))])
