@@ -28,7 +28,8 @@ class FeatureEncoder(nnx.Module):
         self.block2 = ResBlock(config.qk_dim, config.qk_dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, features: Float[Array, "B h w C"]) -> Float[Array, "B h w D"]:
-        norm = jnp.linalg.norm(features, axis=-1, keepdims=True)
+        square = jnp.square(features).sum(-1, keepdims=True)
+        norm = jnp.sqrt(jnp.where(square > 0, square, 1))  # a zero vector stays zero, and its gradient finite
         return self.block2(self.block1(self.unify(features / jnp.maximum(norm, 1e-12))))
 
 
@@ -111,7 +112,9 @@ class AnyUp(nnx.Module):
 
         guide = self.rope(self.image_encoder(image))
         key = self.key_encoder(guide, cells)
-        guide = guide + 0 * key.mean(dtype=guide.dtype)  # queries wait for the keys, so that both use the same memory
+        guide = guide + 0 * key.mean(
+            (1, 2, 3), keepdims=True, dtype=guide.dtype
+        )  # queries wait for the keys: less memory
         query = self.query_encoder(guide, None if size == guide.shape[1:3] else size)
         key = self.aggregation(jnp.concatenate([key, self.key_features_encoder(features)], -1))
         options = dict(backend=self.config.backend, q_chunk_size=q_chunk_size)

@@ -318,3 +318,19 @@ def test_check_passes_finite_inputs_and_is_refused_in_jit():
     assert jnp.isfinite(small()(IMAGE, FEATURES, (2, 2), check=True)).all()
     with pytest.raises(TypeError, match="which jit and grad do not have"):
         jax.jit(lambda image: small()(image, FEATURES, (2, 2), check=True))(IMAGE)
+
+
+def test_a_damaged_image_leaves_the_others_of_its_batch_alone():
+    model, random = AnyUp(AnyUpConfig(qk_dim=16, num_heads=2), rngs=nnx.Rngs(0)), np.random.default_rng(0)
+    image, features = (random.standard_normal(s, dtype=np.float32) for s in ((2, 12, 12, 3), (2, 3, 3, 4)))
+    image[0] = np.nan
+    output = np.asarray(model(image, features))
+    assert np.isnan(output[0]).all()
+    assert np.isfinite(output[1]).all()
+
+
+def test_gradient_at_a_zero_feature_vector_is_finite():
+    model, features = AnyUp(AnyUpConfig(qk_dim=16, num_heads=2), rngs=nnx.Rngs(0)), np.ones((1, 3, 3, 4), np.float32)
+    features[0, 1, 1] = 0
+    gradient = jax.grad(lambda features: model(np.ones((1, 12, 12, 3), np.float32), features).sum())(features)
+    assert np.isfinite(gradient).all()

@@ -63,5 +63,6 @@ def window_attention(
         )
     if q_chunk_size is not None and q_chunk_size < 1:
         raise ValueError(f"q_chunk_size={q_chunk_size} must be at least 1, or None to let the backend choose.")
+    q_chunk_size = None if q_chunk_size is None else int(q_chunk_size)
     attend = BACKENDS[resolve(backend)]
     return attend(query, key, values, rows, cols, num_heads=num_heads, q_chunk_size=q_chunk_size)
