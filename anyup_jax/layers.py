@@ -127,10 +127,8 @@ class GroupNorm(nnx.Module):
         """Return the scale and shift per image and channel that normalise `x`: two reductions and no copy of x."""
         x = x.astype(jnp.float32)
         moments = jnp.stack([x.mean((1, 2)), jnp.square(x).mean((1, 2))])
-        grouped = moments.reshape(2, len(x), NORM_GROUPS, -1).mean(-1, keepdims=True)
-        mean, square = jnp.broadcast_to(grouped, (*grouped.shape[:3], x.shape[-1] // NORM_GROUPS)).reshape(
-            moments.shape
-        )
+        grouped = moments.reshape(2, len(x), NORM_GROUPS, -1).mean(-1)
+        mean, square = jnp.repeat(grouped, x.shape[-1] // NORM_GROUPS, -1)
         scale = self.scale[...] * lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0) + GROUP_NORM_EPS)
         return scale[:, None, None], (self.bias[...] - mean * scale)[:, None, None]
 

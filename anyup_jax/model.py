@@ -112,9 +112,8 @@ class AnyUp(nnx.Module):
 
         guide = self.rope(self.image_encoder(image))
         key = self.key_encoder(guide, cells)
-        guide = guide + 0 * key.mean(
-            (1, 2, 3), keepdims=True, dtype=guide.dtype
-        )  # queries wait for the keys: less memory
+        # queries wait for the keys, so that one's memory serves the other; image by image, as NaN times 0 is NaN
+        guide = guide + 0 * key.mean((1, 2, 3), keepdims=True, dtype=guide.dtype)
         query = self.query_encoder(guide, None if size == guide.shape[1:3] else size)
         key = self.aggregation(jnp.concatenate([key, self.key_features_encoder(features)], -1))
         options = dict(backend=self.config.backend, q_chunk_size=q_chunk_size)

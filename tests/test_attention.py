@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from typing import Any
 
 import jax
@@ -132,7 +133,7 @@ def compare_gradients(gradients: Any, expected: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize(("framework", "backend"), BACKENDS)
-@pytest.mark.parametrize("chunk", [1, 7, 100, 10**9])
+@pytest.mark.parametrize("chunk", [1, 7, np.int64(7), 100, 10**9])
 def test_chunk_never_changes_the_result(framework: str, backend: str, chunk: int) -> None:
     shape = SHAPES["fractional_ratio"]
     rows, cols = windows(shape, "paper")
@@ -141,6 +142,16 @@ def test_chunk_never_changes_the_result(framework: str, backend: str, chunk: int
         for size in (None, chunk)
     )
     np.testing.assert_allclose(parts, whole, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_tiles_are_planned_with_the_chunk(framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module(f"anyup_{framework}.attention.tiled")
+    asked, plan = [], module.plan_tiles
+    monkeypatch.setattr(module, "plan_tiles", lambda rows, cols, chunk: asked.append(chunk) or plan(rows, cols, chunk))
+    shape = SHAPES["square"]
+    attend(framework, "auto", arrays(shape), *windows(shape, "paper"), num_heads=2, q_chunk_size=7)
+    assert asked == [7]
 
 
 @pytest.mark.parametrize(("framework", "backend"), BACKENDS)
@@ -190,6 +201,7 @@ def test_extreme_logits_pick_one_key(framework: str, backend: str) -> None:
         ({"rows": axis_window(5, 6, 0.2)}, "Windows of 5 x 24 queries over 6 x 6 keys do not fit query"),
         ({"values": np.zeros((1, 6, 5, 6), np.float32)}, "keys and values batch and positions"),
         ({"key": np.zeros((2, 6, 6, 16), np.float32)}, "Queries and keys must share batch"),
+        ({"key": np.zeros((1, 6, 6, 8), np.float32)}, "Queries and keys must share batch and channels"),
     ],
 )
 @pytest.mark.parametrize("framework", ["jax", "torch"])

@@ -71,7 +71,10 @@ def natten_oracle(queries: int, keys: int, ratio: float) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("queries", "keys", "ratio"),
-    [(112, 16, 0.1), (100, 16, 0.1), (90, 12, 0.1), (37, 5, 0.1), (9, 3, 0.1), (8, 2, 0.4), (30, 8, 0.5), (31, 9, 0.0)],
+    [
+        *[(112, 16, 0.1), (100, 16, 0.1), (90, 12, 0.1), (37, 5, 0.1), (9, 3, 0.1), (8, 2, 0.4), (30, 8, 0.5)],
+        *[(31, 9, 0.0), (40, 10, 0.2), (64, 16, 0.25), (90, 20, 0.15), (37, 12, 0.1), (23, 14, 0.3)],
+    ],
 )
 def test_natten_counts(queries: int, keys: int, ratio: float) -> None:
     expected = natten_oracle(queries, keys, ratio)
@@ -111,6 +114,15 @@ def test_tiles_respect_the_chunk(limit: int | None) -> None:
     rows, cols = axis_window(60, 12, 0.1), axis_window(37, 5, 0.1)
     tall, wide = geometry.plan_tiles(rows, cols, limit)
     assert tall.size * wide.size <= (limit or geometry.MAX_TILE)
+
+
+def test_tiles_bound_the_scores_held_at_once() -> None:
+    tall, wide = geometry.plan_tiles(axis_window(4096, 512, 0.0), axis_window(16, 16, 0.0))
+    assert tall.size * wide.size * tall.span * wide.span <= geometry.MAX_PAIRS
+
+
+def test_negative_ratio_sees_every_key() -> None:
+    assert (axis_window(9, 4, -1.0).dense() == 1).all()
 
 
 @pytest.mark.parametrize(("size", "out"), [(9, 4), (12, 4), (4, 9), (5, 5), (7, 1), (1, 3)])

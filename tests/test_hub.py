@@ -25,6 +25,11 @@ def test_random_model(name: str, use_natten: bool, window: str) -> None:
         assert model(torch.zeros(1, 3, 28, 28), torch.ones(1, 5, 2, 2)).shape == (1, 5, 28, 28)
 
 
+def test_device_is_obeyed() -> None:
+    model = torch.hub.load(REPO, "anyup", source="local", pretrained=False, device="meta")
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
 @needs_golden
 @pytest.mark.parametrize(
     ("name", "file"), [("anyup", "anyup_paper.pth"), ("anyup_multi_backbone", "anyup_multi_backbone.pth")]
@@ -34,7 +39,8 @@ def test_pretrained_model_comes_from_the_cache(
 ) -> None:
     monkeypatch.setenv("ANYUP_CACHE", str(tmp_path))
     shutil.copy(GOLDEN / "weights.pth", tmp_path / file)
-    model = torch.hub.load(REPO, name, source="local")
+    model = torch.hub.load(REPO, name, source="local", use_natten=True)
+    assert model.config.window == "natten"
     weights = torch.load(GOLDEN / "weights.pth", weights_only=True)
     assert all(torch.equal(tensor, weights[key]) for key, tensor in model.state_dict().items())
 

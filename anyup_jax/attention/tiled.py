@@ -34,7 +34,6 @@ def tiled(
     with np.errstate(divide="ignore"):
         row_bias, col_bias = (jnp.asarray(np.log(tiles.count), jnp.float32) for tiles in (tall, wide))
     first_row, first_col, start_row, start_col = map(jnp.asarray, (tall.first, wide.first, tall.start, wide.start))
-    key = key * jnp.asarray(head_dim**-0.5, key.dtype)
 
     @jax.checkpoint
     def attend(query, key, values, b, i, j):
@@ -44,7 +43,7 @@ def tiled(
         queries, keys = queries.reshape(-1, num_heads, head_dim), keys.reshape(-1, num_heads, head_dim)
         bias = row_bias[i][:, None, :, None] + col_bias[j][None, :, None, :]
         scores = jnp.einsum("qnk,pnk->nqp", queries, keys, precision=highest, preferred_element_type=jnp.float32)
-        scores = scores + bias.reshape(size[0] * size[1], -1)
+        scores = scores * head_dim**-0.5 + bias.reshape(size[0] * size[1], -1)
         weights = jax.nn.softmax(scores, axis=-1).mean(0).astype(values.dtype)
         return jnp.matmul(weights, seen.reshape(-1, channels), precision=highest).reshape(1, *size, channels)
 
