@@ -102,12 +102,13 @@ class FeatureUnification(nn.Module):
         def describe(index: Tensor) -> Tensor:  # positions of the flattened batch x height x width
             b, i, j = index // (height * width), index // width % height, index % width
             patch = padded[b[:, None, None], i[:, None, None] + offset[:, None], j[:, None, None] + offset]
-            response = patch.flatten(1, 2).transpose(1, 2) @ taps
-            response = response.float() * shares[index % (height * width), None, None]
+            patch = patch.flatten(1, 2) * shares[index % (height * width), None, None]
+            response = torch.bmm(patch.transpose(1, 2), taps.expand(len(index), -1, -1)).float()
             misread = response.reshape(-1, filters, channels)  # written (C, M), read (M, C): the quirk
             return misread.softmax(1).mean(2)
 
-        step = max(1, UNIFICATION_BLOCK // (channels * filters))
+        block = UNIFICATION_BLOCK if features.device.type == "cpu" else UNIFICATION_BLOCK_PARALLEL
+        step = max(1, block // (channels * filters))
         blocks = torch.arange(positions, device=features.device).split(step)
         if torch.is_grad_enabled() and (self.basis.requires_grad or features.requires_grad):
             unified = [checkpoint(describe, index, use_reentrant=False) for index in blocks]
@@ -116,7 +117,8 @@ class FeatureUnification(nn.Module):
         return torch.cat(unified).to(features.dtype).reshape(batch, height, width, filters).permute(0, 3, 1, 2)
 
 
-UNIFICATION_BLOCK = 1 << 21  # responses held at once by the feature unification
+UNIFICATION_BLOCK = 1 << 19  # responses held at once by the feature unification: what stays in the cache
+UNIFICATION_BLOCK_PARALLEL = 1 << 22  # the same on accelerators, which want few large operations
 
 
 class RoPE(nn.Module):

@@ -2,8 +2,9 @@
 
 A GroupNorm needs the statistics of a whole image, but once they are known it is a scale and a shift per channel. So
 each layer is one pass over the pixels, block by block in the cache: normalise, SiLU, matrix product, written in
-place, with the next norm's statistics gathered on the way. Three D-channel images are held at the peak; the queries
-after their last convolution, and the attention weights, exist only for one row of tiles at a time.
+place, with the next norm's statistics gathered on the way. Three D-channel images are held at the peak, in the memory
+of the output where they fit; the queries after their last convolution, and the attention weights, exist only for one
+row of tiles at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from anyup_torch.config import NORM_GROUPS
 from anyup_torch.geometry import AxisWindow, plan_tiles
 from anyup_torch.layers import ReflectConv2d, ResBlock, RoPE
 
-BLOCK = 1 << 14  # pixels a block: what stays in a core's cache at 128 channels
+BLOCK = 1 << 13  # pixels a block: what stays in the cache at 128 channels
 BLOCK_PARALLEL = 1 << 18  # the same on accelerators, which want few large operations
 
 
@@ -60,11 +61,26 @@ class Pixels:
         return scale.to(self.data.dtype), (norm.bias - mean * scale).to(self.data.dtype)
 
 
-def workspace(output: Tensor, count: int, rows: int, dim: int, like: Tensor) -> Tensor:
-    """Return `count` uninitialised (rows, dim) buffers in the memory of `output`, or new ones where they do not fit."""
-    if output.dtype == like.dtype and output.numel() >= count * rows * dim:
-        return output.view(-1)[: count * rows * dim].view(count, rows, dim)
-    return like.new_empty(count, rows, dim)
+def workspace(
+    output: Tensor, pixels: int, dim: int, like: Tensor, plan: TileAttention
+) -> tuple[Float[Tensor, "pixels D"], ...]:
+    """Return three uninitialised buffers: in the memory of `output`, the last one at its end, as far as they fit.
+
+    The last one is for the queries. The rows of the output overwrite it from the front, and this fits if a row of tiles
+    ends before the queries that the next one needs begin.
+    """
+    size, total = pixels * dim, output.numel()
+    if output.dtype != like.dtype or total < 2 * size:
+        return tuple(like.new_empty(3, pixels, dim))
+    flat, width = output.view(-1), output.shape[1]
+    first = plan.tall.first.astype(int)
+    written = (first[:-1] + plan.tall.size) * width * output.shape[2]
+    needed = total - size + (first[1:] - 1) * width * dim
+    if total >= 3 * size and pixels == output.shape[0] * width and (written <= needed).all():
+        last = flat[total - size :].view(pixels, dim)
+    else:
+        last = like.new_empty(pixels, dim)
+    return *flat[: 2 * size].view(2, pixels, dim), last
 
 
 def block_size(pixels: Tensor) -> int:
@@ -148,17 +164,23 @@ def rotate_and_project(
     outputs: tuple[Float[Tensor, "HW D"], ...],
 ) -> tuple[Pixels, ...]:
     """Rotate the guide and write 1 x 1 convolutions of it; one of the outputs may be the guide itself."""
-    row_angle, col_angle = rope.angles(*shape)
+    turns = ((angle.cos(), angle.sin()) for angle in rope.angles(*shape))
+    (row_cos, row_sin), (col_cos, col_sin) = turns
     projected = tuple(Pixels.around(out) for out in outputs)
-    rows_a_block = max(1, block_size(guide) // shape[1])
+    rows_a_block, half = max(1, block_size(guide) // shape[1]), guide.shape[1] // 2
+    image = guide.view(*shape, -1)
     for start in range(0, shape[0], rows_a_block):
-        angle = (row_angle[start : start + rows_a_block, None] + col_angle).flatten(0, 1)
-        rows = slice(start * shape[1], start * shape[1] + len(angle))
-        block = guide[rows].float()
-        first, second = block.chunk(2, 1)
-        turned = torch.cat([-second, first], 1).mul_(angle.sin())
-        turned = turned.addcmul_(block, angle.cos_()).to(guide.dtype)
-        scratch = angle.to(guide.dtype)
+        block = image[start : start + rows_a_block].float()
+        above = slice(start, start + len(block))
+        down_cos, down_sin = row_cos[above, None], row_sin[above, None]
+        # cosine and sine of a sum: no sine is taken of every pixel's angle
+        cos = (down_cos * col_cos).addcmul_(down_sin, col_sin, value=-1)
+        sin = (down_sin * col_cos).addcmul_(down_cos, col_sin)
+        turned = cos.mul_(block)
+        turned[..., :half].addcmul_(block[..., half:], sin[..., :half], value=-1)
+        turned[..., half:].addcmul_(block[..., :half], sin[..., half:])
+        turned, scratch = (x.flatten(0, 1).to(guide.dtype) for x in (turned, sin))
+        rows = slice(start * shape[1], start * shape[1] + len(turned))
         for conv, pixels in zip(convs, projected):
             torch.mm(turned, matrix(conv), out=pixels.data[rows])
             pixels.count(pixels.data[rows], scratch)
@@ -190,7 +212,7 @@ def upsample(
     output = values.new_empty(len(image), rows.queries, cols.queries, values.shape[1])
     plan = TileAttention(*plan_tiles(rows, cols, q_chunk_size), model.config.num_heads, q_chunk_size, image.device)
     for guidance, maps, seen, pixels in zip(image, features, values, output):
-        query, key = encode(model, guidance, maps, (rows.queries, cols.queries), pixels)
+        query, key = encode(model, guidance, maps, (rows.queries, cols.queries), pixels, plan)
         attend(model.cross_decode, plan, query, key, seen.permute(1, 2, 0), pixels)
     return output.permute(0, 3, 1, 2)
 
@@ -200,18 +222,17 @@ def encode(
     image: Float[Tensor, "input_dim H W"],
     features: Float[Tensor, "C h w"],
     size: tuple[int, int],
-    spare: Tensor,
-) -> tuple[Float[Tensor, "bordered Wo D"], Float[Tensor, "h w D"]]:
-    """Return the queries before their 3 x 3 convolution, between two rows of zeros, and the projected keys.
+    spare: Float[Tensor, "Ho Wo E"],
+    plan: TileAttention,
+) -> tuple[Float[Tensor, "Ho Wo D"], Float[Tensor, "h w D"]]:
+    """Return the queries before their 3 x 3 convolution, and the projected keys.
 
-    Two of the three full-resolution buffers lie in the memory of `spare`, which is overwritten.
+    The memory of `spare` is used for the full-resolution buffers; the queries may lie at its end.
     """
     (height, width), cells, dim = image.shape[1:], features.shape[1:], model.config.qk_dim
     shape, pixels = (height, width), height * width
-    hidden, keys = workspace(spare, 2, pixels, dim, image)
-    bordered = image.new_empty(pixels + 2 * width, dim)
-    bordered[:width], bordered[-width:] = 0, 0
-    guide, stream = bordered[width:-width], Stream(hidden)
+    hidden, keys, guide = workspace(spare, pixels, dim, image, plan)
+    stream = Stream(hidden)
 
     x = project_image(model.image_encoder[0], image, guide)
     x = stream.apply(model.image_encoder[2], stream.apply(model.image_encoder[1], x))
@@ -224,26 +245,27 @@ def encode(
 
     query = stream.apply(model.query_encoder[1], query)
     if size == shape:
-        stream.apply(model.query_encoder[2], query)
+        query = stream.apply(model.query_encoder[2], query).data
     else:
-        pooled = stream.pool(model.query_encoder[2], query, shape, size)
-        bordered = F.pad(pooled.reshape(*size, dim), (0, 0, 0, 0, 1, 1))
-    return bordered.reshape(size[0] + 2, size[1], dim), key
+        query = stream.pool(model.query_encoder[2], query, shape, size)
+    return query.reshape(*size, dim), key
 
 
 def attend(
     decode: nn.Module,
     plan: TileAttention,
-    query: Float[Tensor, "bordered Wo D"],
+    query: Float[Tensor, "Ho Wo D"],
     key: Float[Tensor, "h w D"],
     values: Float[Tensor, "h w E"],
     output: Float[Tensor, "Ho Wo E"],
 ) -> None:
-    """Write the attention's output to `output`, one row of tiles after the other."""
+    """Write the attention's output to `output`, one row of tiles after the other; its end may hold the queries."""
     height, width = plan.tall.size, plan.wide.size
     for row, first in enumerate(plan.tall.first.tolist()):
-        strip = query[first : first + height + 2].permute(2, 0, 1)[None]
-        strip = F.conv2d(strip, decode.conv2d.weight, padding=(0, 1))[0].permute(1, 2, 0)
+        above, below = first == 0, first + height == len(query)  # rows of zeros around the image
+        strip = query[None, first - 1 + above : first + height + 1 - below]
+        strip = F.pad(strip, (0, 0, 0, 0, above, below)) if above or below else strip
+        strip = F.conv2d(strip.permute(0, 3, 1, 2), decode.conv2d.weight, padding=(0, 1))[0].permute(1, 2, 0)
         tiles = plan(row, decode.cross_attn.project_query(strip), key, values)
         for start, tile in zip(plan.wide.first.tolist(), tiles):
             output[first : first + height, start : start + width] = tile

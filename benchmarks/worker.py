@@ -21,7 +21,7 @@ class Job:
 
     Attributes:
         framework: "jax" or "torch".
-        backend: attention backend.
+        backend: attention backend; "published" is the published algorithm, in PyTorch.
         image, cells, channels: sides of the image and of the feature map, and its channels.
         chunk: `q_chunk_size`.
         repeats: timed runs after the first, which compiles.
@@ -106,9 +106,12 @@ def torch_calls(job: Job) -> tuple[Callable[[], None], Callable[[], None]]:
     import torch
 
     import anyup_torch
+    from benchmarks.published import with_published_attention
 
     torch.manual_seed(0)
-    model = anyup_torch.AnyUp(anyup_torch.AnyUpConfig(backend=job.backend)).eval()
+    published = job.backend == "published"
+    model = anyup_torch.AnyUp(anyup_torch.AnyUpConfig(backend="dense" if published else job.backend)).eval()
+    model = with_published_attention(model) if published else model
     image, features = (torch.from_numpy(array).permute(0, 3, 1, 2).contiguous() for array in inputs(job))
 
     @torch.inference_mode()

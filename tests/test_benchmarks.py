@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+import torch
+
+import anyup_torch
 from benchmarks import run
+from benchmarks.published import with_published_attention
 from benchmarks.worker import Job, measure
 
 
@@ -16,6 +20,19 @@ def test_worker_measures(framework: str, backend: str) -> None:
     assert min(outcome.seconds) > 0
     assert outcome.peak > 50
     assert outcome.rate > 0
+
+
+def test_published_algorithm_gives_the_same_output() -> None:
+    torch.manual_seed(0)
+    model = anyup_torch.AnyUp(anyup_torch.AnyUpConfig(qk_dim=32, backend="dense")).eval()
+    image, features = torch.randn(2, 3, 30, 44), torch.randn(2, 9, 5, 7)
+    with torch.inference_mode():
+        expected = model(image, features)
+        chunks = []
+        model.cross_decode.cross_attn.attention.register_forward_hook(lambda *_: chunks.append(1))
+        output = with_published_attention(model)(image, features, q_chunk_size=500)
+    assert len(chunks) == 3
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
 
 
 def test_failed_job_is_an_error() -> None:
