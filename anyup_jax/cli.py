@@ -1,6 +1,7 @@
 """The command line: `python -m anyup_jax demo` draws a picture, `python -m anyup_jax upsample` writes features.
 
-jax, torch and matplotlib are imported inside the functions that need them, after the arguments have been checked.
+jax and matplotlib are imported inside the functions that need them, after the arguments have been checked. PyTorch is
+imported for `--encoder timm:NAME` only.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from anyup_jax.files import ARRAY_SUFFIXES, check_output, read_features, read_image, resize_image, write_features
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ENCODER = "efficientnet_lite0"
@@ -76,7 +80,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     for command, repeat in ((demo_parser, "one row of pictures each"), (up_parser, "their channels are concatenated")):
         encoder = command.add_argument_group("encoder")
-        encoder.add_argument("--encoder", metavar="NAME", help=f"a timm model (default: {ENCODER})")
+        encoder.add_argument(
+            "--encoder",
+            metavar="NAME",
+            help="timm's name of a Flax encoder, or timm:NAME for any timm model, which needs PyTorch "
+            f"(default: {ENCODER})",
+        )
         encoder.add_argument(
             "--layer", type=int, action="append", metavar="I", help=f"block or stage; may be repeated: {repeat}"
         )
@@ -105,7 +114,8 @@ def demo(args: argparse.Namespace) -> None:
     _say("image", f"{args.image or 'astronaut (NASA, shipped with scikit-image)'}, {_times(image.shape[:2])}")
     _say("encoder", f"{name}, weights: {args.encoder_weights or 'pretrained'}")
     _say("AnyUp", f"weights: {describe_weights(args)}")
-    maps = [(encoder.stride, encode(encoder, image)) for encoder in (_encoder(args, layer) for layer in layers)]
+    encoders = (_encoder(args, layer) for layer in layers)
+    maps = [(encoder.stride, np.asarray(encode(encoder, image), np.float32)) for encoder in encoders]
     model = build_model(args)
 
     note = " (untrained)" if args.weights == RANDOM else ""
@@ -186,8 +196,8 @@ class Result:
 def run(
     model: Any,
     image: UInt8[np.ndarray, "H W 3"],
-    features: Float[np.ndarray, "h w C"],
-    values: Float[np.ndarray, "h w E"],
+    features: Float[np.ndarray | Array, "h w C"],
+    values: Float[np.ndarray | Array, "h w E"],
     output_size: tuple[int, int],
     q_chunk_size: int | None,
 ) -> Result:
@@ -232,21 +242,23 @@ def describe_weights(args: argparse.Namespace) -> str:
     return f"UNTRAINED, random initialisation with seed {args.seed}" if args.weights == RANDOM else args.weights
 
 
-def encode(encoder: Any, image: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "h w C"]:
+def encode(encoder: Any, image: UInt8[np.ndarray, "H W 3"]) -> Float[Array, "h w C"]:
     """Return the features of the whole image, resized for the encoder to the nearest multiples of its stride."""
+    import jax.numpy as jnp
+
     size = tuple(max(2, round(side / encoder.stride)) * encoder.stride for side in image.shape[:2])
-    return encoder.encode_array(resize_image(image, size) / np.float32(255))
+    pixels = jnp.asarray(resize_image(image, size) / np.float32(255))
+    return encoder(encoder.normalize(pixels[None]))[0]
 
 
 def _encoder(args: argparse.Namespace, layer: int | tuple[int, ...]) -> Any:
-    try:
-        encoders = importlib.import_module("anyup_torch.encoders")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"Encoders run in PyTorch, and {error.name} is not installed: pip install "
-            '"anyup-jax[torch]", or bring features of your own to `upsample --features F.npy`.'
-        ) from error
-    return encoders.create(args.encoder or ENCODER, layer=layer, weights=args.encoder_weights)
+    from anyup_jax import encoders
+    from anyup_jax.encoders import timm_bridge
+
+    name, options = args.encoder or ENCODER, dict(layer=layer, weights=args.encoder_weights)
+    if name.startswith(timm_bridge.PREFIX):
+        return timm_bridge.create(name.removeprefix(timm_bridge.PREFIX), **options)
+    return encoders.create(name, **options)
 
 
 def _shipped_photograph() -> UInt8[np.ndarray, "H W 3"]:

@@ -51,24 +51,29 @@ def normed_silu(x: Float[Array, "B H W C"], affine: tuple[Float[Array, "B 1 1 C"
     return silu(x * scale + shift).astype(x.dtype)
 
 
-def map_rows(function: Callable[..., Array], *images: Float[Array, "B H W _"]) -> Float[Array, "B H W D"]:
-    """Apply a function of single pixels, in blocks of image rows that overwrite the first image where shapes allow.
+def map_rows(
+    function: Callable[..., Array], *images: Float[Array, "B H W _"], spare: Float[Array, "B H W _"] | None = None
+) -> Float[Array, "B H W D"]:
+    """Apply a function of single pixels in blocks of image rows, which overwrite `spare` where its shape allows.
 
-    The same as `function(*images)`. What the function holds in between exists for one block only.
+    The same as `function(*images)`. What the function holds in between exists for one block only. `spare` is an image
+    that nobody reads afterwards, by default the first of the images.
     """
-    batch, height, width, channels = images[0].shape
+    batch, height, width, _ = images[0].shape
     rows = max(1, BLOCK // (batch * width))
     block = jax.eval_shape(function, *(image[:, :1] for image in images))
-    if rows >= height or block.shape[-1] != channels or block.dtype != images[0].dtype:
+    result = jax.lax.stop_gradient(spare) if spare is not None else images[0]
+    if rows >= height or block.shape[-1] != result.shape[-1] or block.dtype != result.dtype:
         return function(*images)
 
-    def step(i, image, size=rows):
+    def step(i, result, size=rows):
         start = i * rows
-        blocks = [lax.dynamic_slice_in_dim(other, start, size, 1) for other in (image, *images[1:])]
-        return lax.dynamic_update_slice_in_dim(image, function(*blocks), start, 1)
+        sources = images if spare is not None else (result, *images[1:])
+        blocks = [lax.dynamic_slice_in_dim(image, start, size, 1) for image in sources]
+        return lax.dynamic_update_slice_in_dim(result, function(*blocks), start, 1)
 
-    image = lax.fori_loop(0, height // rows, step, images[0])
-    return step(height // rows, image, height % rows) if height % rows else image
+    result = lax.fori_loop(0, height // rows, step, result)
+    return step(height // rows, result, height % rows) if height % rows else result
 
 
 BLOCK = 12_544  # pixels worked on at once where a layer acts on single pixels
@@ -150,19 +155,31 @@ class ResBlock(nnx.Module):
 
         Everything after the second SiLU is linear in the positions, so averaging comes before the last convolution.
         """
+        return self.overwrite(x, size)[0]
+
+    def overwrite(
+        self,
+        x: Float[Array, "B H W inputs"],
+        size: tuple[int, int] | None = None,
+        spare: Float[Array, "B H W outputs"] | None = None,
+    ) -> tuple[Float[Array, "B h w outputs"], Float[Array, "B H W outputs"]]:
+        """Do the same in the memory of `spare`, a map that nobody reads afterwards, and return the next such map too.
+
+        XLA has no uninitialised memory; without a spare map it copies x to have something to overwrite.
+        """
         shortcut = self.shortcut or (lambda x: x)
         norm1 = self.norm1.affine(x)
-        hidden = map_rows(lambda x: self.conv1(normed_silu(x, norm1)), x)
+        hidden = map_rows(lambda x: self.conv1(normed_silu(x, norm1)), x, spare=spare)
         norm2 = self.norm2.affine(hidden)
         if size is None:
-            return map_rows(lambda x, hidden: shortcut(x) + self.conv2(normed_silu(hidden, norm2)), x, hidden)
+            return map_rows(lambda x, hidden: shortcut(x) + self.conv2(normed_silu(hidden, norm2)), x, hidden), hidden
         hidden = map_rows(lambda hidden: normed_silu(hidden, norm2), hidden)
-        x, hidden = adaptive_average_pool(x, size), adaptive_average_pool(hidden, size)
-        return shortcut(x) + self.conv2(hidden)
+        pooled, pooled_hidden = adaptive_average_pool(x, size), adaptive_average_pool(hidden, size)
+        return shortcut(pooled) + self.conv2(pooled_hidden), hidden
 
 
 class Encoder(nnx.Module):
-    """A k x k convolution with reflected borders and two ResBlocks."""
+    """A k x k convolution with reflected borders and two ResBlocks; both methods are as those of a ResBlock."""
 
     def __init__(self, inputs: int, outputs: int, kernel_size: int = 1, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.conv = Conv(inputs, outputs, kernel_size, dtype=dtype, rngs=rngs)
@@ -172,7 +189,16 @@ class Encoder(nnx.Module):
     def __call__(
         self, x: Float[Array, "B H W inputs"], size: tuple[int, int] | None = None
     ) -> Float[Array, "B h w outputs"]:
-        return self.block2(self.block1(self.conv(x)), size)
+        return self.overwrite(x, size)[0]
+
+    def overwrite(
+        self,
+        x: Float[Array, "B H W inputs"],
+        size: tuple[int, int] | None = None,
+        spare: Float[Array, "B H W outputs"] | None = None,
+    ) -> tuple[Float[Array, "B h w outputs"], Float[Array, "B H W outputs"]]:
+        x, spare = self.block1.overwrite(self.conv(x), spare=spare)
+        return self.block2.overwrite(x, size, spare)
 
 
 class FeatureUnification(nnx.Module):

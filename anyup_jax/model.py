@@ -110,11 +110,12 @@ class AnyUp(nnx.Module):
         values, cells = features if values is None else jnp.asarray(values), features.shape[1:3]
         rows, cols = (axis_window(n, m, self.config.window_ratio, self.config.window) for n, m in zip(size, cells))
 
-        guide = self.rope(self.image_encoder(image))
-        key = self.key_encoder(guide, cells)
+        guide, spare = self.image_encoder.overwrite(image)
+        guide = self.rope(guide)
+        key, spare = self.key_encoder.overwrite(guide, cells, spare)
         # queries wait for the keys, so that one's memory serves the other; image by image, as NaN times 0 is NaN
         guide = guide + 0 * key.mean((1, 2, 3), keepdims=True, dtype=guide.dtype)
-        query = self.query_encoder(guide, None if size == guide.shape[1:3] else size)
+        query, _ = self.query_encoder.overwrite(guide, None if size == guide.shape[1:3] else size, spare)
         key = self.aggregation(jnp.concatenate([key, self.key_features_encoder(features)], -1))
         options = dict(backend=self.config.backend, q_chunk_size=q_chunk_size)
         return self.cross_decode(query, key, values, rows, cols, **options)

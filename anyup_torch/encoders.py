@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import os
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def create(
     *,
     layer: int | tuple[int, ...] = -1,
     norm: bool = True,
+    class_token: bool = False,
     pretrained: bool = True,
     weights: str | os.PathLike | None = None,
     device: str | torch.device = "cpu",
@@ -47,13 +49,15 @@ def create(
         layer: which block (transformers) or stage (convolutional networks) gives the features, counted from the end
             where negative. Several give their features concatenated along the channels, in the order asked for.
         norm: apply the model's final norm to the features, where the model has one that fits the layer.
+        class_token: give the class token too, normed and concatenated like the features.
         pretrained: load the pretrained weights; False leaves the random initialisation.
         weights: a .safetensors or .pth file with this timm model's state dict, loaded in place of `pretrained`.
         device: where the model is put.
 
     Raises:
         ImportError: if timm, or the package that holds the weights, is not installed.
-        ValueError: for an unknown name, a layer the model does not have, or weights that do not fit.
+        ValueError: for an unknown name, a layer or a class token that the model does not have, or weights that do not
+            fit.
         OSError: if the pretrained weights cannot be fetched or the file cannot be read.
     """
     architecture = PACKAGED[name][0] if name in PACKAGED else name
@@ -64,7 +68,7 @@ def create(
         load_weights(model, weights)
     elif pretrained and name in PACKAGED:
         load_packaged(model, name)
-    return Encoder(model, name=name, layer=layer, norm=norm).to(device)
+    return Encoder(model, name=name, layer=layer, norm=norm, class_token=class_token).to(device)
 
 
 class Encoder(nn.Module):
@@ -72,7 +76,7 @@ class Encoder(nn.Module):
 
     Args:
         model: a timm model with `forward_intermediates`.
-        name, layer, norm: as for `create`.
+        name, layer, norm, class_token: as for `create`.
 
     Attributes:
         model: the timm model, with its classifier if it has one.
@@ -82,16 +86,27 @@ class Encoder(nn.Module):
         mean, std: the encoder's own normalisation, per RGB channel of an image in [0, 1].
     """
 
-    def __init__(self, model: nn.Module, *, name: str, layer: int | tuple[int, ...] = -1, norm: bool = True):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        name: str,
+        layer: int | tuple[int, ...] = -1,
+        norm: bool = True,
+        class_token: bool = False,
+    ):
         super().__init__()
         if not hasattr(model, "forward_intermediates"):
             raise ValueError(
                 f"{name} has no forward_intermediates in timm, so it gives no feature maps; choose another."
             )
+        if class_token and not _has_class_token(model):
+            raise ValueError(f"{name} has no class token; leave class_token out.")
         info = list(model.feature_info)
         self.model = model.requires_grad_(False)
         self.name = name
         self.norm = norm
+        self.class_token = class_token
         self.layers = _resolve_layers(name, layer, len(info))
         self.stride = _common_stride(name, self.layers, [entry["reduction"] for entry in info])
         width = "num_chs_norm" if norm else "num_chs"
@@ -123,8 +138,10 @@ class Encoder(nn.Module):
         return (image - mean) / std
 
     @torch.no_grad()
-    def forward(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
-        """Return the features of a normalised image: h = H // stride, w = W // stride.
+    def forward(
+        self, image: Float[Tensor, "B 3 H W"]
+    ) -> Float[Tensor, "B C h w"] | tuple[Float[Tensor, "B C h w"], Float[Tensor, "B C"]]:
+        """Return the features of a normalised image, h = H // stride, w = W // stride, and the class token on request.
 
         An image whose sides are no multiple of the stride is padded on the right and at the bottom with zeros (the
         encoder's mean colour); cells that lie partly on the padding are cropped away again, see `covered`.
@@ -137,20 +154,28 @@ class Encoder(nn.Module):
         height, width = image.shape[2:]
         padded = F.pad(image, (0, -width % self.stride, 0, -height % self.stride))
         options = dict(indices=sorted(set(self.layers)), norm=self.norm, stop_early=True, intermediates_only=True)
+        if self.class_token:
+            options["return_prefix_tokens"] = True
         try:
-            maps = self.model.forward_intermediates(padded, **options)
+            found = self.model.forward_intermediates(padded, **options)
         except AssertionError as error:  # timm's way to refuse a size or an option
             size = f"{padded.shape[2]} x {padded.shape[3]} image with norm={self.norm}"
             raise ValueError(f"{self.name} refuses a {size}: {error}") from error
-        by_layer = dict(zip(options["indices"], maps))
-        features = torch.cat([by_layer[i] for i in self.layers], dim=1)
-        return features[:, :, : height // self.stride, : width // self.stride]
+        by_layer = dict(zip(options["indices"], found))
+        chosen = [by_layer[i] for i in self.layers]
+        maps, prefixes = zip(*chosen) if self.class_token else (chosen, ())
+        features = torch.cat(list(maps), dim=1)[:, :, : height // self.stride, : width // self.stride]
+        if not self.class_token:
+            return features
+        return features, torch.cat([tokens[:, 0] for tokens in prefixes], dim=1)
 
     def encode_array(self, image: Float[np.ndarray, "H W 3"]) -> Float[np.ndarray, "h w C"]:
         """Return the features of one image with values in [0, 1], from numpy to numpy, normalised on the way."""
         weight = next(self.model.parameters())
         pixels = torch.from_numpy(np.ascontiguousarray(image)).to(weight).permute(2, 0, 1)[None]
-        return self(self.normalize(pixels))[0].permute(1, 2, 0).contiguous().float().cpu().numpy()
+        features = self(self.normalize(pixels))
+        features = features[0] if self.class_token else features
+        return features[0].permute(1, 2, 0).contiguous().float().cpu().numpy()
 
     def _check(self, image: Tensor) -> None:
         shape = tuple(image.shape)
@@ -258,6 +283,12 @@ def _build(name: str, download: bool) -> nn.Module:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".")
+
+
+def _has_class_token(model: nn.Module) -> bool:
+    """Whether the first prefix token is a class token that timm hands out."""
+    options = inspect.signature(model.forward_intermediates).parameters
+    return getattr(model, "cls_token", None) is not None and "return_prefix_tokens" in options
 
 
 def _resolve_layers(name: str, layer: int | tuple[int, ...], count: int) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import numpy as np
 from rich.table import Table
 from safetensors.numpy import load_file
 
-from benchmarks.forward import table_of
+from benchmarks.tables import table_of
 from parity_tests.golden import CASES, GOLDEN
 
 

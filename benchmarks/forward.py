@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
 from rich.table import Table
 
+from benchmarks.stages import STAGES, gflop
+from benchmarks.tables import table_of
 from benchmarks.worker import Job, Outcome, measure
 
 GFLOP = 161.0  # of the forward pass at 448 x 448 pixels, 32 x 32 cells, 384 channels
@@ -60,13 +63,17 @@ def scaling(rounds: int) -> Table:
     """Time per output pixel by resolution, at 14 pixels a cell."""
     title = f"time per output pixel at 14 pixels a cell, C = 384; medians of {rounds} rounds"
     table = table_of(title, "", *(f"{side} px" for side in SIDES), "largest / smallest")
+    jobs = [Job("jax", image=side, cells=side // 14, repeats=2) for side in SIDES]
+    exact = np.array([sum(gflop(stage, job) for stage in STAGES) / job.image**2 for job in jobs])
     for framework in ("jax", "torch"):
-        runs = [
-            [measure(Job(framework, image=side, cells=side // 14, repeats=2)) for side in SIDES] for _ in range(rounds)
-        ]
+        runs = [[measure(dataclasses.replace(job, framework=framework)) for job in jobs] for _ in range(rounds)]
         each = np.median([[np.median(o.seconds) / side**2 for o, side in zip(row, SIDES)] for row in runs], axis=0)
         cells = (f"{seconds * 1e6:.2f} us" for seconds in each)
         table.add_row(f"{framework} tiled", *cells, f"{each.max() / each.min():.2f}")
+    table.add_row("arithmetic", *(f"{x * 1e3:.2f} MFLOP" for x in exact), f"{exact.max() / exact.min():.2f}")
+    table.caption = (
+        "arithmetic: the least there is to do; a window is a tenth of the feature map to each side and grows with it"
+    )
     return table
 
 
@@ -76,11 +83,4 @@ def large(rounds: int) -> Table:
     for framework in ("jax", "torch"):
         outcome = measure(Job(framework, "auto", image=1792, cells=128, repeats=1))
         table.add_row(framework, f"{np.median(outcome.seconds):.1f}", f"{outcome.peak:.0f}")
-    return table
-
-
-def table_of(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", caption_justify="left", min_width=len(title))
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
     return table

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import numpy as np
 from rich.table import Table
 
-from benchmarks.forward import table_of
+from anyup_jax.config import AnyUpConfig
+from anyup_jax.geometry import axis_window
+from benchmarks.tables import table_of
 from benchmarks.worker import Job, inputs, timed
 
 STAGES = ("image encoder", "rotation", "key encoder", "unification", "query encoder", "query projection", "attention")
@@ -30,7 +32,8 @@ def stages(rounds: int) -> Table:
 def gflop(stage: str, job: Job, dim: int = 128, filters: int = 128, taps: int = 25) -> float:
     """Multiplications and additions of a stage's matrix products, in 10^9; attention: the windows' exact minimum."""
     pixels, cells, layer = job.image**2, job.cells**2, 2 * dim**2 / 1e9
-    keys = 49.0  # a query's mean at these sizes
+    seen = axis_window(job.image, job.cells, AnyUpConfig().window_ratio)
+    keys = seen.dense().sum(1).mean() ** 2  # a query's mean
     return {
         "image encoder": pixels * (4 * layer + 2 * 3 * dim / 1e9),
         "rotation": 0.0,
@@ -47,11 +50,10 @@ def jax_stages(job: Job) -> dict[str, Callable[[], object]]:
     import jax.numpy as jnp
     from flax import nnx
 
-    from anyup_jax import AnyUp, AnyUpConfig
+    from anyup_jax import AnyUp
     from anyup_jax.attention import window_attention
-    from anyup_jax.geometry import axis_window
 
-    model = AnyUp(AnyUpConfig(), rngs=nnx.Rngs(0))
+    model = AnyUp(rngs=nnx.Rngs(0))
     image, features = map(jnp.asarray, inputs(job))
     pixels = jnp.asarray(np.random.default_rng(1).standard_normal((1, job.image, job.image, 128), dtype=np.float32))
     keys = pixels[:, : job.cells, : job.cells]
@@ -79,11 +81,10 @@ def torch_stages(job: Job) -> dict[str, Callable[[], object]]:
     import torch
     import torch.nn.functional as F
 
-    from anyup_torch import AnyUp, AnyUpConfig, streaming
+    from anyup_torch import AnyUp, streaming
     from anyup_torch.attention import window_attention
-    from anyup_torch.geometry import axis_window
 
-    model = AnyUp(AnyUpConfig()).eval()
+    model = AnyUp().eval()
     features = torch.from_numpy(inputs(job)[1]).permute(0, 3, 1, 2).contiguous()
     shape, cells, dim = (job.image, job.image), (job.cells, job.cells), 128
     guide, hidden = torch.randn(2, job.image**2, dim)

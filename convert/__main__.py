@@ -1,4 +1,4 @@
-"""python -m convert SRC DST: turn an AnyUp checkpoint into another format."""
+"""python -m convert SRC DST: turn a checkpoint of AnyUp or of an encoder into another format."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
-from convert import io, listing, release, verify
+from convert import encoder, encoder_files, io, listing, release, verify
 from convert.apply import Checkpoint
 
 SETTINGS = ("window_ratio", "num_heads", "window")  # that the weights do not tell
@@ -20,16 +21,20 @@ SRC may also be the name of a published checkpoint: """ + ", ".join(release.RELE
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m convert",
-        description="Convert an AnyUp checkpoint; the formats follow from the paths.",
+        usage="%(prog)s [options] SRC [DST]\n       %(prog)s [options] --timm NAME [--weights FILE] [DST]",
+        description="Convert a checkpoint of AnyUp or of an encoder; the formats follow from the paths.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument("source", metavar="SRC", help="checkpoint to read")
+    result.add_argument("source", metavar="SRC", nargs="?", help="checkpoint to read")
     result.add_argument("destination", metavar="DST", nargs="?", help="checkpoint to write")
     result.add_argument("--inspect", action="store_true", help="list the tensors of SRC beside their counterparts")
     result.add_argument("--verify", action="store_true", help="run both frameworks and print their largest difference")
     result.add_argument("--overwrite", action="store_true", help="replace DST if it is a checkpoint of the same format")
-    facts = result.add_argument_group("what the weights do not tell (kept in .safetensors and Orbax)")
+    names = result.add_argument_group("encoders (the name is kept in .safetensors and Orbax)")
+    names.add_argument("--timm", metavar="NAME", help="an encoder of timm, whose pretrained weights timm fetches")
+    names.add_argument("--weights", metavar="FILE", help="its weights, in place of these (.safetensors .pth .pt .bin)")
+    facts = result.add_argument_group("what the weights of AnyUp do not tell (kept in .safetensors and Orbax)")
     facts.add_argument("--window-ratio", type=float, metavar="R", help="half-width of the window, default 0.1")
     facts.add_argument("--num-heads", type=int, metavar="N", help="attention heads, default 4")
     facts.add_argument("--window", choices=("paper", "natten"), help="which keys a query sees, default paper")
@@ -40,6 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 2 after printing what was wrong."""
     command = parser()
     args = command.parse_args(arguments)
+    if args.timm and not args.destination:  # SRC may be left out
+        args.source, args.destination = args.weights, args.source
+    elif args.weights:
+        command.error("--weights belongs to --timm NAME and takes the place of SRC; give one of the two")
+    elif not args.source:
+        command.error("SRC is missing; give a checkpoint to read, or --timm NAME")
     if not (args.destination or args.inspect or args.verify):
         command.error("DST is missing; give the path to write, or --inspect or --verify to look at SRC alone")
     try:
@@ -52,34 +63,70 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     out = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    path = release.locate(args.source)
+    path = None if args.source is None else release.locate(args.source)
+    name = args.timm or io.read_config(path).get(io.ENCODER_KEY)
+    if args.destination:
+        io.check_destination(args.destination, overwrite=args.overwrite)
+    if name is None:
+        run_anyup(args, path, out)
+    else:
+        run_encoder(args, name, path, out)
+
+
+def run_anyup(args: argparse.Namespace, path: Path, out: Console) -> None:
     if args.inspect:
         tensors, _ = io.read_tensors(path)
-        out.print(listing.render(tensors, flax=io.format_of(path) == io.ORBAX))
+        flax = io.format_of(path) == io.ORBAX
+        fitting = [] if flax else encoder.architectures(tensors)
+        out.print(listing.render(tensors, flax=flax, name=fitting[0] if fitting else None))
     if not (args.destination or args.verify):
         return
     source = _configured(io.read(path), args)
     written = source
     if args.destination:
         io.write(args.destination, source, overwrite=args.overwrite)
-        out.print(
-            f"{args.destination}: {len(source.tensors)} tensors written{_kept(args.destination, source)}",
-            soft_wrap=True,
-        )
+        _say_written(out, args.destination, source, ", ".join(f"{field}={source.config[field]}" for field in SETTINGS))
         written = Checkpoint(io.read(args.destination).tensors, source.config)
     if args.verify:
         difference = verify.largest_difference(source, written)
         out.print(f"largest difference between PyTorch and Flax: {difference:.2e}")
-        if not difference <= verify.TOLERANCE:
-            raise ValueError(f"the frameworks differ by {difference:.2e}, more than {verify.TOLERANCE:.0e}.")
+        _require_small(difference)
 
 
-def _kept(destination: str, checkpoint: Checkpoint) -> str:
-    """Say what became of the settings that the weights do not tell."""
-    settings = ", ".join(f"{name}={checkpoint.config[name]}" for name in SETTINGS)
-    if io.format_of(destination) == io.TORCH:
-        return f"; a state dict does not keep {settings}"
-    return f", with {settings}"
+def run_encoder(args: argparse.Namespace, name: str, path: Path | None, out: Console) -> None:
+    given = [f"--{field.replace('_', '-')}" for field in SETTINGS if getattr(args, field) is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)} belongs to AnyUp, and {name} is an encoder; leave it out.")
+    source = encoder_files.from_timm(name) if path is None else None
+    if args.inspect:
+        tensors = source.tensors if path is None else io.read_tensors(path)[0]
+        flax = path is not None and io.format_of(path) == io.ORBAX
+        out.print(listing.render(tensors, flax=flax, name=name))
+    if not (args.destination or args.verify):
+        return
+    source = source or encoder_files.read(path, name)
+    written = source
+    if args.destination:
+        io.write(args.destination, source, overwrite=args.overwrite)
+        _say_written(out, args.destination, source, f"encoder={source.published.full_name}")
+        written = encoder_files.read(Path(args.destination), source.published.full_name)
+    if args.verify:
+        difference = verify.largest_encoder_difference(source, written)
+        out.print(f"largest difference between timm and Flax: {difference:.2e} of the largest feature")
+        _require_small(difference)
+
+
+def _say_written(
+    out: Console, destination: str, checkpoint: Checkpoint | encoder.EncoderCheckpoint, settings: str
+) -> None:
+    """Print what was written, and what became of the settings that the weights do not tell."""
+    kept = "; a state dict does not keep" if io.format_of(destination) == io.TORCH else ", with"
+    out.print(f"{destination}: {len(checkpoint.tensors)} tensors written{kept} {settings}", soft_wrap=True)
+
+
+def _require_small(difference: float) -> None:
+    if not difference <= verify.TOLERANCE:
+        raise ValueError(f"the frameworks differ by {difference:.2e}, more than {verify.TOLERANCE:.0e}.")
 
 
 def _configured(checkpoint: Checkpoint, args: argparse.Namespace) -> Checkpoint:

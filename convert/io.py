@@ -1,8 +1,10 @@
 """Checkpoint files: which format a path has, and reading and writing each of them.
 
-.pth .pt        PyTorch's archive: a plain state dict, or a training checkpoint that holds one
-.safetensors    PyTorch's names and layout, the configuration as JSON in the metadata
+.pth .pt .bin   PyTorch's archive: a plain state dict, or a training checkpoint that holds one; .bin is only read
+.safetensors    PyTorch's names and layout, the configuration in the metadata
 a directory     an Orbax checkpoint: Flax's names and layout in `params/`, the configuration in `config.json`
+
+The configuration of AnyUp holds fields of `AnyUpConfig`; that of an encoder is {"encoder": name}.
 """
 
 from __future__ import annotations
@@ -22,11 +24,14 @@ import safetensors.numpy
 
 from convert import torch_file, training_checkpoint
 from convert.apply import Checkpoint
+from convert.encoder import EncoderCheckpoint, any_of, architectures
 
 TORCH, SAFETENSORS, ORBAX = "torch", "safetensors", "orbax"
 SUFFIXES = {".pth": TORCH, ".pt": TORCH, ".safetensors": SAFETENSORS}
-FOREIGN = (".bin", ".ckpt", ".h5", ".json", ".msgpack", ".npy", ".npz", ".onnx", ".pkl", ".tar", ".zip")
+READ_ONLY = {".bin": TORCH}
+FOREIGN = (".ckpt", ".h5", ".json", ".msgpack", ".npy", ".npz", ".onnx", ".pkl", ".tar", ".zip")
 METADATA_KEY = "anyup_config"  # in the metadata of a .safetensors file
+ENCODER_KEY = "encoder"  # in the metadata and in config.json, with the name of the encoder
 
 
 def format_of(path: str | Path) -> str:
@@ -38,7 +43,7 @@ def format_of(path: str | Path) -> str:
     suffix = path.suffix.lower()
     if suffix in FOREIGN:
         raise ValueError(f"{path} has the suffix {suffix}; use {', '.join(SUFFIXES)}, or a directory for Orbax.")
-    return ORBAX if path.is_dir() else SUFFIXES.get(suffix, ORBAX)
+    return ORBAX if path.is_dir() else (SUFFIXES | READ_ONLY).get(suffix, ORBAX)
 
 
 def read(path: str | Path, *, kind: str | None = None) -> Checkpoint:
@@ -46,32 +51,60 @@ def read(path: str | Path, *, kind: str | None = None) -> Checkpoint:
 
     Raises:
         FileNotFoundError: if nothing is there.
-        ValueError: if the file is damaged, or holds other tensors than one AnyUp model (all faults are listed).
+        ValueError: if the file is damaged, holds an encoder, or other tensors than one AnyUp model (all faults are
+            listed).
     """
     kind = kind or format_of(path)
     tensors, config = read_tensors(path, kind=kind)
+    if ENCODER_KEY in config:
+        raise ValueError(_not_anyup(path, [config[ENCODER_KEY]]))
     try:
         return (Checkpoint.from_flax if kind == ORBAX else Checkpoint)(tensors, config)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        fitting = [] if kind == ORBAX else architectures(tensors)
+        raise ValueError(_not_anyup(path, fitting) if fitting else f"{path}: {error}") from error
+
+
+def _not_anyup(path: str | Path, encoders: list[str]) -> str:
+    first = encoders[0]
+    return (
+        f"{path} holds the weights of an encoder, {any_of(encoders)}, and not of AnyUp; load it with "
+        f'anyup_jax.encoders.create("{first}", weights=...), or convert it with python -m convert --timm {first}.'
+    )
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Return the configuration that a checkpoint carries, without reading its weights; a state dict has none.
+
+    Raises as `read_tensors` does.
+    """
+    path, kind = _existing(path, None)
+    if kind == ORBAX:
+        return _orbax_config(path)
+    return _safetensors_config(path) if kind == SAFETENSORS else {}
 
 
 def read_tensors(path: str | Path, *, kind: str | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return what a file holds, in its own names and layout, and the configuration it carries; nothing is checked."""
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist.")
-    kind = kind or format_of(path)
+    path, kind = _existing(path, kind)
     if kind == ORBAX:
         return _read_orbax(path)
-    if not path.is_file():
-        raise ValueError(f"{path} is no regular file.")
     if kind == TORCH:
         return training_checkpoint.unwrap(torch_file.read(path), path)
     return _read_safetensors(path)
 
 
-def write(path: str | Path, checkpoint: Checkpoint, *, overwrite: bool = False) -> Path:
+def _existing(path: str | Path, kind: str | None) -> tuple[Path, str]:
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist.")
+    kind = kind or format_of(path)
+    if kind != ORBAX and not path.is_file():
+        raise ValueError(f"{path} is no regular file.")
+    return path, kind
+
+
+def write(path: str | Path, checkpoint: Checkpoint | EncoderCheckpoint, *, overwrite: bool = False) -> Path:
     """Write a checkpoint in the format of the path, under a temporary name that is then renamed.
 
     A .pth or .pt file holds the state dict only, so that `load_state_dict(strict=True)` takes it; the other formats
@@ -81,36 +114,48 @@ def write(path: str | Path, checkpoint: Checkpoint, *, overwrite: bool = False) 
         FileExistsError: if something is there, unless it is a checkpoint of this format and `overwrite` is given.
         FileNotFoundError: if the parent directory does not exist.
         PermissionError: if the parent directory is not writable.
+        ValueError: for the suffix of a format that is not written.
     """
     path, kind = Path(path), format_of(path)
-    _check_destination(path, kind, overwrite)
+    check_destination(path, overwrite=overwrite)
     with _temporary(path) as temporary:
         if kind == TORCH:
             torch_file.write(temporary, checkpoint.tensors)
         elif kind == SAFETENSORS:
-            metadata = {"format": "pt", METADATA_KEY: _to_json(checkpoint.config)}
-            temporary.write_bytes(safetensors.numpy.save(checkpoint.tensors, metadata=metadata))
+            config = checkpoint.config
+            carried = config if isinstance(checkpoint, EncoderCheckpoint) else {METADATA_KEY: _to_json(config)}
+            temporary.write_bytes(safetensors.numpy.save(checkpoint.tensors, metadata={"format": "pt"} | carried))
         else:
             _write_orbax(temporary, checkpoint)
     return path
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    with _open_safetensors(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    tensors, _ = training_checkpoint.unwrap(tensors, path)
+    return tensors, _safetensors_config(path)
+
+
+def _safetensors_config(path: Path) -> dict[str, Any]:
+    with _open_safetensors(path) as file:
+        metadata = file.metadata() or {}
+    if ENCODER_KEY in metadata:
+        return {ENCODER_KEY: metadata[ENCODER_KEY]}
+    return _from_json(metadata.get(METADATA_KEY, "{}"), f"the metadata of {path}")
+
+
+@contextlib.contextmanager
+def _open_safetensors(path: Path) -> Iterator[Any]:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            yield file
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}.") from error
-    return tensors, _from_json(metadata.get(METADATA_KEY, "{}"), f"the metadata of {path}")
 
 
 def _read_orbax(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    if not is_orbax(path):
-        raise ValueError(
-            f"{path} is no Orbax checkpoint of AnyUp: it must be a directory with config.json and params/."
-        )
-    config = _from_json((path / "config.json").read_text(), f"{path / 'config.json'}")
+    config = _orbax_config(path)
     checkpointer = _orbax()
     import jax
 
@@ -124,7 +169,19 @@ def _read_orbax(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return dict(_flatten(nested)), config
 
 
-def _write_orbax(path: Path, checkpoint: Checkpoint) -> None:
+def _orbax_config(path: Path) -> dict[str, Any]:
+    if not is_orbax(path):
+        raise ValueError(
+            f"{path} is no Orbax checkpoint of AnyUp or of an encoder: it must be a directory with config.json and "
+            "params/."
+        )
+    config = _from_json((path / "config.json").read_text(), f"{path / 'config.json'}")
+    if not isinstance(config.get(ENCODER_KEY, ""), str):
+        raise ValueError(f"{path / 'config.json'} names the encoder {config[ENCODER_KEY]!r}, which is no name.")
+    return config
+
+
+def _write_orbax(path: Path, checkpoint: Checkpoint | EncoderCheckpoint) -> None:
     checkpointer = _orbax()
     nested: dict[str, Any] = {}
     for name, array in checkpoint.flax().items():
@@ -175,7 +232,11 @@ def _from_json(text: str, origin: str) -> dict[str, Any]:
     return config
 
 
-def _check_destination(path: Path, kind: str, overwrite: bool) -> None:
+def check_destination(path: str | Path, *, overwrite: bool = False) -> None:
+    """Raise as `write` does if a checkpoint may not be written there."""
+    path, kind = Path(path), format_of(path)
+    if path.suffix.lower() in READ_ONLY:
+        raise ValueError(f"{path} has the suffix {path.suffix}, which is only read; use {', '.join(SUFFIXES)}.")
     parent = path.absolute().parent
     if not parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: the directory {parent} does not exist.")

@@ -1,4 +1,4 @@
-"""The published checkpoints: their names, and fetching them once into a cache."""
+"""The published checkpoints: their names, and fetching them, or any other file, once into a cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import platformdirs
@@ -68,17 +68,21 @@ def cache_directory() -> Path:
 
 
 def fetch(name: str) -> Path:
-    """Return the file of a published checkpoint, fetching it first unless the cache has it.
+    """Return the file of a published checkpoint, fetching it first unless the cache has it. Raises as `obtain` does."""
+    url = f"{os.environ.get('ANYUP_RELEASES') or BASE_URL}/{RELEASES[name]}"
+    return obtain(url, cache_directory() / url.rsplit("/", 1)[1], lambda part: io.read(part, kind=io.TORCH))
 
-    What arrives is kept as `<file>.part`, where an interrupted transfer continues, and takes its name only after all
-    its tensors were found to fit. Processes that fetch the same file wait for one another.
+
+def obtain(url: str, path: Path, check: Callable[[Path], object]) -> Path:
+    """Return `path`, fetching it from `url` first unless it exists.
+
+    What arrives is kept as `<file>.part`, where an interrupted transfer continues, and takes its name only after
+    `check` has found nothing wrong. Processes that fetch the same file wait for one another.
 
     Raises:
         ConnectionError: if it cannot be fetched; the message says which file to put where.
-        ValueError: if what arrived is not an AnyUp checkpoint.
+        ValueError: if `check` raised it for what arrived.
     """
-    url = f"{os.environ.get('ANYUP_RELEASES') or BASE_URL}/{RELEASES[name]}"
-    path = cache_directory() / url.rsplit("/", 1)[1]
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,13 +94,13 @@ def fetch(name: str) -> Path:
         try:
             _download(url, part)
             try:
-                io.read(part, kind=io.TORCH)
+                check(part)
             except ValueError:
                 part.unlink()
                 if not resumed:
                     raise
                 _download(url, part)  # the older half may be of another file: once more, from the start
-                io.read(part, kind=io.TORCH)
+                check(part)
         except (OSError, http.client.HTTPException) as error:
             raise ConnectionError(
                 f"Could not fetch {url} ({_reason(error)}). Fetch it by other means and put it at {path}."

@@ -10,30 +10,18 @@ import collections
 import dataclasses
 import itertools
 import string
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+
+from convert.layout import DROP_CHANNEL, OIHW_TO_HWIO, SAME, TRANSPOSE, Op
 
 LETTERS = {"D": "qk_dim", "M": "lfu_dim", "I": "input_dim", "k": "kernel_size", "u": "kernel_size_lfu"}
 """The configuration field each letter stands for; these fields follow from the shapes of the weights."""
 
 DEFAULT_SIZES = {"D": 128, "M": 128, "I": 3, "k": 1, "u": 5}
 """Sizes taken for letters that no tensor tells, so that the missing tensors can still be named with their shapes."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Op:
-    """A change of layout from PyTorch to Flax, and its inverse."""
-
-    to_flax: Callable[[np.ndarray], np.ndarray]
-    to_torch: Callable[[np.ndarray], np.ndarray]
-
-
-SAME = Op(lambda x: x, lambda x: x)
-TRANSPOSE = Op(lambda x: x.T, lambda x: x.T)
-OIHW_TO_HWIO = Op(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
-DROP_CHANNEL = Op(lambda x: x[:, 0], lambda x: x[:, None])  # (M, 1, u, u) <-> (M, u, u)
 
 
 @dataclasses.dataclass(frozen=True)

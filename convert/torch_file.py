@@ -1,7 +1,7 @@
 """Reads and writes PyTorch's checkpoint files (.pth, .pt) with numpy: no torch, and no code of the file is executed.
 
 A file is an uncompressed zip archive: `data.pkl` describes containers and tensors, `data/<key>` is the memory of one
-storage, and a tensor is an offset, a shape and strides within a storage.
+storage, and a tensor is an offset, a shape and strides within a storage. Files of PyTorch before 1.6 are read too.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import collections
 import io
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from convert import pickle_reader
+from convert import pickle_reader, torch_legacy_file
 
 STORAGES = {
     "FloatStorage": np.dtype(np.float32),
@@ -46,7 +46,6 @@ RESAVE = (
     "Where the file's own classes can be imported and its origin is trusted, keep only the weights: "
     'torch.save(torch.load(path, weights_only=False)["anyup"], "weights.pth").'
 )
-_LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # a pickled number that older versions began with
 
 
 class Storage(NamedTuple):
@@ -65,6 +64,9 @@ def read(path: Path) -> Any:
     """
     content = path.read_bytes()
     try:
+        if content.startswith(torch_legacy_file.MAGIC):
+            pickle, memory = torch_legacy_file.split(content, _CONSTRUCTORS, STORAGES)
+            return _load(pickle, memory.__getitem__)
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             return _read_archive(archive)
     except zipfile.BadZipFile as error:
@@ -76,9 +78,9 @@ def read(path: Path) -> Any:
 
 
 def _what_it_is(content: bytes, error: Exception) -> str:
-    if content.startswith(_LEGACY) or content[257:262] == b"ustar":
+    if content[257:262] == b"ustar":
         return (
-            "has the format of PyTorch before 1.6 (or of _use_new_zipfile_serialization=False). "
+            "is a tar archive, as the first versions of PyTorch wrote them. "
             "Load it with torch.load and save it again with torch.save."
         )
     if content.startswith(b"PK"):
@@ -98,11 +100,16 @@ def _read_archive(archive: zipfile.ZipFile) -> Any:
         raise ValueError(
             f"its byte order is {order[:8].decode('ascii', 'replace')}; save it on a little-endian machine"
         )
+    return _load(_record(archive, pickles[0]), lambda key: _record(archive, f"{root}data/{key}"))
+
+
+def _load(pickle: bytes, memory: Callable[[str], bytes]) -> Any:
+    """Return the object of a pickle, given the memory of each storage by its key."""
     storages: dict[str, Storage] = {}
 
     def storage(reference: Any) -> Storage:
         match reference:
-            case ("storage", pickle_reader.Global(kind), str(key), str(), int(count)):
+            case ("storage", pickle_reader.Global(kind), str(key), str(), int(count), *rest) if rest in ([], [None]):
                 pass
             case _:
                 raise ValueError("it refers to something that is no storage")
@@ -110,14 +117,14 @@ def _read_archive(archive: zipfile.ZipFile) -> Any:
             raise pickle_reader.ForbiddenGlobal(kind)
         dtype = None if kind in UNTYPED else STORAGES[kind.removeprefix("torch.")]
         if key not in storages:
-            storages[key] = Storage(key, _record(archive, f"{root}data/{key}"), None)
+            storages[key] = Storage(key, memory(key), None)
         data = storages[key].data
         size = count * (1 if dtype is None else dtype.itemsize)
         if not 0 <= size <= len(data):
             raise ValueError(f"storage {key} should have {size} bytes and has {len(data)}")
         return Storage(key, data, dtype)
 
-    return pickle_reader.loads(_record(archive, pickles[0]), _CONSTRUCTORS, storage)
+    return pickle_reader.loads(pickle, _CONSTRUCTORS, storage)
 
 
 def _record(archive: zipfile.ZipFile, name: str) -> bytes:

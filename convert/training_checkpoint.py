@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 
-STATE_KEYS = ("anyup", "state_dict", "model_state_dict", "model")
-"""Keys of a training checkpoint under which the state dict, or another checkpoint, may be; the first one wins."""
+STATE_KEYS = ("anyup", "state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
+"""Keys of a training checkpoint under which the state dict, or another checkpoint, may be; the first one wins.
+
+Weights averaged over the training come before the last ones, as timm has it.
+"""
 
 PREFIXES = ("module.", "_orig_mod.", "anyup.", "model.")
 """What DataParallel, torch.compile and enclosing modules put before every key."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from convert.apply import Checkpoint
+from convert.encoder import EncoderCheckpoint
 
 TOLERANCE = 1e-4  # on outputs of order 1; float32 in two frameworks differs by about 1e-5
 IMAGE, FEATURES = (1, 48, 60, 3), (1, 6, 5, 24)  # NHWC; a whole ratio in both directions, for the natten window
+CELLS = (4, 5)  # of the image that encoders see
 
 
 def largest_difference(torch_side: Checkpoint, flax_side: Checkpoint, *, seed: int = 0) -> float:
@@ -39,3 +41,35 @@ def largest_difference(torch_side: Checkpoint, flax_side: Checkpoint, *, seed: i
     with torch.inference_mode():
         output = model(*(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()) for x in (image, features)))
     return float(np.abs(output.numpy().transpose(0, 2, 3, 1) - flax_output).max())
+
+
+def largest_encoder_difference(torch_side: EncoderCheckpoint, flax_side: EncoderCheckpoint, *, seed: int = 0) -> float:
+    """Return the largest difference between timm's and Flax's features of a seeded image, and between class tokens.
+
+    It is relative to the largest feature. Arguments as for `largest_difference`.
+
+    Raises:
+        ImportError: if a framework is not installed.
+    """
+    try:
+        import torch
+
+        import anyup_torch.encoders
+        from anyup_jax.encoders import creation
+    except ImportError as error:
+        raise ImportError(f"--verify runs both frameworks, and {error.name} is not installed.") from error
+    published = flax_side.published
+    class_token = bool(published.config.class_tokens)
+    flax = creation.build(flax_side, class_token=class_token)
+    encoder = anyup_torch.encoders.create(published.architecture, pretrained=False, class_token=class_token)
+    reach = {key for row in torch_side.rows if not (row.carried or row.optional) for key in row.keys}
+    state = {key: torch.from_numpy(torch_side.tensors[key].astype(np.float32)) for key in reach}
+    encoder.model.load_state_dict(state, strict=False)  # without the head, which may have any number of classes
+    shape = (1, *(cells * flax.stride for cells in CELLS), 3)
+    image = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+    ours, theirs = flax(image), encoder(torch.from_numpy(image.transpose(0, 3, 1, 2).copy()))
+    maps, expected = (ours[0], theirs[0]) if class_token else (ours, theirs)
+    pairs = [(np.asarray(maps), expected.permute(0, 2, 3, 1).numpy())]
+    if class_token:
+        pairs.append((np.asarray(ours[1]), theirs[1].numpy()))
+    return max(float(np.abs(left - right).max() / np.abs(right).max()) for left, right in pairs)

@@ -1,4 +1,4 @@
-"""JAX against PyTorch AnyUp on the features of real encoders: many widths, strides and ranges, real photographs."""
+"""AnyUp on the features of real encoders, both in JAX and in PyTorch: many widths, strides, ranges, photographs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from skimage import data
 import anyup_jax
 import anyup_torch
 from anyup_jax import pretrained as jax_pretrained
+from anyup_jax.encoders import creation
 from anyup_torch import encoders
 from anyup_torch import pretrained as torch_pretrained
 from convert import Checkpoint
+from convert.encoder import EncoderCheckpoint
 from parity_tests import tolerances
 from parity_tests.golden import DATA, needs_photos
 from tests.weights import random_weights
@@ -47,18 +49,31 @@ def photograph(source, height: int, width: int) -> np.ndarray:
 
 
 def check(encoder: encoders.Encoder, picture: np.ndarray) -> None:
-    """Both models upsample the encoder's features to a third of the image's size, as the encoder gives them."""
+    """The encoder in PyTorch and in Flax, then AnyUp in PyTorch and in JAX: all four give the same output.
+
+    Both models upsample the features to a third of the image's size, as the encoders give them.
+    """
+    state = {key: value.numpy() for key, value in encoder.model.state_dict().items()}
+    in_flax = creation.build(EncoderCheckpoint(encoder.name, state), layer=encoder.layers, norm=encoder.norm)
     features = encoder.encode_array(picture)[None]
+    features_of_flax = in_flax.encode_array(picture)[None]
+    assert features_of_flax.shape == features.shape
     size = (picture.shape[0] // 3, picture.shape[1] // 3)
+    ours, theirs = upsample(picture, features, size)
+    assert ours.shape == (1, *size, encoder.channels)
+    assert np.ptp(theirs, (0, 1, 2)).max() > 1e-3 * np.abs(features).max()  # something was upsampled
+    for output in ours, *upsample(picture, features_of_flax, size):
+        assert np.abs(output - theirs).max() <= tolerances.ENCODER * tolerances.largest(features)
+
+
+def upsample(picture: np.ndarray, features: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return what the JAX and what the PyTorch model make of the features."""
     image = ((picture - MEAN) / STD)[None]
     in_jax, in_torch = models()
     ours = np.asarray(anyup_jax.upsample(in_jax, image, features, size))
     with torch.no_grad():
         image, maps = (torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))) for x in (image, features))
-        theirs = in_torch(image, maps, size).permute(0, 2, 3, 1).numpy()
-    assert ours.shape == (1, *size, encoder.channels)
-    assert np.ptp(theirs, (0, 1, 2)).max() > 1e-3 * np.abs(features).max()  # something was upsampled
-    assert np.abs(ours - theirs).max() <= tolerances.ENCODER * tolerances.largest(features)
+        return ours, in_torch(image, maps, size).permute(0, 2, 3, 1).numpy()
 
 
 @pytest.mark.parametrize(("name", "size"), RANDOM.items(), ids=RANDOM)

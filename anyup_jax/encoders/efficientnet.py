@@ -1,0 +1,115 @@
+"""EfficientNet-Lite: inverted residual blocks without squeeze-and-excitation, ReLU6, TensorFlow's "SAME" padding.
+
+"EfficientNet" (Tan and Le, 2019, arXiv 1905.11946); as timm computes its `tf_efficientnet_lite` models.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.nn import relu6
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from anyup_jax.encoders.configs import EfficientNet as Config
+from anyup_jax.encoders.configs import Stage
+from anyup_jax.encoders.layers import BatchNorm, Conv, Linear, normal
+
+EPSILON = 1e-3  # of every norm
+CLASSES = 1000  # of ImageNet
+
+
+class EfficientNet(nnx.Module):
+    """The backbone of `configs.EfficientNet`, and its classifier."""
+
+    def __init__(self, config: Config, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs):
+        self.config = config
+        self.remat = remat
+        self.stem = ConvNorm(3, config.stem_width, 3, stride=2, dtype=dtype, rngs=rngs)
+        width, stages = config.stem_width, []
+        for stage in config.stages:
+            stages.append(nnx.List())
+            for i in range(stage.blocks):
+                block = Block(width, stage, stage.stride if i == 0 else 1, dtype=dtype, rngs=rngs)
+                stages[-1].append(block)
+                width = stage.width
+        self.stages = nnx.List(stages)
+        self.head = ConvNorm(width, config.head_width, 1, dtype=dtype, rngs=rngs)
+        self.classifier = Linear(config.head_width, CLASSES, dtype=dtype, rngs=rngs)
+
+    def intermediates(
+        self, image: Float[Array, "B H W 3"], layers: tuple[int, ...], norm: bool
+    ) -> list[tuple[Float[Array, "B h w C"], None]]:
+        """Return the maps of these layers, the last stage of each stride, in rising order; `norm` changes nothing."""
+        x, found = relu6(self.stem(image)), []
+        taps = [self.config.taps[layer] for layer in layers]
+        for i, stage in enumerate(self.stages[: taps[-1] + 1]):
+            for block in stage:
+                x = jax.checkpoint(block)(x) if self.remat else block(x)
+            if i in taps:
+                found.append((x, None))
+        return found
+
+    def logits(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B classes"]:
+        """Return the logit of every class of ImageNet for a normalised image."""
+        ((x, _),) = self.intermediates(image, (len(self.config.taps) - 1,), norm=False)
+        return self.classifier(relu6(self.head(x)).mean((1, 2)))
+
+
+class Block(nnx.Module):
+    """Widen, filter each channel, narrow; added to the input where the shapes allow it."""
+
+    def __init__(self, width: int, stage: Stage, stride: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        hidden, size = stage.expansion * width, stage.kernel_size
+        self.expand = ConvNorm(width, hidden, 1, dtype=dtype, rngs=rngs) if stage.expansion > 1 else None
+        self.depthwise = DepthwiseConv(hidden, size, stride=stride, dtype=dtype, rngs=rngs)
+        self.depthwise_norm = BatchNorm(hidden, epsilon=EPSILON)
+        self.project = ConvNorm(hidden, stage.width, 1, dtype=dtype, rngs=rngs)
+        self.residual = stride == 1 and width == stage.width
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+        hidden = x if self.expand is None else relu6(self.expand(x))
+        hidden = relu6(self.depthwise_norm(self.depthwise(hidden)))
+        narrow = self.project(hidden)
+        return x + narrow if self.residual else narrow
+
+
+class ConvNorm(nnx.Module):
+    """Convolution and batch norm."""
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel_size: int, *, stride: int = 1, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        options = dict(stride=stride, padding="SAME", bias=False, dtype=dtype, rngs=rngs)
+        self.conv = Conv(inputs, outputs, kernel_size, **options)
+        self.norm = BatchNorm(outputs, epsilon=EPSILON)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+        return self.norm(self.conv(x))
+
+
+class DepthwiseConv(nnx.Module):
+    """One k x k filter per channel, "SAME" padding; kernel (k, k, 1, channels).
+
+    A sum of shifted images, which XLA fuses into one loop: on a CPU several times as fast as its grouped convolution.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, *, stride: int = 1, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(normal(rngs, (kernel_size, kernel_size, 1, channels)))
+        self.stride, self.dtype = stride, dtype
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+        kernel = self.kernel[...].astype(self.dtype).astype(jnp.float32)
+        size, stride = kernel.shape[0], self.stride
+        edges = lax.padtype_to_pads(x.shape[1:3], (size, size), (stride, stride), "SAME")
+        height, width = (-(-side // stride) for side in x.shape[1:3])
+        x = jnp.pad(x.astype(self.dtype), ((0, 0), *edges, (0, 0)))
+        total = jnp.float32(0)
+        for row in range(size):
+            for column in range(size):
+                rows = slice(row, row + stride * (height - 1) + 1, stride)
+                columns = slice(column, column + stride * (width - 1) + 1, stride)
+                total += x[:, rows, columns] * kernel[row, column]
+        return total.astype(self.dtype)

@@ -1,0 +1,153 @@
+"""A backbone as a frozen function from an image to its feature map."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from anyup_jax.encoders.catalog import Published
+
+
+class Encoder(nnx.Module):
+    """A frozen backbone: no gradient passes through it, and its features leave it in float32 or `dtype`.
+
+    Args:
+        backbone: a module with `config` and `intermediates(image, layers, norm)`.
+        published: name and preprocessing.
+        layer, norm, class_token: as for `encoders.create`.
+
+    Attributes:
+        name: timm's name.
+        stride: pixels per feature cell along either axis; `patch_size` is the same number.
+        channels: channels C of the features.
+        prefix_tokens: class and register tokens of the backbone; the features are without them.
+        mean, std: the encoder's own normalisation, per RGB channel of an image in [0, 1].
+    """
+
+    def __init__(
+        self,
+        backbone: nnx.Module,
+        published: Published,
+        *,
+        layer: int | tuple[int, ...] = -1,
+        norm: bool = True,
+        class_token: bool = False,
+        dtype: DTypeLike = jnp.float32,
+    ):
+        config = published.config
+        self.backbone = backbone
+        self.name = published.name
+        self.layers = resolve_layers(self.name, layer, len(config.strides))
+        self.stride = common_stride(self.name, self.layers, config.strides)
+        self.channels = sum(config.widths[i] for i in self.layers)
+        self.prefix_tokens = config.prefix_tokens
+        self.mean, self.std = published.mean, published.std
+        self.norm, self.class_token = norm, class_token
+        self.dtype = jnp.dtype(dtype)
+        if class_token and not config.class_tokens:
+            raise ValueError(f"{self.name} has no class token; leave class_token out.")
+
+    @property
+    def patch_size(self) -> int:
+        """The stride, under the name vision transformers give it."""
+        return self.stride
+
+    def covered(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width in pixels that the features of an image of this size stand for.
+
+        Where they are smaller than the image, crop the guidance to them (from the top left) so that both line up.
+        """
+        return height // self.stride * self.stride, width // self.stride * self.stride
+
+    def normalize(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+        """Return an image with values in [0, 1] as the encoder was trained to see it."""
+        return (image - jnp.asarray(self.mean, image.dtype)) / jnp.asarray(self.std, image.dtype)
+
+    def __call__(
+        self, image: Float[Array, "B H W 3"]
+    ) -> Float[Array, "B h w C"] | tuple[Float[Array, "B h w C"], Float[Array, "B C"]]:
+        """Return the features of a normalised image, h = H // stride, w = W // stride; and the class token if asked for.
+
+        An image whose sides are no multiple of the stride is padded on the right and at the bottom with zeros (the
+        encoder's mean colour); cells that lie partly on the padding are cropped away again, see `covered`. One compiled
+        program, also where it is called outside of `jax.jit`.
+
+        Raises:
+            TypeError: if the image is not floating point.
+            ValueError: if its shape is not (B, H, W, 3) or a side is shorter than the stride.
+        """
+        self._check(image)
+        graph, state = nnx.split(self)
+        return _run(graph, state, image)
+
+    def encode_array(self, image: Float[np.ndarray, "H W 3"]) -> Float[np.ndarray, "h w C"]:
+        """Return the features of one image with values in [0, 1], from numpy to numpy, normalised on the way."""
+        features = self(self.normalize(jnp.asarray(image, jnp.float32)[None]))
+        features = features[0] if self.class_token else features
+        return np.asarray(features[0], np.float32)
+
+    def _encode(self, image):
+        height, width = image.shape[1:3]
+        edges = ((0, 0), (0, -height % self.stride), (0, -width % self.stride), (0, 0))
+        wanted = tuple(sorted(set(self.layers)))
+        padded = jnp.pad(image.astype(self.dtype), edges)
+        if self.dtype == jnp.float32:  # exact to float32 on every platform
+            with jax.default_matmul_precision("highest"):
+                found = self.backbone.intermediates(padded, wanted, self.norm)
+        else:
+            found = self.backbone.intermediates(padded, wanted, self.norm)
+        by_layer = dict(zip(wanted, found))
+        maps = jnp.concatenate([by_layer[i][0] for i in self.layers], -1)
+        maps = jax.lax.stop_gradient(maps[:, : height // self.stride, : width // self.stride])
+        if not self.class_token:
+            return maps
+        return maps, jax.lax.stop_gradient(jnp.concatenate([by_layer[i][1][:, 0] for i in self.layers], -1))
+
+    def _check(self, image: Array) -> None:
+        shape = tuple(image.shape)
+        if not jnp.issubdtype(image.dtype, jnp.floating):
+            raise TypeError(
+                f"The image has type {image.dtype}; give floating point, scaled to [0, 1] and then normalised "
+                "with encoder.normalize(image)."
+            )
+        if len(shape) == 4 and shape[3] != 3 and shape[1] == 3:
+            raise ValueError(
+                f"The image of shape {shape} has its channels first; give (B, H, W, 3): transpose by (0, 2, 3, 1)."
+            )
+        if len(shape) != 4 or shape[3] != 3:
+            raise ValueError(f"The image has shape {shape}; give (B, H, W, 3).")
+        if min(shape[1:3]) < self.stride:
+            raise ValueError(
+                f"The image is {shape[1]} x {shape[2]} pixels, smaller than one {self.stride} x {self.stride} cell of "
+                f"{self.name}; resize it to at least that."
+            )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(graph, state, image):
+    return nnx.merge(graph, state)._encode(image)
+
+
+def resolve_layers(name: str, layer: int | tuple[int, ...], count: int) -> tuple[int, ...]:
+    layers = (layer,) if isinstance(layer, int) else tuple(layer)
+    if not layers or any(not -count <= i < count for i in layers):
+        raise ValueError(
+            f"{name} has {count} layers; layer={layer!r} must be one or several of {-count} to {count - 1}."
+        )
+    return tuple(i % count for i in layers)
+
+
+def common_stride(name: str, layers: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    chosen = {strides[i] for i in layers}
+    if len(chosen) > 1:
+        listed = ", ".join(f"layer {i}: {strides[i]}" for i in layers)
+        raise ValueError(
+            f"The layers chosen of {name} have different strides ({listed}); only equal grids can be concatenated."
+        )
+    return chosen.pop()

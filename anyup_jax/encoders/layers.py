@@ -1,0 +1,128 @@
+"""Layers that several families of encoders share, NHWC. Parameters are float32; `dtype` is the type of the computation.
+
+Norm statistics are float32 in every type. Matrix products take the precision of the context: `Encoder` asks for exact
+float32 where it computes in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+Padding = str | tuple[tuple[int, int], tuple[int, int]]
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], deviation: float = 0.02) -> Float[Array, ...]:
+    return deviation * jax.random.normal(rngs.params(), shape, jnp.float32)
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias`."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = True, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(normal(rngs, (inputs, outputs)))
+        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
+        x = jnp.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return x if self.bias is None else x + self.bias[...].astype(self.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Zero mean and unit variance over the channels, then a scale and a shift."""
+
+    def __init__(self, channels: int, *, epsilon: float):
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "... channels"]) -> Float[Array, "... channels"]:
+        wide = x.astype(jnp.float32)
+        centred = wide - wide.mean(-1, keepdims=True)
+        normed = centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
+        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class BatchNorm(nnx.Module):
+    """Normalisation with the statistics of the training, one scale and one shift per channel."""
+
+    def __init__(self, channels: int, *, epsilon: float):
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+        self.mean = nnx.BatchStat(jnp.zeros(channels))
+        self.var = nnx.BatchStat(jnp.ones(channels))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "... channels"]) -> Float[Array, "... channels"]:
+        scale = self.scale[...] * lax.rsqrt(self.var[...] + self.epsilon)
+        return (x * scale + (self.bias[...] - self.mean[...] * scale)).astype(x.dtype)
+
+
+class Conv(nnx.Module):
+    """k x k convolution; kernel (k, k, in, out); `padding` as in `jax.lax.conv_general_dilated`."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: Padding = "VALID",
+        bias: bool = True,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = nnx.Param(normal(rngs, (kernel_size, kernel_size, inputs, outputs)))
+        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+        self.stride, self.padding, self.dtype = stride, padding, dtype
+
+    def __call__(self, x: Float[Array, "B H W inputs"]) -> Float[Array, "B h w outputs"]:
+        kernel, strides = self.kernel[...].astype(self.dtype), (self.stride, self.stride)
+        x = x.astype(self.dtype)
+        x = lax.conv_general_dilated(x, kernel, strides, self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return x if self.bias is None else x + self.bias[...].astype(self.dtype)
+
+
+def attend(
+    query: Float[Array, "B T N K"], key: Float[Array, "B S N K"], value: Float[Array, "B S N K"]
+) -> Float[Array, "B T N K"]:
+    """Return softmax(q k^T / sqrt(K)) v per head, as `jax.nn.dot_product_attention` does; the softmax is float32.
+
+    The softmax's denominator divides the result instead of the weights, and the heads stand before the tokens until
+    then: a seventh less time for a whole ViT-S on a CPU.
+    """
+    query = query * query.shape[-1] ** -0.5
+    scores = jnp.einsum("BTNK,BSNK->BNTS", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
+    mixed = jnp.einsum("BNTS,BSNK->BNTK", scores.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return (mixed / scores.sum(-1, keepdims=True)).astype(value.dtype).swapaxes(1, 2)
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+    """Return `depth` layers as one module, its parameters stacked along a new first axis."""
+    return nnx.split_rngs(splits=depth)(nnx.vmap(make))(rngs)
+
+
+def run(
+    layers: nnx.Module, x: Any, start: int, stop: int, *, remat: bool = False, unroll: int | bool = 1, context: Any = ()
+) -> Any:
+    """Apply the stacked layers `start` to `stop` one after the other: compiled once, whatever their number.
+
+    `context` is passed to each of them after x; `remat` recomputes their insides where gradients are taken.
+    """
+    graph, state = nnx.split(layers)
+
+    def step(x, layer):
+        return nnx.merge(graph, layer)(x, *context), None
+
+    state = jax.tree.map(lambda parameter: parameter[start:stop], state)
+    return lax.scan(jax.checkpoint(step) if remat else step, x, state, unroll=unroll)[0]

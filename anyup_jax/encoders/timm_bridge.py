@@ -1,0 +1,72 @@
+"""Any timm model as an encoder of JAX arrays: it runs in PyTorch, and DLPack hands the memory over.
+
+Nothing is copied where both frameworks compute on the same device and the model's maps have their channels last.
+Such an encoder cannot be a part of a compiled JAX program; `encoders.create` gives those that can.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+PREFIX = "timm:"
+
+
+def create(name: str, **options: Any) -> Bridge:
+    """Return a timm model, `name` being its name there; `options` are those of `anyup_torch.encoders.create`.
+
+    Raises:
+        ImportError: if PyTorch or timm is not installed.
+        ValueError: for an unknown name, a layer the model does not have, or weights that do not fit.
+        OSError: if the pretrained weights cannot be fetched or the file cannot be read.
+    """
+    try:
+        encoders, torch = (importlib.import_module(module) for module in ("anyup_torch.encoders", "torch"))
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{PREFIX}{name} runs in PyTorch, and {error.name} is not installed: pip install "
+            '"anyup-jax[torch]", or take one of anyup_jax.encoders.names().'
+        ) from error
+    device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+    return Bridge(encoders.create(name, device=device, **options), torch, jax.devices(device)[0])
+
+
+class Bridge:
+    """An `anyup_torch.encoders.Encoder` between JAX arrays.
+
+    Args:
+        encoder: the encoder in PyTorch.
+        torch: the module.
+        device: the device of JAX that PyTorch computes on.
+
+    Attributes:
+        name: timm's name after `timm:`.
+        layers, stride, channels, mean, std: as of every encoder.
+    """
+
+    def __init__(self, encoder: Any, torch: Any, device: jax.Device):
+        self.encoder, self.torch, self.device = encoder, torch, device
+        self.name = PREFIX + encoder.name
+        self.layers, self.stride, self.channels = encoder.layers, encoder.stride, encoder.channels
+        self.mean, self.std = encoder.mean, encoder.std
+
+    def normalize(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+        """Return an image with values in [0, 1] as the encoder was trained to see it."""
+        return (image - jnp.asarray(self.mean, image.dtype)) / jnp.asarray(self.std, image.dtype)
+
+    def __call__(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
+        """Return the features of a normalised image, h = H // stride, w = W // stride, where JAX computes by default.
+
+        Raises:
+            ValueError: if its shape is not (B, H, W, 3), a side is shorter than the stride, or the model refuses it.
+        """
+        if image.ndim != 4 or image.shape[3] != 3:
+            raise ValueError(f"The image has shape {image.shape}; give (B, H, W, 3).")
+        image = jax.block_until_ready(jax.device_put(image, self.device))
+        features = self.encoder(self.torch.from_dlpack(image).permute(0, 3, 1, 2))
+        features = jax.dlpack.from_dlpack(features.permute(0, 2, 3, 1).contiguous())
+        return jax.device_put(features, jax.devices()[0])

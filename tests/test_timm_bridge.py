@@ -1,0 +1,60 @@
+"""timm models behind JAX arrays: the same features as in PyTorch, memory shared where it can be."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from anyup_jax.encoders import timm_bridge
+from anyup_torch import encoders
+
+
+@pytest.fixture(scope="module")
+def encoder() -> encoders.Encoder:
+    torch.manual_seed(0)
+    return encoders.create("resnet18", pretrained=False, layer=(2, -3))
+
+
+@pytest.fixture
+def bridge(encoder) -> timm_bridge.Bridge:
+    return timm_bridge.Bridge(encoder, torch, jax.devices("cpu")[0])
+
+
+def test_features_are_those_of_torch(encoder, bridge):
+    picture = np.random.default_rng(0).random((47, 64, 3), np.float32)
+    features = bridge(bridge.normalize(jnp.asarray(picture)[None]))
+    assert isinstance(features, jax.Array)
+    assert features.devices() == {jax.devices()[0]}
+    np.testing.assert_allclose(features[0], encoder.encode_array(picture), atol=1e-5)
+    assert (bridge.name, bridge.layers) == ("timm:resnet18", (2, 2))
+    for attribute in ("stride", "channels", "mean", "std"):
+        assert getattr(bridge, attribute) == getattr(encoder, attribute)
+
+
+def test_memory_is_shared(monkeypatch, encoder, bridge):
+    given = torch.arange(2 * 16 * 4 * 4.0).reshape(2, 4, 4, 16)
+    seen = []
+    monkeypatch.setattr(encoder, "forward", lambda image: seen.append(image) or given.permute(0, 3, 1, 2))
+    image = jax.random.normal(jax.random.key(0), (2, 64, 64, 3))
+    features = bridge(image)
+    assert seen[0].shape == (2, 3, 64, 64)
+    assert seen[0].data_ptr() == image.unsafe_buffer_pointer()
+    assert features.unsafe_buffer_pointer() == given.data_ptr()
+    np.testing.assert_array_equal(features, given.numpy())
+
+
+def test_create_takes_the_options_of_torch():
+    bridge = timm_bridge.create("resnet18", pretrained=False, layer=1)
+    assert (bridge.stride, bridge.channels) == (4, 64)
+    with pytest.raises(ValueError, match="timm has no model 'resnet5'; the nearest names are"):
+        timm_bridge.create("resnet5")
+
+
+def test_wrong_images_are_refused(bridge):
+    with pytest.raises(ValueError, match=r"shape \(3, 64, 64\); give \(B, H, W, 3\)"):
+        bridge(jnp.zeros((3, 64, 64)))
+    with pytest.raises(ValueError, match="smaller than one"):
+        bridge(jnp.zeros((1, 4, 64, 3)))
