@@ -133,7 +133,8 @@ class Encoder(nn.Module):
         return height // self.stride * self.stride, width // self.stride * self.stride
 
     def normalize(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
-        """Return an image with values in [0, 1] as the encoder was trained to see it."""
+        """Return an image with values in [0, 1] as the encoder was trained to see it. Raises TypeError for integers."""
+        self._check_type(image)
         mean, std = (image.new_tensor(value)[:, None, None] for value in (self.mean, self.std))
         return (image - mean) / std
 
@@ -177,13 +178,16 @@ class Encoder(nn.Module):
         features = features[0] if self.class_token else features
         return features[0].permute(1, 2, 0).contiguous().float().cpu().numpy()
 
-    def _check(self, image: Tensor) -> None:
-        shape = tuple(image.shape)
+    def _check_type(self, image: Tensor) -> None:
         if not image.is_floating_point():
             raise TypeError(
                 f"The image has type {image.dtype}; give floating point, scaled to [0, 1] and then normalised "
                 "with encoder.normalize(image)."
             )
+
+    def _check(self, image: Tensor) -> None:
+        shape = tuple(image.shape)
+        self._check_type(image)
         if len(shape) == 4 and shape[1] != 3 and shape[3] == 3:
             raise ValueError(
                 f"The image of shape {shape} has its channels last; give (B, 3, H, W): image.permute(0, 3, 1, 2)."

@@ -26,6 +26,7 @@ class Row:
         flax: dot-joined path in the Flax module; stacked layers share it, along a new first axis.
         op: how the layout of one layer changes.
         stack: number of layers, 0 for a row of a single tensor.
+        first: number of the first of these layers.
         carried: never reaches the features; kept in files, so that nothing is lost, but not in the Flax module.
         optional: name of a group of rows that a checkpoint has all of or none of, such as "head".
         integer: holds whole numbers, such as a counter of batches; otherwise floating point.
@@ -36,6 +37,7 @@ class Row:
     flax: str
     op: Op = SAME
     stack: int = 0
+    first: int = 0
     carried: bool = False
     optional: str = ""
     integer: bool = False
@@ -43,7 +45,8 @@ class Row:
     @property
     def keys(self) -> tuple[str, ...]:
         """timm's keys of this row, in the order of the layers."""
-        return tuple(self.torch.format(i=i) for i in range(self.stack)) if self.stack else (self.torch,)
+        layers = range(self.first, self.first + self.stack)
+        return tuple(self.torch.format(i=i) for i in layers) if self.stack else (self.torch,)
 
     @property
     def flax_shape(self) -> tuple[int | None, ...]:

@@ -224,6 +224,14 @@ def test_normalize_as_in_torch(ours, theirs):
     expected = theirs.normalize(nchw(image)).permute(0, 2, 3, 1)
     np.testing.assert_allclose(ours.normalize(jnp.asarray(image)), expected, rtol=1e-6, atol=1e-6)
     assert ours.normalize(jnp.asarray(image, jnp.bfloat16)).dtype == jnp.bfloat16
+    np.testing.assert_allclose(ours.normalize(image.astype(np.float64)), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_normalize_refuses_integers_as_in_torch(ours, theirs):
+    pixels = np.zeros((1, 16, 16, 3), np.uint8)
+    for normalize, image in ((ours.normalize, pixels), (theirs.normalize, nchw(pixels))):
+        with pytest.raises(TypeError, match="uint8; give floating point, scaled to"):
+            normalize(image)
 
 
 @pytest.mark.parametrize("class_token", [False, True])

@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Mapping
 from functools import partial
 
-from anyup_jax.encoders.configs import Config, DINOv3, EfficientNet, ViT
+from anyup_jax.encoders.configs import Config, ConvNeXt, DINOv3, EfficientNet, ResNet, ViT
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -210,6 +210,62 @@ DINOV3 = {  # "qkvb": the same with biases of queries and values
     "vit_huge_plus_patch16_dinov3_qkvb": Architecture(DINOv3(1280, 32, 20, qkv_bias=True, gated_mlp=True), LVD),
 }
 
+RESNET_TAGS = ["a1h_in1k", "a1_in1k", "a2_in1k", "a3_in1k", "gluon_in1k", "tv2_in1k", "tv_in1k"]
+RESNET50_TAGS = [
+    "a1_in1k",
+    "a1h_in1k",
+    "a2_in1k",
+    "a3_in1k",
+    "am_in1k",
+    "b1k_in1k",
+    "b2k_in1k",
+    "bamboo",
+    "bt_in1k",
+    "c1_in1k",
+    "c2_in1k",
+    "d_in1k",
+    "gluon_in1k",
+    "ra_in1k",
+    "ram_in1k",
+    "tv2_in1k",
+    "tv_in1k",
+    "fb_ssl_yfcc100m_ft_in1k",
+    "fb_swsl_ig1b_ft_in1k",
+]
+RESNET = {
+    "resnet50": Architecture(ResNet((3, 4, 6, 3)), dict.fromkeys(RESNET50_TAGS, IMAGENET)),
+    "resnet101": Architecture(ResNet((3, 4, 23, 3)), dict.fromkeys(RESNET_TAGS, IMAGENET)),
+    "resnet152": Architecture(ResNet((3, 8, 36, 3)), dict.fromkeys(RESNET_TAGS, IMAGENET)),
+}
+
+CONVNEXT_FB_TAGS = ["fb_in22k_ft_in1k", "fb_in22k_ft_in1k_384", "fb_in22k", "fb_in1k", "dinov3_lvd1689m"]
+CONVNEXT_TAGS = ["in12k_ft_in1k", "in12k_ft_in1k_384", "in12k", *CONVNEXT_FB_TAGS, "eupe_lvd1689m"]
+CONVNEXT_CLIP_TAGS = [
+    "clip_laion2b",
+    "clip_laion2b_augreg",
+    "clip_laion2b_augreg_ft_in1k",
+    "clip_laion2b_augreg_ft_in12k",
+    "clip_laion2b_augreg_ft_in12k_in1k",
+    "clip_laion2b_augreg_ft_in12k_in1k_384",
+    "clip_laiona",
+    "clip_laiona_320",
+    "clip_laiona_augreg_320",
+    "clip_laiona_augreg_ft_in1k_384",
+]
+CONVNEXT = {
+    "convnext_tiny": Architecture(ConvNeXt((3, 3, 9, 3), (96, 192, 384, 768)), dict.fromkeys(CONVNEXT_TAGS, IMAGENET)),
+    "convnext_small": Architecture(
+        ConvNeXt((3, 3, 27, 3), (96, 192, 384, 768)), dict.fromkeys(CONVNEXT_TAGS, IMAGENET)
+    ),
+    "convnext_base": Architecture(
+        ConvNeXt((3, 3, 27, 3), (128, 256, 512, 1024)),
+        dict.fromkeys([*CONVNEXT_FB_TAGS, "eupe_lvd1689m"], IMAGENET) | dict.fromkeys(CONVNEXT_CLIP_TAGS, CLIP),
+    ),
+    "convnext_large": Architecture(
+        ConvNeXt((3, 3, 27, 3), (192, 384, 768, 1536)), dict.fromkeys(CONVNEXT_FB_TAGS, IMAGENET)
+    ),
+}
+
 EFFICIENTNET = {
     "tf_efficientnet_lite0": Architecture(EfficientNet(1.0, 1.0, 224), {"in1k": HALF}),
     "tf_efficientnet_lite1": Architecture(EfficientNet(1.0, 1.1, 240), {"in1k": HALF}),
@@ -218,7 +274,7 @@ EFFICIENTNET = {
     "tf_efficientnet_lite4": Architecture(EfficientNet(1.4, 1.8, 380), {"in1k": HALF}),
 }
 
-ARCHITECTURES: dict[str, Architecture] = {**VIT, **DINOV3, **EFFICIENTNET}
+ARCHITECTURES: dict[str, Architecture] = {**VIT, **DINOV3, **RESNET, **CONVNEXT, **EFFICIENTNET}
 
 
 def names() -> list[str]:

@@ -132,6 +132,50 @@ class DINOv3:
 
 
 @dataclasses.dataclass(frozen=True)
+class ResNet:
+    """A ResNet with bottleneck blocks. The layers are the stem and the four stages.
+
+    Attributes:
+        depths: blocks of each stage.
+        image_size: side of the square image that timm takes by default; any size will do.
+    """
+
+    depths: tuple[int, ...]
+    image_size: int = 224
+
+    stem_width = 64
+    prefix_tokens = class_tokens = 0
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return tuple(2 << i for i in range(len(self.depths) + 1))
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return (self.stem_width, *(4 * self.stem_width << i for i in range(len(self.depths))))
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvNeXt:
+    """A ConvNeXt. The layers are the four stages.
+
+    Attributes:
+        depths, widths: blocks of each stage, and its channels.
+        image_size: side of the square image that timm takes by default; any size will do.
+    """
+
+    depths: tuple[int, ...]
+    widths: tuple[int, ...]
+    image_size: int = 224
+
+    prefix_tokens = class_tokens = 0
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return tuple(4 << i for i in range(len(self.depths)))
+
+
+@dataclasses.dataclass(frozen=True)
 class Stage:
     """A run of residual blocks of one width; the first of them has the stride and the others none.
 
@@ -208,4 +252,4 @@ def _multiple_of_8(channels: float) -> int:
     return nearest if nearest >= 0.9 * channels else nearest + 8
 
 
-Config = ViT | DINOv3 | EfficientNet
+Config = ViT | DINOv3 | ResNet | ConvNeXt | EfficientNet

@@ -74,7 +74,8 @@ def build(checkpoint: EncoderCheckpoint, *, dtype: DTypeLike = jnp.float32, rema
     abstract = nnx.eval_shape(lambda: backbone(config, dtype, remat, 0))
     for row in table(config):
         if row.optional and not row.carried and row.flax not in parameters:
-            setattr(abstract, row.flax.partition(".")[0], None)  # a model without classifier
+            name, _, _ = row.flax.partition(".")
+            setattr(abstract, name, None)  # an optional part, such as a classifier, stands at the top of a module
     graph, state = nnx.split(abstract)
     filled = [
         (path, variable.replace(jnp.array(parameters.pop(".".join(map(str, path))), jnp.float32)))

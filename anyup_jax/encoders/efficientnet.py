@@ -6,16 +6,14 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.nn import relu6
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from anyup_jax.encoders.configs import EfficientNet as Config
 from anyup_jax.encoders.configs import Stage
-from anyup_jax.encoders.layers import BatchNorm, Conv, Linear, normal
+from anyup_jax.encoders.layers import BatchNorm, Conv, DepthwiseConv, Linear
 
 EPSILON = 1e-3  # of every norm
 CLASSES = 1000  # of ImageNet
@@ -88,28 +86,3 @@ class ConvNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         return self.norm(self.conv(x))
-
-
-class DepthwiseConv(nnx.Module):
-    """One k x k filter per channel, "SAME" padding; kernel (k, k, 1, channels).
-
-    A sum of shifted images, which XLA fuses into one loop: on a CPU several times as fast as its grouped convolution.
-    """
-
-    def __init__(self, channels: int, kernel_size: int, *, stride: int = 1, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(normal(rngs, (kernel_size, kernel_size, 1, channels)))
-        self.stride, self.dtype = stride, dtype
-
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
-        kernel = self.kernel[...].astype(self.dtype).astype(jnp.float32)
-        size, stride = kernel.shape[0], self.stride
-        edges = lax.padtype_to_pads(x.shape[1:3], (size, size), (stride, stride), "SAME")
-        height, width = (-(-side // stride) for side in x.shape[1:3])
-        x = jnp.pad(x.astype(self.dtype), ((0, 0), *edges, (0, 0)))
-        total = jnp.float32(0)
-        for row in range(size):
-            for column in range(size):
-                rows = slice(row, row + stride * (height - 1) + 1, stride)
-                columns = slice(column, column + stride * (width - 1) + 1, stride)
-                total += x[:, rows, columns] * kernel[row, column]
-        return total.astype(self.dtype)

@@ -66,13 +66,15 @@ class Encoder(nnx.Module):
         return height // self.stride * self.stride, width // self.stride * self.stride
 
     def normalize(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
-        """Return an image with values in [0, 1] as the encoder was trained to see it."""
+        """Return an image with values in [0, 1] as the encoder was trained to see it. Raises TypeError for integers."""
+        image = jnp.asarray(image)
+        self._check_type(image)
         return (image - jnp.asarray(self.mean, image.dtype)) / jnp.asarray(self.std, image.dtype)
 
     def __call__(
         self, image: Float[Array, "B H W 3"]
     ) -> Float[Array, "B h w C"] | tuple[Float[Array, "B h w C"], Float[Array, "B C"]]:
-        """Return the features of a normalised image, h = H // stride, w = W // stride; and the class token if asked for.
+        """Return the features of a normalised image, h = H // stride, w = W // stride; and its class token on request.
 
         An image whose sides are no multiple of the stride is padded on the right and at the bottom with zeros (the
         encoder's mean colour); cells that lie partly on the padding are cropped away again, see `covered`. One compiled
@@ -84,7 +86,7 @@ class Encoder(nnx.Module):
         """
         self._check(image)
         graph, state = nnx.split(self)
-        return _run(graph, state, image)
+        return _run(graph, jax.lax.stop_gradient(state), jax.lax.stop_gradient(image))
 
     def encode_array(self, image: Float[np.ndarray, "H W 3"]) -> Float[np.ndarray, "h w C"]:
         """Return the features of one image with values in [0, 1], from numpy to numpy, normalised on the way."""
@@ -104,18 +106,14 @@ class Encoder(nnx.Module):
             found = self.backbone.intermediates(padded, wanted, self.norm)
         by_layer = dict(zip(wanted, found))
         maps = jnp.concatenate([by_layer[i][0] for i in self.layers], -1)
-        maps = jax.lax.stop_gradient(maps[:, : height // self.stride, : width // self.stride])
+        maps = maps[:, : height // self.stride, : width // self.stride]
         if not self.class_token:
             return maps
-        return maps, jax.lax.stop_gradient(jnp.concatenate([by_layer[i][1][:, 0] for i in self.layers], -1))
+        return maps, jnp.concatenate([by_layer[i][1][:, 0] for i in self.layers], -1)
 
     def _check(self, image: Array) -> None:
         shape = tuple(image.shape)
-        if not jnp.issubdtype(image.dtype, jnp.floating):
-            raise TypeError(
-                f"The image has type {image.dtype}; give floating point, scaled to [0, 1] and then normalised "
-                "with encoder.normalize(image)."
-            )
+        self._check_type(image)
         if len(shape) == 4 and shape[3] != 3 and shape[1] == 3:
             raise ValueError(
                 f"The image of shape {shape} has its channels first; give (B, H, W, 3): transpose by (0, 2, 3, 1)."
@@ -126,6 +124,13 @@ class Encoder(nnx.Module):
             raise ValueError(
                 f"The image is {shape[1]} x {shape[2]} pixels, smaller than one {self.stride} x {self.stride} cell of "
                 f"{self.name}; resize it to at least that."
+            )
+
+    def _check_type(self, image: Array) -> None:
+        if not jnp.issubdtype(image.dtype, jnp.floating):
+            raise TypeError(
+                f"The image has type {image.dtype}; give floating point, scaled to [0, 1] and then normalised "
+                "with encoder.normalize(image)."
             )
 
 

@@ -92,6 +92,41 @@ class Conv(nnx.Module):
         return x if self.bias is None else x + self.bias[...].astype(self.dtype)
 
 
+class DepthwiseConv(nnx.Module):
+    """One k x k filter per channel, "SAME" padding as TensorFlow has it; kernel (k, k, 1, channels).
+
+    A sum of shifted images, which XLA fuses into one loop: on a CPU several times as fast as its grouped convolution.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        bias: bool = False,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = nnx.Param(normal(rngs, (kernel_size, kernel_size, 1, channels)))
+        self.bias = nnx.Param(jnp.zeros(channels)) if bias else None
+        self.stride, self.dtype = stride, dtype
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+        kernel = self.kernel[...].astype(self.dtype).astype(jnp.float32)
+        size, stride = kernel.shape[0], self.stride
+        edges = lax.padtype_to_pads(x.shape[1:3], (size, size), (stride, stride), "SAME")
+        height, width = (-(-side // stride) for side in x.shape[1:3])
+        x = jnp.pad(x.astype(self.dtype), ((0, 0), *edges, (0, 0)))
+        total = jnp.float32(0) if self.bias is None else self.bias[...]
+        for row in range(size):
+            for column in range(size):
+                rows = slice(row, row + stride * (height - 1) + 1, stride)
+                columns = slice(column, column + stride * (width - 1) + 1, stride)
+                total += x[:, rows, columns] * kernel[row, column]
+        return total.astype(self.dtype)
+
+
 def attend(
     query: Float[Array, "B T N K"], key: Float[Array, "B S N K"], value: Float[Array, "B S N K"]
 ) -> Float[Array, "B T N K"]:

@@ -1,0 +1,73 @@
+"""ConvNeXt: a depthwise 7 x 7 convolution and an MLP per block.
+
+"A ConvNet for the 2020s" (Liu et al., 2022, arXiv 2201.03545); as timm computes it.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from anyup_jax.encoders.configs import ConvNeXt as Config
+from anyup_jax.encoders.layers import Conv, DepthwiseConv, LayerNorm, Linear, run, stack
+
+EPSILON = 1e-6  # of every norm
+KERNEL = 7  # side of the depthwise filters
+
+
+class ConvNeXt(nnx.Module):
+    """The backbone of `configs.ConvNeXt`, without its head."""
+
+    def __init__(self, config: Config, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs):
+        self.config = config
+        self.remat = remat
+        width = config.widths[0]
+        self.stem = Conv(3, width, 4, stride=4, dtype=dtype, rngs=rngs)
+        self.stem_norm = LayerNorm(width, epsilon=EPSILON)
+        inputs = (None, *config.widths)
+        sizes = zip(inputs, config.widths, config.depths)
+        self.stages = nnx.List([Stage(*size, dtype=dtype, rngs=rngs) for size in sizes])
+
+    def intermediates(
+        self, image: Float[Array, "B H W 3"], layers: tuple[int, ...], norm: bool
+    ) -> list[tuple[Float[Array, "B h w C"], None]]:
+        """Return the maps of these stages in rising order; `norm` changes nothing, as the final norm is the head's."""
+        x, found = self.stem_norm(self.stem(image)), []
+        for i, stage in enumerate(self.stages[: layers[-1] + 1]):
+            x = stage(x, remat=self.remat)
+            if i in layers:
+                found.append((x, None))
+        return found
+
+
+class Stage(nnx.Module):
+    """A norm and a strided convolution that change the width, but for the first stage; then blocks, stacked."""
+
+    def __init__(self, inputs: int | None, width: int, depth: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.norm = None if inputs is None else LayerNorm(inputs, epsilon=EPSILON)
+        self.reduce = None if inputs is None else Conv(inputs, width, 2, stride=2, dtype=dtype, rngs=rngs)
+        self.blocks = stack(lambda rngs: Block(width, dtype=dtype, rngs=rngs), depth, rngs)
+        self.depth = depth
+
+    def __call__(self, x: Float[Array, "B H W C"], *, remat: bool) -> Float[Array, "B h w D"]:
+        if self.reduce is not None:
+            x = self.reduce(self.norm(x))
+        return run(self.blocks, x, 0, self.depth, remat=remat)
+
+
+class Block(nnx.Module):
+    """Filter each channel, normalise, an MLP over the channels, scaled per channel and added."""
+
+    def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.depthwise = DepthwiseConv(width, KERNEL, bias=True, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(width, epsilon=EPSILON)
+        self.widen = Linear(width, 4 * width, dtype=dtype, rngs=rngs)
+        self.narrow = Linear(4 * width, width, dtype=dtype, rngs=rngs)
+        self.layer_scale = nnx.Param(jnp.full(width, 1e-6))
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        hidden = jax.nn.gelu(self.widen(self.norm(self.depthwise(x))), approximate=False)
+        return x + self.narrow(hidden) * self.layer_scale[...].astype(x.dtype)
