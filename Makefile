@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.installed
+WORKERS := -n 2 --dist loadfile
 
 .PHONY: help demo test check bench
 help:  ## list the targets
@@ -11,12 +12,12 @@ demo: $(STAMP)  ## upsample features of a photograph and draw outputs/demo.png
 	$(PY) -m anyup_jax demo
 
 test: $(STAMP)  ## run the whole test suite
-	$(PY) -m pytest
+	$(PY) -m pytest $(WORKERS)
 
 check: $(STAMP)  ## lint, format check and the fast tests
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest -m "not slow" -q
+	$(PY) -m pytest -m "not slow" -q $(WORKERS)
 
 bench: $(STAMP)  ## print the benchmarks' tables
 	$(PY) -m benchmarks.run

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
 import anyup_torch
-from benchmarks import run
+from benchmarks import encoders, run
 from benchmarks.published import with_published_attention
 from benchmarks.worker import Job, measure
 
@@ -43,3 +45,33 @@ def test_unknown_table_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run.main(["speed"])
     assert "no benchmark named speed" in capsys.readouterr().err
+
+
+def test_encoders_take_turns() -> None:
+    speed = encoders.Speed(**encoders.in_process(["speed", "tf_efficientnet_lite0", "1"]))
+    assert len(speed.timm) == len(speed.flax) == 3
+    assert min(*speed.timm, *speed.flax) > 0
+    assert speed.first > min(speed.flax)  # it compiles
+
+
+def test_missing_packages_are_named_or_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(encoders.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(run, "TABLES", {"encoders_tpu": encoders.encoders_tpu})
+    run.main([])
+    assert "encoders_tpu: left out. Compiling for a TPU needs libtpu" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run.main(["encoders_tpu"])
+    assert 'pip install "anyup-jax[tpu]"' in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_program_for_a_chip() -> None:
+    program = encoders.Program(
+        **encoders.in_process(["compile", "vit_tiny_patch16_224", "224"], encoders.TPU_ENVIRONMENT)
+    )
+    weights = 5.5e6
+    assert program.arguments > 4 * weights  # float32
+    assert program.flops > 2 * weights * 197 * 4  # each weight meets each token of each image
+    assert program.accessed > 2 * weights
