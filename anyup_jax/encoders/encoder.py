@@ -86,7 +86,7 @@ class Encoder(nnx.Module):
         """
         self._check(image)
         graph, state = nnx.split(self)
-        return _run(graph, jax.lax.stop_gradient(state), jax.lax.stop_gradient(image))
+        return _run(graph, state, image)
 
     def encode_array(self, image: Float[np.ndarray, "H W 3"]) -> Float[np.ndarray, "h w C"]:
         """Return the features of one image with values in [0, 1], from numpy to numpy, normalised on the way."""
@@ -136,6 +136,7 @@ class Encoder(nnx.Module):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(graph, state, image):
+    state, image = jax.lax.stop_gradient((state, image))  # before the backbone, so that it is never differentiated
     return nnx.merge(graph, state)._encode(image)
 
 
