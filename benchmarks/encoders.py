@@ -22,6 +22,7 @@ ENCODERS = (
     "vit_base_patch16_224",
     "vit_base_patch16_clip_224",
     "vit_base_patch16_siglip_224",
+    "vit_large_patch16_224",
     "vit_small_patch16_dinov3",
     "resnet50",
     "convnext_tiny",

@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from anyup_jax.encoders.configs import ConvNeXt as Config
-from anyup_jax.encoders.layers import Conv, DepthwiseConv, LayerNorm, Linear, run, stack
+from anyup_jax.encoders.layers import Conv, DepthwiseConv, LayerNorm, Linear, gelu, run, stack
 
 EPSILON = 1e-6  # of every norm
 KERNEL = 7  # side of the depthwise filters
@@ -69,5 +68,5 @@ class Block(nnx.Module):
         self.layer_scale = nnx.Param(jnp.full(width, 1e-6))
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        hidden = jax.nn.gelu(self.widen(self.norm(self.depthwise(x))), approximate=False)
+        hidden = gelu(self.widen(self.norm(self.depthwise(x))))
         return x + self.narrow(hidden) * self.layer_scale[...].astype(x.dtype)

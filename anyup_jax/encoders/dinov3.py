@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from anyup_jax.encoders.configs import DINOv3 as Config
-from anyup_jax.encoders.layers import Conv, LayerNorm, Linear, normal, run, stack
+from anyup_jax.encoders.layers import Conv, LayerNorm, Linear, gelu, normal, run, stack
 
 EPSILON = 1e-5  # of every norm
 TEMPERATURE = 100.0  # base of the rotary periods
@@ -102,7 +102,7 @@ class MLP(nnx.Module):
         self.narrow = Linear(config.mlp_width, config.width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-        return self.narrow(jax.nn.gelu(self.widen(x), approximate=False))
+        return self.narrow(gelu(self.widen(x)))
 
 
 class GatedMLP(nnx.Module):

@@ -6,8 +6,6 @@ tokens: class token, registers, cells row by row.
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from anyup_jax.encoders.configs import ViT as Config
-from anyup_jax.encoders.layers import Conv, LayerNorm, Linear, attend, normal, run, stack
+from anyup_jax.encoders.layers import Conv, LayerNorm, Linear, attend, gelu, normal, run, stack
 from anyup_jax.encoders.position import resample
 
 LAYER_SCALE = 1e-5  # initial
@@ -115,11 +113,6 @@ class MLP(nnx.Module):
 
 def scaled(x: Float[Array, "B T C"], scale: nnx.Param | None) -> Float[Array, "B T C"]:
     return x if scale is None else scale[...].astype(x.dtype) * x
-
-
-def gelu(x: Float[Array, ...]) -> Float[Array, ...]:
-    """x Phi(x) with the normal distribution's Phi(x) = (1 + erf(x / sqrt(2))) / 2, rounded as PyTorch rounds it."""
-    return x * 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 def quick_gelu(x: Float[Array, ...]) -> Float[Array, ...]:
