@@ -11,6 +11,8 @@ HOOK = """
 from jaxtyping import install_import_hook
 with install_import_hook(["anyup_jax", "anyup_torch"], "beartype.beartype"):
     import anyup_jax.model, anyup_torch.model, anyup_jax.visualize
+    import anyup_jax.encoders.creation, anyup_torch.encoders
+    from anyup_jax.encoders import convnext, dinov3, efficientnet, resnet, vit
 import numpy as np
 random = np.random.default_rng(0)
 image, features = (random.standard_normal(s, dtype=np.float32) for s in ((2, 20, 30, 3), (2, 4, 5, 7)))
@@ -35,9 +37,32 @@ for backend in "dense", "tiled":
             with torch.set_grad_enabled(grad):
                 print(tuple(model(image, features, size, values=values, check=True).shape))
 """
+ENCODERS = """
+import dataclasses
+import jax
+import jax.numpy as jnp
+from anyup_jax.encoders import catalog, creation
+from anyup_jax.encoders.encoder import Encoder
+shorter = {"depth": 2, "depths": (2, 2, 2, 2)}
+for name in ("vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_base_patch16_siglip_224",
+             "vit_tiny_patch16_dinov3_qkvb", "vit_small_plus_patch16_dinov3", "resnet50", "convnext_tiny",
+             "tf_efficientnet_lite0"):
+    published = catalog.find(name)
+    fields = {f.name for f in dataclasses.fields(published.config)} & set(shorter)
+    config = dataclasses.replace(published.config, **{field: shorter[field] for field in fields})
+    published = dataclasses.replace(published, config=config)
 
 
-@pytest.mark.parametrize("program", [JAX, TORCH], ids=["jax", "torch"])
+    def features(image):
+        backbone = creation.backbone(config, jnp.float32, False, 0)
+        encoder = Encoder(backbone, published, layer=1, class_token=bool(config.class_tokens))
+        return encoder(encoder.normalize(image))
+
+    print(name, jax.eval_shape(features, jnp.ones((1, 40, 56, 3))))
+"""
+
+
+@pytest.mark.parametrize("program", [JAX, TORCH, ENCODERS], ids=["jax", "torch", "encoders"])
 def test_annotations_hold(program: str) -> None:
     run = subprocess.run([sys.executable, "-c", HOOK + program], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
