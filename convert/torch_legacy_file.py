@@ -55,7 +55,10 @@ def split(
     memory = {}
     for key in order:
         (count,) = struct.unpack("<q", stream.read(8))
-        memory[key] = stream.read(max(0, count) * kinds[key].itemsize)
+        size = count * kinds[key].itemsize
+        if not 0 <= size <= len(content) - stream.tell():
+            raise ValueError(f"storage {key} should hold {count} elements, which the file does not")
+        memory[key] = stream.read(size)
     return pickle, memory
 
 

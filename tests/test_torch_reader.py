@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import random
+import struct
 import zipfile
 from pathlib import Path
 
@@ -306,6 +307,10 @@ def test_damaged_files_of_older_versions(tmp_path):
         except ValueError:
             refused += 1
     assert refused > 500
+    for count in (2**62, -1, 7):  # the file ends with the element counts and memory of its two storages
+        path.write_bytes(good[: -(8 + 24 + 8 + 6)] + struct.pack("<q", count) + good[-(24 + 8 + 6) :])
+        with pytest.raises(ValueError, match=r"x\.pth"):
+            torch_file.read(path)
     path.write_bytes(good.replace(b"little_endian", b"liddle_endian"))
     with pytest.raises(ValueError, match="byte order is big"):
         torch_file.read(path)
