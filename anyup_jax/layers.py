@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from anyup_jax import geometry
 from anyup_jax.config import NORM_GROUPS
+from anyup_jax.strips import WHOLE, Whole, adaptive_average_pool
 
 GROUP_NORM_EPS = 1e-5
 RMS_NORM_EPS = float(np.finfo(np.float32).eps)
@@ -101,16 +102,17 @@ class Conv(nnx.Module):
         self.padding = padding
         self.dtype = dtype
 
-    def __call__(self, x: Float[Array, "B H W inputs"]) -> Float[Array, "B H W outputs"]:
+    def __call__(self, x: Float[Array, "B H W inputs"], strip: Whole = WHOLE) -> Float[Array, "B H W outputs"]:
         kernel, x = self.kernel[...].astype(self.dtype), x.astype(self.dtype)
         if kernel.shape[:2] == (1, 1):
             return jnp.matmul(x, kernel[0, 0], precision=precision(self.dtype))
         half = kernel.shape[0] // 2
-        edges = ((half, half), (half, half))
         if self.padding == "reflect":
-            for axis in (1, 2):
-                x = jnp.take(x, geometry.reflection(x.shape[axis], half), axis)
+            x = jnp.take(strip.reflect(x, half), geometry.reflection(x.shape[2], half), 2)
             edges = ((0, 0), (0, 0))
+        else:
+            x, rows = strip.pad(x, half)
+            edges = (rows, (half, half))
         dimensions = ("NHWC", "HWIO", "NHWC")
         return lax.conv_general_dilated(
             x, kernel, (1, 1), edges, dimension_numbers=dimensions, precision=precision(self.dtype)
@@ -128,14 +130,24 @@ class GroupNorm(nnx.Module):
         scale, shift = self.affine(x)
         return (x * scale + shift).astype(x.dtype)
 
-    def affine(self, x: Float[Array, "B H W channels"]) -> tuple[Float[Array, "B 1 1 channels"], ...]:
+    def affine(
+        self, x: Float[Array, "B H W channels"], strip: Whole = WHOLE
+    ) -> tuple[Float[Array, "B 1 1 channels"], ...]:
         """Return the scale and shift per image and channel that normalise `x`: two reductions and no copy of x."""
         x = x.astype(jnp.float32)
-        moments = jnp.stack([x.mean((1, 2)), jnp.square(x).mean((1, 2))])
+        moments = strip.mean(jnp.stack([x.mean((1, 2)), jnp.square(x).mean((1, 2))]))
         grouped = moments.reshape(2, len(x), NORM_GROUPS, -1).mean(-1)
         mean, square = jnp.repeat(grouped, x.shape[-1] // NORM_GROUPS, -1)
         scale = self.scale[...] * lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0) + GROUP_NORM_EPS)
         return scale[:, None, None], (self.bias[...] - mean * scale)[:, None, None]
+
+
+Pool = Callable[[Float[Array, "B H W D"]], Float[Array, "B h w D"]]
+
+
+def pooling(size: tuple[int, int] | None) -> Pool | None:
+    """The average over a grid of `size` cells; None for none."""
+    return None if size is None else functools.partial(adaptive_average_pool, size=size)
 
 
 class ResBlock(nnx.Module):
@@ -155,26 +167,28 @@ class ResBlock(nnx.Module):
 
         Everything after the second SiLU is linear in the positions, so averaging comes before the last convolution.
         """
-        return self.overwrite(x, size)[0]
+        return self.overwrite(x, pooling(size))[0]
 
     def overwrite(
         self,
         x: Float[Array, "B H W inputs"],
-        size: tuple[int, int] | None = None,
+        pool: Pool | None = None,
         spare: Float[Array, "B H W outputs"] | None = None,
+        strip: Whole = WHOLE,
     ) -> tuple[Float[Array, "B h w outputs"], Float[Array, "B H W outputs"]]:
         """Do the same in the memory of `spare`, a map that nobody reads afterwards, and return the next such map too.
 
-        XLA has no uninitialised memory; without a spare map it copies x to have something to overwrite.
+        `pool` averages over a grid. XLA has no uninitialised memory; without a spare map it copies x to have something
+        to overwrite.
         """
         shortcut = self.shortcut or (lambda x: x)
-        norm1 = self.norm1.affine(x)
+        norm1 = self.norm1.affine(x, strip)
         hidden = map_rows(lambda x: self.conv1(normed_silu(x, norm1)), x, spare=spare)
-        norm2 = self.norm2.affine(hidden)
-        if size is None:
+        norm2 = self.norm2.affine(hidden, strip)
+        if pool is None:
             return map_rows(lambda x, hidden: shortcut(x) + self.conv2(normed_silu(hidden, norm2)), x, hidden), hidden
         hidden = map_rows(lambda hidden: normed_silu(hidden, norm2), hidden)
-        pooled, pooled_hidden = adaptive_average_pool(x, size), adaptive_average_pool(hidden, size)
+        pooled, pooled_hidden = pool(x), pool(hidden)
         return shortcut(pooled) + self.conv2(pooled_hidden), hidden
 
 
@@ -189,16 +203,17 @@ class Encoder(nnx.Module):
     def __call__(
         self, x: Float[Array, "B H W inputs"], size: tuple[int, int] | None = None
     ) -> Float[Array, "B h w outputs"]:
-        return self.overwrite(x, size)[0]
+        return self.overwrite(x, pooling(size))[0]
 
     def overwrite(
         self,
         x: Float[Array, "B H W inputs"],
-        size: tuple[int, int] | None = None,
+        pool: Pool | None = None,
         spare: Float[Array, "B H W outputs"] | None = None,
+        strip: Whole = WHOLE,
     ) -> tuple[Float[Array, "B h w outputs"], Float[Array, "B H W outputs"]]:
-        x, spare = self.block1.overwrite(self.conv(x), spare=spare)
-        return self.block2.overwrite(x, size, spare)
+        x, spare = self.block1.overwrite(self.conv(x, strip), spare=spare, strip=strip)
+        return self.block2.overwrite(x, pool, spare, strip)
 
 
 class FeatureUnification(nnx.Module):
@@ -258,8 +273,8 @@ class RoPE(nnx.Module):
     def __init__(self, dim: int):
         self.freqs = nnx.Param(jnp.asarray(geometry.rope_frequencies(dim)))
 
-    def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
-        row, col = self.turns(x.shape[1], x.shape[2])
+    def __call__(self, x: Float[Array, "B H W D"], strip: Whole = WHOLE) -> Float[Array, "B H W D"]:
+        row, col = self.turns(*strip.coordinates(x.shape[1], x.shape[2]))
         # cos and sin of a sum of a row's and a column's angle: no H x W x D table of angles is evaluated
         cos = row[0][:, None] * col[0] - row[1][:, None] * col[1]
         sin = row[1][:, None] * col[0] + row[0][:, None] * col[1]
@@ -268,9 +283,11 @@ class RoPE(nnx.Module):
         sign = jnp.repeat(jnp.array([-1.0, 1.0]), x.shape[-1] // 2)
         return (x * cos + swapped * (sin * sign)).astype(x.dtype)
 
-    def turns(self, height: int, width: int) -> tuple[tuple[Float[Array, "n D"], Float[Array, "n D"]], ...]:
-        """Return cosine and sine of the rows' and of the columns' angles."""
-        angles = (axis[:, None] * freqs for axis, freqs in zip(geometry.coordinates(height, width), self.freqs[...]))
+    def turns(
+        self, rows: Float[Array | np.ndarray, " H"], cols: Float[Array | np.ndarray, " W"]
+    ) -> tuple[tuple[Float[Array, "n D"], Float[Array, "n D"]], ...]:
+        """Return cosine and sine of the angles of rows and of columns with these coordinates."""
+        angles = (axis[:, None] * freqs for axis, freqs in zip((rows, cols), self.freqs[...]))
         return tuple((jnp.cos(angle), jnp.sin(angle)) for angle in angles)
 
 
@@ -305,21 +322,3 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
         kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
         return jnp.matmul(x.astype(self.dtype), kernel, precision=precision(self.dtype)) + bias
-
-
-def adaptive_average_pool(x: Float[Array, "B H W D"], size: tuple[int, int]) -> Float[Array, "B h w D"]:
-    """Average over `size` bins an axis, [floor(i H / h), ceil((i + 1) H / h)); also upwards, where bins overlap."""
-    return _pool_axis(_pool_axis(x, size[0], 1), size[1], 2)
-
-
-def _pool_axis(x: Float[Array, "B H W D"], out: int, axis: int) -> Float[Array, "B h w D"]:
-    size = x.shape[axis]
-    if size == out:
-        return x
-    if size % out == 0:
-        shape = (*x.shape[:axis], out, size // out, *x.shape[axis + 1 :])
-        return x.reshape(shape).mean(axis + 1, dtype=jnp.float32).astype(x.dtype)
-    index, weights = geometry.pool_bins(size, out)
-    shape = [-1 if a == axis else 1 for a in range(x.ndim)]
-    taps = (jnp.take(x, i, axis).astype(jnp.float32) * w.reshape(shape) for i, w in zip(index.T, weights.T))
-    return functools.reduce(jnp.add, taps).astype(x.dtype)

@@ -11,11 +11,23 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from anyup_jax import checks
+from anyup_jax import checks, sharding
 from anyup_jax.attention import resolve, window_attention
 from anyup_jax.config import AnyUpConfig
 from anyup_jax.geometry import axis_window
-from anyup_jax.layers import Carried, Conv, Encoder, FeatureUnification, Linear, ResBlock, RMSNorm, RoPE, map_rows
+from anyup_jax.layers import (
+    Carried,
+    Conv,
+    Encoder,
+    FeatureUnification,
+    Linear,
+    ResBlock,
+    RMSNorm,
+    RoPE,
+    map_rows,
+    pooling,
+)
+from anyup_jax.strips import WHOLE, Whole
 
 
 class FeatureEncoder(nnx.Module):
@@ -47,14 +59,16 @@ class CrossAttention(nnx.Module):
         self.value = Linear(dim, dim, dtype=dtype, rngs=rngs)  # never reaches the output; part of in_proj in PyTorch
         self.out = Linear(dim, dim, dtype=dtype, rngs=rngs, variable=Carried)
 
-    def __call__(self, query, key, values, rows, cols, *, backend, q_chunk_size) -> Float[Array, "B Ho Wo E"]:
-        query = self.project_query(query)
+    def __call__(
+        self, query, key, values, rows, cols, *, backend, q_chunk_size, strip=WHOLE
+    ) -> Float[Array, "B Ho Wo E"]:
+        query = self.project_query(query, strip)
         key = self.key(self.norm_k(key))
-        options = dict(num_heads=self.num_heads, backend=backend, q_chunk_size=q_chunk_size)
+        options = dict(num_heads=self.num_heads, backend=backend, q_chunk_size=q_chunk_size, strip=strip.index())
         return window_attention(query, key, values, rows, cols, **options)
 
-    def project_query(self, query: Float[Array, "B Ho Wo D"]) -> Float[Array, "B Ho Wo D"]:
-        return map_rows(lambda query: self.query(self.norm_q(query)), self.conv(query))
+    def project_query(self, query: Float[Array, "B Ho Wo D"], strip: Whole = WHOLE) -> Float[Array, "B Ho Wo D"]:
+        return map_rows(lambda query: self.query(self.norm_q(query)), self.conv(query, strip))
 
 
 class AnyUp(nnx.Module):
@@ -106,18 +120,31 @@ class AnyUp(nnx.Module):
         size = checks.check_inputs(self.config, "NHWC", image, features, output_size, q_chunk_size, values)
         if check:
             check_finite(image=image, features=features, values=values)
-        image, features = jnp.asarray(image, self.dtype), jnp.asarray(features)
-        values, cells = features if values is None else jnp.asarray(values), features.shape[1:3]
+        return self.attend(image, features, features if values is None else values, size, q_chunk_size)
+
+    def attend(
+        self,
+        image: Float[Array | np.ndarray, "B Hs W input_dim"],
+        features: Float[Array | np.ndarray, "B h w C"],
+        values: Float[Array | np.ndarray, "B h w E"],
+        size: tuple[int, int],
+        q_chunk_size: int | None,
+        strip: Whole = WHOLE,
+    ) -> Float[Array, "B Hos Wo E"]:
+        """Do the work of a call on a strip of the image; `size` is the size of the whole output."""
+        image, features, values = jnp.asarray(image, self.dtype), jnp.asarray(features), jnp.asarray(values)
+        cells, shape = features.shape[1:3], (size[0] // strip.count, size[1])
         rows, cols = (axis_window(n, m, self.config.window_ratio, self.config.window) for n, m in zip(size, cells))
 
-        guide, spare = self.image_encoder.overwrite(image)
-        guide = self.rope(guide)
-        key, spare = self.key_encoder.overwrite(guide, cells, spare)
+        guide, spare = self.image_encoder.overwrite(image, strip=strip)
+        guide = self.rope(guide, strip)
+        key, spare = self.key_encoder.overwrite(guide, lambda x: strip.pool_cells(x, cells), spare, strip)
         # queries wait for the keys, so that one's memory serves the other; image by image, as NaN times 0 is NaN
         guide = guide + 0 * key.mean((1, 2, 3), keepdims=True, dtype=guide.dtype)
-        query, _ = self.query_encoder.overwrite(guide, None if size == guide.shape[1:3] else size, spare)
+        pool = None if shape == guide.shape[1:3] else pooling(shape)
+        query, _ = self.query_encoder.overwrite(guide, pool, spare, strip)
         key = self.aggregation(jnp.concatenate([key, self.key_features_encoder(features)], -1))
-        options = dict(backend=self.config.backend, q_chunk_size=q_chunk_size)
+        options = dict(backend=self.config.backend, q_chunk_size=q_chunk_size, strip=strip)
         return self.cross_decode(query, key, values, rows, cols, **options)
 
 
@@ -129,8 +156,19 @@ def upsample(
     q_chunk_size: int | None = None,
     values: Float[Array | np.ndarray, "B h w E"] | None = None,
 ) -> Float[Array, "B Ho Wo E"]:
-    """Call the model as one compiled program, compiled once per set of shapes; arguments as for `AnyUp.__call__`."""
+    """Call the model as one compiled program, compiled once per set of shapes; arguments as for `AnyUp.__call__`.
+
+    An image whose rows are spread over the devices of a mesh axis, `NamedSharding(mesh, PartitionSpec(None, "rows"))`,
+    is upsampled where it is: every device computes its own rows of the output.
+
+    Raises:
+        ValueError, TypeError: as for `AnyUp.__call__`, and for rows that cannot be spread evenly.
+    """
     size = checks.check_inputs(model.config, "NHWC", image, features, output_size, q_chunk_size, values)
+    if (spread := sharding.row_sharding(image)) is not None:
+        sharding.check(model.config, image.shape, size, spread.mesh, spread.spec)
+        arguments = image, features, values, size, q_chunk_size
+        return sharding.compiled(*nnx.split(model), *arguments, spread.mesh, spread.spec)
     return compiled(*nnx.split(model), image, features, values, size, q_chunk_size)
 
 

@@ -166,8 +166,12 @@ def tile_axis(window: AxisWindow, size: int) -> AxisTiles:
 
 
 @functools.lru_cache(maxsize=256)
-def plan_tiles(rows: AxisWindow, cols: AxisWindow, queries: int | None = None) -> tuple[AxisTiles, AxisTiles]:
+def plan_tiles(
+    rows: AxisWindow, cols: AxisWindow, queries: int | None = None, strips: int = 1
+) -> tuple[AxisTiles, AxisTiles]:
     """Choose tiles of at most `queries` query positions (None: whatever is fastest) and cut both axes.
+
+    No tile crosses the border between two of the `strips` equal strips of rows.
 
     Larger tiles have less overhead; smaller ones score fewer keys that no query of the tile sees. The cost of a tile is
     taken as its scored query-key pairs plus a constant of TILE_OVERHEAD pairs.
@@ -175,6 +179,8 @@ def plan_tiles(rows: AxisWindow, cols: AxisWindow, queries: int | None = None) -
     limit = MAX_TILE if queries is None else max(1, queries)
     best = None
     for height in _sizes(rows, limit):
+        if strips > 1 and rows.queries // strips % height:
+            continue
         tall = tile_axis(rows, height)
         for width in _sizes(cols, limit // height):
             wide = tile_axis(cols, width)

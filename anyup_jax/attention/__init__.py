@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from anyup_jax.attention.dense import dense
 from anyup_jax.attention.tiled import tiled
@@ -34,6 +34,7 @@ def window_attention(
     num_heads: int,
     backend: str = "auto",
     q_chunk_size: int | None = None,
+    strip: Int[Array, ""] | None = None,
 ) -> Float[Array, "B Ho Wo E"]:
     """Average the values a query's window holds, with attention weights that are averaged over the heads.
 
@@ -47,12 +48,15 @@ def window_attention(
         num_heads: number of heads; divides D.
         backend: a name in `BACKENDS`, or "auto".
         q_chunk_size: number of query positions worked on at once; None lets the backend choose.
+        strip: where `query` holds only one of several equal strips of the rows that `rows` describes: which one.
 
     Raises:
         ValueError: for an unknown backend, a chunk size below 1, or shapes that do not fit the windows.
     """
     shapes = f"query {query.shape}, key {key.shape}, values {values.shape}"
-    if (rows.queries, cols.queries) != query.shape[1:3] or (rows.keys, cols.keys) != key.shape[1:3]:
+    strips = 1 if strip is None else rows.queries // max(query.shape[1], 1)
+    sizes = (strips * query.shape[1], query.shape[2], *key.shape[1:3])
+    if (rows.queries, cols.queries, rows.keys, cols.keys) != sizes:
         raise ValueError(
             f"Windows of {rows.queries} x {cols.queries} queries over {rows.keys} x {cols.keys} keys "
             f"do not fit {shapes}."
@@ -65,4 +69,5 @@ def window_attention(
         raise ValueError(f"q_chunk_size={q_chunk_size} must be at least 1, or None to let the backend choose.")
     q_chunk_size = None if q_chunk_size is None else int(q_chunk_size)
     attend = BACKENDS[resolve(backend)]
-    return attend(query, key, values, rows, cols, num_heads=num_heads, q_chunk_size=q_chunk_size)
+    options = dict(num_heads=num_heads, q_chunk_size=q_chunk_size, strip=0 if strip is None else strip)
+    return attend(query, key, values, rows, cols, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from anyup_jax.geometry import AxisWindow
 
@@ -19,6 +19,7 @@ def dense(
     *,
     num_heads: int,
     q_chunk_size: int | None = None,
+    strip: Int[Array, ""] | int = 0,
 ) -> Float[Array, "B Ho Wo E"]:
     """Compute `window_attention` with all Ho Wo x h w scores, in chunks of `q_chunk_size` queries if given."""
     batch, height, width, dim = query.shape
@@ -28,6 +29,7 @@ def dense(
     keys = key.reshape(batch, -1, num_heads, dim // num_heads)
     flat = values.reshape(batch, -1, values.shape[-1])
     row_count, col_count = jnp.asarray(rows.dense(), jnp.float32), jnp.asarray(cols.dense(), jnp.float32)
+    row_count = lax.dynamic_slice_in_dim(row_count, strip * height, height)
 
     @jax.checkpoint
     def attend(start):

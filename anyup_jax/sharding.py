@@ -1,0 +1,69 @@
+"""The whole model with the image's rows spread over the devices of a mesh axis."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from anyup_jax.config import AnyUpConfig
+from anyup_jax.strips import Strip
+
+
+def row_sharding(image: Float[Array, "B H W input_dim"]) -> NamedSharding | None:
+    """Return the sharding of an image whose rows lie on several devices, else None."""
+    sharding = getattr(image, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or len(sharding.spec) < 2 or sharding.spec[1] is None:
+        return None
+    return sharding if _size(sharding.mesh, sharding.spec[1]) > 1 else None
+
+
+def check(config: AnyUpConfig, image: tuple[int, ...], output_size: tuple[int, int], mesh: Mesh, spec: P) -> None:
+    """Raise ValueError if an image of this shape, or its output, cannot be cut into equal strips."""
+    count = _size(mesh, spec[1])
+    if any(axis is not None for axis in spec[2:]):
+        raise ValueError(f"An image may be spread over its batch and its rows only, got {spec}.")
+    if isinstance(spec[1], tuple) and len(spec[1]) > 1:
+        raise ValueError(f"The rows of an image may be spread over one mesh axis, got {spec[1]}.")
+    if image[1] % count or output_size[0] % count:
+        raise ValueError(
+            f"The rows of the image ({image[1]}) and of the output ({output_size[0]}) must be multiples of the "
+            f"{count} devices that share them; pad or resize the image, or use fewer devices."
+        )
+    if image[1] // count <= config.kernel_size // 2:
+        raise ValueError(
+            f"Each of {count} devices has {image[1] // count} rows of the image, and a kernel of {config.kernel_size} "
+            f"needs more than {config.kernel_size // 2}; use fewer devices."
+        )
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "output_size", "q_chunk_size", "mesh", "spec"))
+def compiled(
+    graph: nnx.GraphDef, state: nnx.State, image, features, values, output_size, q_chunk_size, mesh: Mesh, spec: P
+) -> Float[Array, "B Ho Wo E"]:
+    """The program behind `upsample` for such an image; the output's rows are spread as the image's are.
+
+    Every device keeps all keys and values, which are small, and the rows of the guide and of the queries that are its
+    own. Norms exchange their sums, convolutions a row with the neighbours, and the keys' pooling its result.
+    """
+    batch, rows = spec[0], spec[1][0] if isinstance(spec[1], tuple) else spec[1]
+    strip = Strip(rows, _size(mesh, rows))
+
+    def attend(state, image, features, values):
+        return nnx.merge(graph, state).attend(image, features, values, output_size, q_chunk_size, strip)
+
+    strips, whole = P(batch, rows), P(batch)
+    shards = jax.shard_map(attend, mesh=mesh, in_specs=(P(), strips, whole, whole), out_specs=strips, check_vma=False)
+    return shards(state, image, features, features if values is None else values)
+
+
+def _size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    size = 1
+    for name in names:
+        size *= mesh.shape[name]
+    return size
