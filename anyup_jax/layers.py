@@ -6,6 +6,7 @@ softmax stay in float32 whatever it is.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -57,24 +58,75 @@ def map_rows(
 ) -> Float[Array, "B H W D"]:
     """Apply a function of single pixels in blocks of image rows, which overwrite `spare` where its shape allows.
 
-    The same as `function(*images)`. What the function holds in between exists for one block only. `spare` is an image
-    that nobody reads afterwards, by default the first of the images.
+    The same as `function(*images)`. What the function holds in between exists for one block only; the gradient keeps
+    the images and computes the rest again, block by block. `spare` is an image that nobody reads afterwards, by default
+    the first of the images.
     """
     batch, height, width, _ = images[0].shape
     rows = max(1, BLOCK // (batch * width))
-    block = jax.eval_shape(function, *(image[:, :1] for image in images))
-    result = jax.lax.stop_gradient(spare) if spare is not None else images[0]
+    samples = [image[:, :1] for image in images]
+    block = jax.eval_shape(function, *samples)
+    result = images[0] if spare is None else spare
     if rows >= height or block.shape[-1] != result.shape[-1] or block.dtype != result.dtype:
-        return function(*images)
+        return jax.checkpoint(function)(*images)
+    converted = {}
+    for size in {rows, height % rows} - {0}:
+        converted[size], constants = jax.closure_convert(function, *(image[:, :size] for image in images))
+    return _map_rows(Blocks(converted, rows), constants, images, None if spare is None else lax.stop_gradient(spare))
 
-    def step(i, result, size=rows):
-        start = i * rows
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Blocks:
+    """A function of blocks of rows, its closure as further arguments: for `rows` rows, and for what is left over."""
+
+    functions: dict[int, Callable[..., Array]]
+    rows: int
+
+    def fold(self, step: Callable, height: int, start):
+        """Apply `step(function, first row, rows, state)` to every block."""
+        rows = self.rows
+        usual = self.functions.get(rows)
+        state = lax.fori_loop(0, height // rows, lambda i, x: step(usual, i * rows, rows, x), start)
+        if tail := height % rows:
+            state = step(self.functions.get(tail), height - tail, tail, state)
+        return state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _map_rows(blocks, constants, images, spare):
+    def step(function, first, size, result):
         sources = images if spare is not None else (result, *images[1:])
-        blocks = [lax.dynamic_slice_in_dim(image, start, size, 1) for image in sources]
-        return lax.dynamic_update_slice_in_dim(result, function(*blocks), start, 1)
+        sources = [lax.dynamic_slice_in_dim(image, first, size, 1) for image in sources]
+        return lax.dynamic_update_slice_in_dim(result, function(*sources, *constants), first, 1)
 
-    result = lax.fori_loop(0, height // rows, step, result)
-    return step(height // rows, result, height % rows) if height % rows else result
+    return blocks.fold(step, images[0].shape[1], images[0] if spare is None else spare)
+
+
+def _map_rows_forward(blocks, constants, images, spare):
+    return _map_rows(blocks, constants, images, spare), (constants, images)
+
+
+def _map_rows_backward(blocks, saved, cotangent):
+    constants, images = saved
+
+    def step(function, first, size, gradients):
+        to_constants, to_images = gradients
+        slice_rows = functools.partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=size, axis=1)
+        _, pull = jax.vjp(
+            lambda constants, blocks: function(*blocks, *constants), constants, [slice_rows(x) for x in images]
+        )
+        more, changes = pull(slice_rows(cotangent))
+        to_constants = [total + x.astype(total.dtype) for total, x in zip(to_constants, more)]
+        update = functools.partial(lax.dynamic_update_slice_in_dim, start_index=first, axis=1)
+        return to_constants, [update(whole, change) for whole, change in zip(to_images, changes)]
+
+    wide = [jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for x in constants]
+    start = wide, [jnp.zeros_like(x) for x in images]
+    to_constants, to_images = blocks.fold(step, images[0].shape[1], start)
+    return [x.astype(c.dtype) for x, c in zip(to_constants, constants)], tuple(to_images), None
+
+
+_map_rows.defvjp(_map_rows_forward, _map_rows_backward)
 
 
 BLOCK = 12_544  # pixels worked on at once where a layer acts on single pixels
@@ -113,10 +165,60 @@ class Conv(nnx.Module):
         else:
             x, rows = strip.pad(x, half)
             edges = (rows, (half, half))
-        dimensions = ("NHWC", "HWIO", "NHWC")
-        return lax.conv_general_dilated(
-            x, kernel, (1, 1), edges, dimension_numbers=dimensions, precision=precision(self.dtype)
-        )
+        return convolve(x, kernel, edges)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def convolve(
+    x: Float[Array, "B H W inputs"], kernel: Float[Array, "k k inputs outputs"], edges: tuple[tuple[int, int], ...]
+) -> Float[Array, "B h w outputs"]:
+    """Correlate with a kernel, `edges` rows and columns of zeros around x.
+
+    XLA's gradient for the kernel is a convolution with a kernel of the image's size, which is slow on CPUs; there it is
+    a matrix product for each tap.
+    """
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), edges, dimension_numbers=dimensions, precision=precision(x.dtype)
+    )
+
+
+def _convolve_forward(x, kernel, edges):
+    return convolve(x, kernel, edges), (x, kernel)
+
+
+def _convolve_backward(edges, saved, cotangent):
+    x, kernel = saved
+    (side, _, inputs, outputs), (height, width) = kernel.shape, cotangent.shape[1:3]
+    back = tuple((side - 1 - before, side - 1 - after) for before, after in edges)
+    to_x = convolve(cotangent, jnp.flip(kernel, (0, 1)).swapaxes(2, 3), back)
+
+    def taps(x, cotangent):
+        padded, rows = jnp.pad(x, ((0, 0), *edges, (0, 0))), max(1, BLOCK // (len(x) * width))
+
+        def step(_, first, size, total):
+            strip = lax.dynamic_slice_in_dim(padded, first, size + side - 1, 1)
+            block = lax.dynamic_slice_in_dim(cotangent, first, size, 1).reshape(-1, outputs)
+
+            def tap(i, j):
+                pixels = strip[:, i : i + size, j : j + width].reshape(-1, inputs)
+                options = dict(precision=precision(x.dtype), preferred_element_type=jnp.float32)
+                return jnp.matmul(pixels.T, block, **options)
+
+            return total + jnp.stack([tap(i, j) for i in range(side) for j in range(side)])
+
+        blocks = Blocks({}, min(rows, height))
+        total = blocks.fold(step, height, jnp.zeros((side**2, inputs, outputs)))
+        return total.reshape(kernel.shape).astype(x.dtype)
+
+    def whole(x, cotangent):
+        product = jax.vjp(lambda kernel: convolve.fun(x, kernel, edges), kernel)[1]
+        return product(cotangent)[0]
+
+    return to_x, lax.platform_dependent(x, cotangent, cpu=taps, default=whole)
+
+
+convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 class GroupNorm(nnx.Module):
@@ -274,21 +376,68 @@ class RoPE(nnx.Module):
         self.freqs = nnx.Param(jnp.asarray(geometry.rope_frequencies(dim)))
 
     def __call__(self, x: Float[Array, "B H W D"], strip: Whole = WHOLE) -> Float[Array, "B H W D"]:
-        row, col = self.turns(*strip.coordinates(x.shape[1], x.shape[2]))
-        # cos and sin of a sum of a row's and a column's angle: no H x W x D table of angles is evaluated
-        cos = row[0][:, None] * col[0] - row[1][:, None] * col[1]
-        sin = row[1][:, None] * col[0] + row[0][:, None] * col[1]
-        # rotate_half is a swap of the channel halves, its sign moved to the sine: XLA fuses that, a concatenation not
-        swapped = jnp.flip(x.reshape(*x.shape[:-1], 2, -1), -2).reshape(x.shape)
-        sign = jnp.repeat(jnp.array([-1.0, 1.0]), x.shape[-1] // 2)
-        return (x * cos + swapped * (sin * sign)).astype(x.dtype)
+        rows, cols = map(jnp.asarray, strip.coordinates(x.shape[1], x.shape[2]))
+        return rotate(x, self.freqs[...], rows, cols)
 
-    def turns(
-        self, rows: Float[Array | np.ndarray, " H"], cols: Float[Array | np.ndarray, " W"]
-    ) -> tuple[tuple[Float[Array, "n D"], Float[Array, "n D"]], ...]:
-        """Return cosine and sine of the angles of rows and of columns with these coordinates."""
-        angles = (axis[:, None] * freqs for axis, freqs in zip((rows, cols), self.freqs[...]))
-        return tuple((jnp.cos(angle), jnp.sin(angle)) for angle in angles)
+
+@jax.custom_vjp
+def rotate(
+    x: Float[Array, "B H W D"], freqs: Float[Array, "2 D"], rows: Float[Array, " H"], cols: Float[Array, " W"]
+) -> Float[Array, "B H W D"]:
+    """Return x cos(a) + rotate_half(x) sin(a), with the angle a = row x freqs[0] + column x freqs[1] per channel.
+
+    It is no rotation of channel pairs: the two channels of a pair have angles of their own.
+    """
+    row, col, sign = turns(freqs, rows, cols)
+
+    def turn(x, *row):
+        cos, sin = add_angles(row, col)
+        return (x * cos + swap_halves(x) * (sin * sign)).astype(x.dtype)
+
+    return map_rows(turn, x, *row)
+
+
+def turns(
+    freqs: Float[Array, "2 D"], rows: Float[Array, " H"], cols: Float[Array, " W"]
+) -> tuple[tuple[Float[Array, "1 H 1 D"], ...], tuple[Float[Array, "W D"], ...], Float[Array, " D"]]:
+    """Cosine and sine of the rows' and of the columns' angles; and the sign that rotate_half gives each channel."""
+    row, col = rows[None, :, None, None] * freqs[0], cols[:, None] * freqs[1]
+    sign = jnp.repeat(jnp.array([-1.0, 1.0]), freqs.shape[1] // 2)
+    return (jnp.cos(row), jnp.sin(row)), (jnp.cos(col), jnp.sin(col)), sign
+
+
+def add_angles(
+    row: tuple[Float[Array, "1 H 1 D"], ...], col: tuple[Float[Array, "W D"], ...]
+) -> tuple[Float[Array, "1 H W D"], Float[Array, "1 H W D"]]:
+    """Cosine and sine of sums of angles: no sine is taken of every pixel's angle."""
+    return row[0] * col[0] - row[1] * col[1], row[1] * col[0] + row[0] * col[1]
+
+
+def swap_halves(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """rotate_half but for its sign, which goes to the sine: XLA fuses this, but no concatenation."""
+    return jnp.flip(x.reshape(*x.shape[:-1], 2, -1), -2).reshape(x.shape)
+
+
+def _rotate_forward(x, freqs, rows, cols):
+    return rotate(x, freqs, rows, cols), (x, freqs, rows, cols)
+
+
+def _rotate_backward(saved, cotangent):
+    x, freqs, rows, cols = saved
+    row, col, sign = turns(freqs, rows, cols)
+
+    def turn_back(cotangent, *row):
+        cos, sin = add_angles(row, col)
+        return (cotangent * cos + swap_halves(cotangent * (sin * sign))).astype(cotangent.dtype)
+
+    cos, sin = add_angles(row, col)
+    by_angle = cotangent.astype(jnp.float32) * (swap_halves(x) * (cos * sign) - x * sin)
+    exact = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    to_freqs = exact("h,bhd->d", rows, by_angle.sum(2)), exact("w,bwd->d", cols, by_angle.sum(1))
+    return map_rows(turn_back, cotangent, *row), jnp.stack(to_freqs), None, None
+
+
+rotate.defvjp(_rotate_forward, _rotate_backward)
 
 
 class RMSNorm(nnx.Module):

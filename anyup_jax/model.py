@@ -167,7 +167,7 @@ def upsample(
     size = checks.check_inputs(model.config, "NHWC", image, features, output_size, q_chunk_size, values)
     if (spread := sharding.row_sharding(image)) is not None:
         sharding.check(model.config, image.shape, size, spread.mesh, spread.spec)
-        arguments = image, features, values, size, q_chunk_size
+        arguments = image, *(sharding.place(x, spread) for x in (features, values)), size, q_chunk_size
         return sharding.compiled(*nnx.split(model), *arguments, spread.mesh, spread.spec)
     return compiled(*nnx.split(model), image, features, values, size, q_chunk_size)
 

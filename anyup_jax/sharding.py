@@ -15,11 +15,16 @@ from anyup_jax.strips import Strip
 
 
 def row_sharding(image: Float[Array, "B H W input_dim"]) -> NamedSharding | None:
-    """Return the sharding of an image whose rows lie on several devices, else None."""
+    """Return the sharding of an image whose rows are spread over a mesh axis, else None."""
     sharding = getattr(image, "sharding", None)
     if not isinstance(sharding, NamedSharding) or len(sharding.spec) < 2 or sharding.spec[1] is None:
         return None
-    return sharding if _size(sharding.mesh, sharding.spec[1]) > 1 else None
+    return sharding
+
+
+def place(array: Float[Array, "B ..."] | None, sharding: NamedSharding) -> Float[Array, "B ..."] | None:
+    """Put features or values where the image is: spread over the batch as it is, whole otherwise."""
+    return None if array is None else jax.device_put(array, NamedSharding(sharding.mesh, P(sharding.spec[0])))
 
 
 def check(config: AnyUpConfig, image: tuple[int, ...], output_size: tuple[int, int], mesh: Mesh, spec: P) -> None:

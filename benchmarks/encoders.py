@@ -31,7 +31,12 @@ ENCODERS = (
 FOR_TPU = ("vit_small_patch14_dinov2", "vit_base_patch16_clip_224")
 TPU_SIDES = (224, 448)
 TOPOLOGY = dict(platform="tpu", topology_name="v5e:1x1", chips_per_host_bounds=(1, 1, 1))
-TPU_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_LOG_DIR": "disabled"}
+TPU_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_LOG_DIR": "disabled",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +73,7 @@ def encoders(rounds: int) -> Table:
 
 def encoders_tpu(rounds: int) -> Table:
     """The encoders of the training recipe compiled ahead of time for one TPU v5e chip, batch 4, bfloat16."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise ImportError('Compiling for a TPU needs libtpu, which is not installed: pip install "anyup-jax[tpu]".')
+    need_libtpu()
     table = table_of(
         f"encoders compiled for one v5e chip, batch {BATCH}, bfloat16", "", "temporary MB", "arguments MB", "GB moved",
         "GFLOP", "compile s",
@@ -84,9 +88,17 @@ def encoders_tpu(rounds: int) -> Table:
     return table
 
 
-def in_process(arguments: list[str], environment: dict[str, str] | None = None) -> dict:
-    """Run this module in a new process and return what it prints. Raises RuntimeError if it did not end well."""
-    command = [sys.executable, "-m", "benchmarks.encoders", *arguments]
+def need_libtpu() -> None:
+    """Raise ImportError if the compiler for TPU chips is not installed."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError('Compiling for a TPU needs libtpu, which is not installed: pip install "anyup-jax[tpu]".')
+
+
+def in_process(
+    arguments: list[str], environment: dict[str, str] | None = None, module: str = "benchmarks.encoders"
+) -> dict:
+    """Run a module in a new process and return what it prints. Raises RuntimeError if it did not end well."""
+    command = [sys.executable, "-m", module, *arguments]
     options = dict(capture_output=True, text=True, check=False, env=os.environ | (environment or {}))
     process = subprocess.run(command, **options)
     if process.returncode:

@@ -10,8 +10,12 @@ from benchmarks.accuracy import accuracy
 from benchmarks.encoders import encoders, encoders_tpu
 from benchmarks.forward import forward, large, scaling
 from benchmarks.stages import stages
+from benchmarks.tpu import tpu, tpu_rows
 
-TABLES = {table.__name__: table for table in (forward, stages, scaling, large, accuracy, encoders, encoders_tpu)}
+TABLES = {
+    table.__name__: table
+    for table in (forward, stages, scaling, large, accuracy, encoders, encoders_tpu, tpu, tpu_rows)
+}
 
 
 def main(argv: list[str] | None = None) -> None:

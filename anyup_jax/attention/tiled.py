@@ -7,12 +7,13 @@ query does not see of that slice is masked.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from anyup_jax.geometry import AxisTiles, AxisWindow, plan_tiles
 
@@ -37,6 +38,11 @@ class TileTables:
         with np.errstate(divide="ignore"):
             bias = np.log(tiles.count.astype(np.float32))
         return cls(jnp.asarray(tiles.first), jnp.asarray(tiles.start), jnp.asarray(bias))
+
+    def last_word(self, run: Int[Array, ""]) -> Bool[Array, " size"]:
+        """Which queries of a run the next run does not compute again."""
+        following = jnp.append(self.first[1:], self.first[-1] + self.bias.shape[1])[run]
+        return self.first[run] + jnp.arange(self.bias.shape[1]) < following
 
     def strip(self, index: Int[Array, ""] | int, strips: int) -> TileTables:
         """The runs of one of several equal strips of queries, which no run may cross; `first` counts within it."""
@@ -64,38 +70,96 @@ def tiled(
     )
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def attend_tiles(
     query: Float[Array, "B Ho Wo D"],
     key: Float[Array, "B h w D"],
     values: Float[Array, "B h w E"],
     rows: TileTables,
     cols: TileTables,
-    *,
     num_heads: int,
 ) -> Float[Array, "B Ho Wo E"]:
-    """Compute the attention of the tiles that the tables describe; they may be known only when the program runs."""
-    batch, height, width, dim = query.shape
-    channels, head_dim = values.shape[-1], dim // num_heads
-    (down, *size_rows), (across, *size_cols) = rows.bias.shape, cols.bias.shape
-    size, span = zip(size_rows, size_cols)
-    highest = "highest" if query.dtype == jnp.float32 else "default"
+    """Compute the attention of the tiles that the tables describe; they may be known only when the program runs.
 
-    @jax.checkpoint
-    def attend(query, key, values, b, i, j):
-        queries = lax.dynamic_slice(query, (b, rows.first[i], cols.first[j], 0), (1, *size, dim))
-        keys = lax.dynamic_slice(key, (b, rows.start[i], cols.start[j], 0), (1, *span, dim))
-        seen = lax.dynamic_slice(values, (b, rows.start[i], cols.start[j], 0), (1, *span, channels))
-        queries, keys = queries.reshape(-1, num_heads, head_dim), keys.reshape(-1, num_heads, head_dim)
-        bias = rows.bias[i][:, None, :, None] + cols.bias[j][None, :, None, :]
-        scores = jnp.einsum("qnk,pnk->nqp", queries, keys, precision=highest, preferred_element_type=jnp.float32)
-        scores = scores * head_dim**-0.5 + bias.reshape(size[0] * size[1], -1)
-        weights = jax.nn.softmax(scores, axis=-1).mean(0).astype(values.dtype)
-        return jnp.matmul(weights, seen.reshape(-1, channels), precision=highest).reshape(1, *size, channels)
+    No weights are kept for the gradient: it goes through the tiles once more.
+    """
 
     def step(t, output):
-        b, i, j = t // (down * across), t // across % down, t % across
-        tile = attend(query, key, values, b, i, j)
-        return lax.dynamic_update_slice(output, tile, (b, rows.first[i], cols.first[j], 0))
+        b, i, j = position(t, rows, cols)
+        place, slab = (b, rows.first[i], cols.first[j], 0), (b, rows.start[i], cols.start[j], 0)
+        queries, keys, seen = slices((query, key, values), (place, slab, slab), rows, cols)
+        tile = attend_tile(queries, keys, seen, rows.bias[i], cols.bias[j], num_heads)
+        return lax.dynamic_update_slice(output, tile, place)
 
-    output = jnp.zeros((batch, height, width, channels), values.dtype)
-    return lax.fori_loop(0, batch * down * across, step, output)
+    output = jnp.zeros((*query.shape[:3], values.shape[-1]), values.dtype)
+    return lax.fori_loop(0, tiles_of(query, rows, cols), step, output)
+
+
+def _forward(query, key, values, rows, cols, num_heads):
+    return attend_tiles(query, key, values, rows, cols, num_heads), (query, key, values, rows, cols)
+
+
+def _backward(num_heads, saved, cotangent):
+    query, key, values, rows, cols = saved
+
+    def step(t, gradients):
+        b, i, j = position(t, rows, cols)
+        place, slab = (b, rows.first[i], cols.first[j], 0), (b, rows.start[i], cols.start[j], 0)
+        inputs = slices((query, key, values), (place, slab, slab), rows, cols)
+        _, pull = jax.vjp(lambda *x: attend_tile(*x, rows.bias[i], cols.bias[j], num_heads), *inputs)
+        (tile,) = slices((cotangent,), (place,), rows, cols)
+        # where the last tile covers what the one before it computed, only the last one counts
+        kept = rows.last_word(i)[:, None, None] & cols.last_word(j)[:, None]
+        changes = pull(jnp.where(kept, tile, 0))
+        return tuple(add_slice(total, change, at) for total, change, at in zip(gradients, changes, (place, slab, slab)))
+
+    wide = jnp.promote_types(key.dtype, jnp.float32)  # keys and values sum over many tiles
+    zeros = jnp.zeros_like(query), jnp.zeros(key.shape, wide), jnp.zeros(values.shape, wide)
+    to_query, to_key, to_values = lax.fori_loop(0, tiles_of(query, rows, cols), step, zeros)
+    return to_query, to_key.astype(key.dtype), to_values.astype(values.dtype), None, None
+
+
+attend_tiles.defvjp(_forward, _backward)
+
+
+def tiles_of(query: Float[Array, "B Ho Wo D"], rows: TileTables, cols: TileTables) -> int:
+    return len(query) * len(rows.first) * len(cols.first)
+
+
+def position(t: Int[Array, ""], rows: TileTables, cols: TileTables) -> tuple[Int[Array, ""], ...]:
+    """Image, tile row and tile column of tile number t."""
+    down, across = len(rows.first), len(cols.first)
+    return t // (down * across), t // across % down, t % across
+
+
+def slices(arrays: tuple, places: tuple, rows: TileTables, cols: TileTables) -> list[Float[Array, "1 _ _ _"]]:
+    """Cut a tile of queries, and slabs of keys and values of it, out of whole arrays."""
+    sizes = tuple(zip(rows.bias.shape[1:], cols.bias.shape[1:]))
+    return [
+        lax.dynamic_slice(array, place, (1, *sizes[n > 0], array.shape[-1]))
+        for n, (array, place) in enumerate(zip(arrays, places))
+    ]
+
+
+def add_slice(total: Float[Array, "B _ _ E"], change: Float[Array, "1 _ _ E"], place: tuple) -> Float[Array, "B _ _ E"]:
+    sums = lax.dynamic_slice(total, place, change.shape) + change.astype(total.dtype)
+    return lax.dynamic_update_slice(total, sums, place)
+
+
+def attend_tile(
+    query: Float[Array, "1 T U D"],
+    key: Float[Array, "1 t u D"],
+    values: Float[Array, "1 t u E"],
+    row_bias: Float[Array, "T t"],
+    col_bias: Float[Array, "U u"],
+    num_heads: int,
+) -> Float[Array, "1 T U E"]:
+    """Attention of one tile of queries to one slab of keys."""
+    shape, head_dim = query.shape[:3], query.shape[-1] // num_heads
+    highest = "highest" if query.dtype == jnp.float32 else "default"
+    query, key = query.reshape(-1, num_heads, head_dim), key.reshape(-1, num_heads, head_dim)
+    bias = row_bias[:, None, :, None] + col_bias[None, :, None, :]
+    scores = jnp.einsum("qnk,pnk->nqp", query, key, precision=highest, preferred_element_type=jnp.float32)
+    scores = scores * head_dim**-0.5 + bias.reshape(len(query), -1)
+    weights = jax.nn.softmax(scores, axis=-1).mean(0).astype(values.dtype)
+    return jnp.matmul(weights, values.reshape(-1, values.shape[-1]), precision=highest).reshape(*shape, -1)
