@@ -24,5 +24,5 @@ bench: $(STAMP)  ## print the benchmarks' tables
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[torch,viz,lite,dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[torch,viz,lite,tpu,dev]'
 	@touch $@

@@ -26,7 +26,7 @@ class Whole:
         """Mean over the image, given the mean over the rows that are here."""
         return local
 
-    def reflect(self, x: Float[Array, "B H W D"], border: int) -> Float[Array, "B H+2*border W D"]:
+    def reflect(self, x: Float[Array, "B H W D"], border: int) -> Float[Array, "B H2 W D"]:
         """Add `border` rows at both ends: the neighbours', or at the image's ends reflected ones."""
         return jnp.take(x, geometry.reflection(x.shape[1], border), 1)
 
@@ -60,7 +60,7 @@ class Strip(Whole):
     def index(self) -> Int[Array, ""]:
         return lax.axis_index(self.axis)
 
-    def reflect(self, x: Float[Array, "B H W D"], border: int) -> Float[Array, "B H+2*border W D"]:
+    def reflect(self, x: Float[Array, "B H W D"], border: int) -> Float[Array, "B H2 W D"]:
         if border == 0:
             return x
         above, below = self._neighbours(x, border)

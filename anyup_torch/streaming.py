@@ -190,7 +190,7 @@ def rotate_and_project(
 def possible(model: nn.Module, *tensors: Tensor) -> bool:
     """Whether the model can be streamed: in eager inference, in one type throughout, with the tiled attention."""
     return (
-        resolve(model.config.backend) == "tiled"
+        resolve(model.config.backend, tensors[0].device) == "tiled"
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled(tensors[0].device.type)
         and all(tensor.dtype == model.rope.freqs.dtype for tensor in tensors)

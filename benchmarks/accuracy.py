@@ -18,7 +18,7 @@ def accuracy(rounds: int) -> Table:
     if not CASES:
         raise FileNotFoundError(f"The reference cases are not there: {GOLDEN} does not exist.")
     table = table_of("against the reference's outputs", "", "max |error|", "RMS to float64 / the reference's")
-    backends = {"jax": anyup_jax.attention.BACKENDS, "torch": anyup_torch.attention.BACKENDS}
+    backends = {"jax": anyup_jax.attention.PORTABLE, "torch": anyup_torch.attention.PORTABLE}
     for framework, names in backends.items():
         for backend in names:
             errors = {

@@ -9,12 +9,13 @@ from rich.console import Console
 from benchmarks.accuracy import accuracy
 from benchmarks.encoders import encoders, encoders_tpu
 from benchmarks.forward import forward, large, scaling
+from benchmarks.gpu import gpu
 from benchmarks.stages import stages
 from benchmarks.tpu import tpu, tpu_rows
 
 TABLES = {
     table.__name__: table
-    for table in (forward, stages, scaling, large, accuracy, encoders, encoders_tpu, tpu, tpu_rows)
+    for table in (forward, stages, scaling, large, accuracy, encoders, encoders_tpu, tpu, tpu_rows, gpu)
 }
 
 

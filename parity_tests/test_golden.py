@@ -17,7 +17,7 @@ from parity_tests.golden import CASES, GOLDEN, needs_golden
 
 pytestmark = needs_golden
 FORWARD = [name for name, case in CASES.items() if "image" in case]
-BACKENDS = {"jax": tuple(anyup_jax.attention.BACKENDS), "torch": tuple(anyup_torch.attention.BACKENDS)}
+BACKENDS = {"jax": tuple(anyup_jax.attention.PORTABLE), "torch": tuple(anyup_torch.attention.PORTABLE)}
 BOTH = [(framework, backend) for framework, names in BACKENDS.items() for backend in names]
 STAGES = ("image_encoder", "guide", "query_pooled", "key_pooled", "feature_unification", "key_features", "key")
 

@@ -19,8 +19,8 @@ from parity_tests import tolerances
 from parity_tests.golden import CASES, GOLDEN, needs_golden
 
 pytestmark = needs_golden
-BOTH = [("jax", name) for name in anyup_jax.attention.BACKENDS]
-BOTH += [("torch", name) for name in anyup_torch.attention.BACKENDS]
+BOTH = [("jax", name) for name in anyup_jax.attention.PORTABLE]
+BOTH += [("torch", name) for name in anyup_torch.attention.PORTABLE]
 EPS = 1e-6  # of the target's scaling
 
 

@@ -55,7 +55,7 @@ CASES = [
 BACKENDS = [
     pytest.param(framework, backend, id=f"{framework}-{backend}")
     for framework, module in (("jax", anyup_jax.attention), ("torch", anyup_torch.attention))
-    for backend in module.BACKENDS
+    for backend in module.PORTABLE
 ]
 
 
@@ -103,7 +103,7 @@ def test_values_and_gradients(name: str, window: str) -> None:
     cotangent = np.random.default_rng(1).standard_normal(expected.shape).astype(np.float32)
     gradients = torch.autograd.grad(expected, exact, torch.from_numpy(cotangent).double())
 
-    for backend in anyup_jax.attention.BACKENDS:
+    for backend in anyup_jax.attention.PORTABLE:
 
         def call(*tensors, backend=backend):
             return attend("jax", backend, tensors, rows, cols, num_heads=shape.heads)
@@ -111,7 +111,7 @@ def test_values_and_gradients(name: str, window: str) -> None:
         output, pullback = jax.vjp(call, *map(jnp.asarray, inputs))
         compare(output, expected, f"jax {backend}")
         compare_gradients(pullback(jnp.asarray(cotangent)), gradients, f"jax {backend}")
-    for backend in anyup_torch.attention.BACKENDS:
+    for backend in anyup_torch.attention.PORTABLE:
         leaves = [torch.from_numpy(array).requires_grad_() for array in inputs]
         output = attend("torch", backend, leaves, rows, cols, num_heads=shape.heads)
         compare(output.detach(), expected, f"torch {backend}")

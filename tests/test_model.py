@@ -100,7 +100,7 @@ def test_vmap_equals_a_loop():
     close(call(image, features), jnp.stack(looped))
 
 
-@pytest.mark.parametrize("backend", attention.BACKENDS)
+@pytest.mark.parametrize("backend", attention.PORTABLE)
 def test_a_batch_equals_its_images(backend):
     image, features = inputs(batch=2)
     single = [anyup_jax.upsample(small("paper", backend), image[i : i + 1], features[i : i + 1]) for i in range(2)]
@@ -124,7 +124,7 @@ def test_bfloat16_computation_has_float32_parameters_and_stays_close():
     assert np.abs(output - anyup_jax.upsample(small(), image, features)).max() > 0  # bfloat16 was really used
 
 
-@pytest.mark.parametrize("backend", attention.BACKENDS)
+@pytest.mark.parametrize("backend", attention.PORTABLE)
 def test_values_go_through_linearly_and_default_to_the_features(backend):
     image, features = inputs()
     head = jnp.asarray(np.random.default_rng(1).standard_normal((6, 4)), jnp.float32)

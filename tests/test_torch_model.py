@@ -19,7 +19,7 @@ from tests.test_model import FIELDS, literal_unification
 from tests.weights import EQUAL, SMALL, random_weights
 
 TOLERANCE = 2e-5
-BACKENDS = tuple(attention.BACKENDS)
+BACKENDS = tuple(attention.PORTABLE)
 UNUSED = {f"cross_decode.cross_attn.attention.out_proj.{part}" for part in ("weight", "bias")}
 
 

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from jaxtyping import Array, Float, Int
 
+from anyup_jax.attention.automatic import automatic
 from anyup_jax.attention.dense import dense
+from anyup_jax.attention.pallas_tpu import pallas_tpu
 from anyup_jax.attention.tiled import tiled
 from anyup_jax.geometry import AxisWindow
 
-BACKENDS = {"dense": dense, "tiled": tiled}
+BACKENDS = {"dense": dense, "tiled": tiled, "pallas_tpu": pallas_tpu}
+PORTABLE = ("dense", "tiled")  # backends that run on every platform
 
 
-def resolve(backend: str) -> str:
-    """Return the backend that `backend` stands for: itself, or for "auto" the best one.
+def resolve(backend: str) -> Callable[..., Float[Array, "B Ho Wo E"]]:
+    """Return the function of the backend called `backend`; "auto" chooses by the platform of the compiled program.
 
     Raises:
         ValueError: if there is no such backend.
     """
     if backend == "auto":
-        return "tiled"
+        return automatic
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of auto, {', '.join(BACKENDS)}.")
-    return backend
+    return BACKENDS[backend]
 
 
 def window_attention(
@@ -68,6 +73,5 @@ def window_attention(
     if q_chunk_size is not None and q_chunk_size < 1:
         raise ValueError(f"q_chunk_size={q_chunk_size} must be at least 1, or None to let the backend choose.")
     q_chunk_size = None if q_chunk_size is None else int(q_chunk_size)
-    attend = BACKENDS[resolve(backend)]
     options = dict(num_heads=num_heads, q_chunk_size=q_chunk_size, strip=0 if strip is None else strip)
-    return attend(query, key, values, rows, cols, **options)
+    return resolve(backend)(query, key, values, rows, cols, **options)

@@ -7,9 +7,9 @@ much as one over 128. What a query does not see of the slab has a bias of minus 
 the heads before they meet the values, one block of channels after the other.
 
 With p_n the weights of head n of N, w = mean(p_n), out = w V and g the gradient of out, the backward kernels recompute
-p_n and use dw = g V^T, ds_n = p_n (dw - sum(p_n dw)) / N, dq_n = ds_n k_n, dk_n = ds_n^T q_n and dV = w^T g. Gradients of
-keys and values are summed in device memory: the steps of a TPU grid run one after the other, so each reads the slab of
-sums of its tile, adds and writes it back.
+p_n and use dw = g V^T, ds_n = p_n (dw - sum(p_n dw)) / N, dq_n = ds_n k_n, dk_n = ds_n^T q_n and dV = w^T g. The
+gradients of keys and values are summed in device memory: the steps of a TPU grid run one after the other, so each reads
+the slab of sums of its tile, adds and writes it back. In a `shard_map` it needs `check_vma=False`.
 """
 
 from __future__ import annotations
@@ -239,14 +239,7 @@ def attend(
     col_bias = jnp.tile(tables.col_bias, (1, 1, slab[0]))
     arrays = (query.astype(dtype), key.astype(dtype), values)
     places = (tables.row_start, tables.col_start, row_bias, col_bias)
-    arrays, places = _vary((arrays, places))
     return _attend(*arrays, *places, sizes)
-
-
-def _vary(tree):
-    """Mark all arrays as differing along the mesh axes, inside a `shard_map`, along which any of them does."""
-    axes = frozenset().union(*(jax.typeof(x).vma for x in jax.tree.leaves(tree)))
-    return jax.tree.map(lambda x: lax.pcast(x, tuple(axes - jax.typeof(x).vma), to="varying"), tree) if axes else tree
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
@@ -348,14 +341,12 @@ def _call(kernel, sizes, places, operands, biases, results, scratch):
     row_spec = pl.BlockSpec((None, sizes.tile[0], sizes.keys), lambda b, i, j, c, rows, cols: (i, 0, 0))
     col_spec = pl.BlockSpec((None, sizes.tile[1], sizes.keys), lambda b, i, j, c, rows, cols: (j, 0, 0))
     operands = [*operands, (biases[0], row_spec), (biases[1], col_spec)]
-    vma = jax.typeof(operands[0][0]).vma
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     aliases = {}
     for index, (shape, dtype, spec) in enumerate(results):
         if spec is None:
             aliases[len(places) + len(operands)] = index
-            zeros = jnp.zeros(shape, dtype)
-            operands.append((lax.pcast(zeros, tuple(vma), to="varying") if vma else zeros, anywhere))
+            operands.append((jnp.zeros(shape, dtype), anywhere))
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -365,11 +356,9 @@ def _call(kernel, sizes, places, operands, biases, results, scratch):
             out_specs=[anywhere if spec is None else spec for _, _, spec in results],
             scratch_shapes=scratch,
         ),
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype, vma=vma) for shape, dtype, _ in results],
+        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in results],
         input_output_aliases=aliases,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",) * 4, vmem_limit_bytes=VMEM_LIMIT
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * 4, vmem_limit_bytes=VMEM_LIMIT),
         interpret=sizes.interpret,
     )(*places, *(array for array, _ in operands))
 
@@ -381,21 +370,26 @@ def _dot(a, b, contract: tuple[int, int]):
     return lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _inside(sizes: _Sizes, x, row):
+def _place() -> tuple[Int[Array, ""], ...]:
+    """Batch, tile row, tile column and block of channels; read before any loop, where the interpreter has no grid."""
+    return tuple(pl.program_id(axis) for axis in range(4))
+
+
+def _inside(sizes: _Sizes, place, x, row):
     """Set to zero what row `row` of the tile reads past the ends of the axes of queries."""
     if sizes.queries[0] % sizes.tile[0] == 0 and sizes.queries[1] % sizes.tile[1] == 0:
         return x
-    column = pl.program_id(2) * sizes.tile[1] + lax.broadcasted_iota(jnp.int32, x.shape, 0)
-    inside = (column < sizes.queries[1]) & (pl.program_id(1) * sizes.tile[0] + row < sizes.queries[0])
+    column = place[2] * sizes.tile[1] + lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    inside = (column < sizes.queries[1]) & (place[1] * sizes.tile[0] + row < sizes.queries[0])
     return jnp.where(inside, x, jnp.zeros_like(x))
 
 
-def _gradient(sizes: _Sizes, ref, row):
+def _gradient(sizes: _Sizes, place, ref, row):
     """Row `row` of the tile's incoming gradient, zero past the ends of the queries and of the channels."""
-    x = _inside(sizes, ref[row], row)
+    x = _inside(sizes, place, ref[row], row)
     if sizes.channels % sizes.block == 0:
         return x
-    channel = pl.program_id(3) * sizes.block + lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    channel = place[3] * sizes.block + lax.broadcasted_iota(jnp.int32, x.shape, 1)
     return jnp.where(channel < sizes.channels, x, jnp.zeros_like(x))
 
 
@@ -415,12 +409,12 @@ def _weights(sizes: _Sizes, stacked, keys, row_ref, col_ref, row):
     return weights, weights.sum(-1, keepdims=True)
 
 
-def _mean_weights(sizes: _Sizes, query_ref, key_ref, row_ref, col_ref, weight_ref):
+def _mean_weights(sizes: _Sizes, place, query_ref, key_ref, row_ref, col_ref, weight_ref):
     """Write the weights of all queries of the tile, averaged over the heads."""
     keys = key_ref[0].reshape(sizes.keys, sizes.dim)
 
     def step(row, carry):
-        stacked = _stack(sizes, _inside(sizes, query_ref[row], row))
+        stacked = _stack(sizes, _inside(sizes, place, query_ref[row], row))
         weights, total = _weights(sizes, stacked, keys, row_ref, col_ref, row)
         mean = (weights * (1 / (sizes.heads * total))).sum(0)
         weight_ref[pl.ds(pl.multiple_of(row * sizes.tile[1], SUBLANES), sizes.tile[1])] = mean.astype(weight_ref.dtype)
@@ -430,9 +424,11 @@ def _mean_weights(sizes: _Sizes, query_ref, key_ref, row_ref, col_ref, weight_re
 
 
 def _forward_kernel(sizes, rows, cols, query, key, values, row_bias, col_bias, output, weights):
-    @pl.when(pl.program_id(3) == 0)
+    place = _place()
+
+    @pl.when(place[3] == 0)
     def _():
-        _mean_weights(sizes, query, key, row_bias, col_bias, weights)
+        _mean_weights(sizes, place, query, key, row_bias, col_bias, weights)
 
     product = _dot(weights[...], values[0].reshape(sizes.keys, sizes.block), (1, 0))
     output[...] = product.reshape(*sizes.tile, sizes.block).astype(output.dtype)
@@ -443,20 +439,21 @@ def _query_key_kernel(
 ):
     block = values[0].reshape(sizes.keys, sizes.block)
     keys = key[0].reshape(sizes.keys, sizes.dim)
-    first = pl.program_id(3) == 0
+    place = _place()
+    first = place[3] == 0
     scale = (sizes.dim // sizes.heads) ** -0.5 / sizes.heads
     wide = sizes.tile[1]
 
     def outer(row, carry):
         index = pl.ds(pl.multiple_of(row * wide, SUBLANES), wide)
-        product = _dot(_gradient(sizes, gradient, row), block, (1, 1))
+        product = _dot(_gradient(sizes, place, gradient, row), block, (1, 1))
         d_weights[index] = jnp.where(first, product, d_weights[index] + product)
         return carry
 
     lax.fori_loop(0, sizes.tile[0], outer, 0)
 
     def inner(row, carry):
-        stacked = _stack(sizes, _inside(sizes, query[row], row))
+        stacked = _stack(sizes, _inside(sizes, place, query[row], row))
         weights, total = _weights(sizes, stacked, keys, row_bias, col_bias, row)
         weights = weights / total
         outer = d_weights[pl.ds(pl.multiple_of(row * wide, SUBLANES), wide)][None]
@@ -471,39 +468,41 @@ def _query_key_kernel(
         part[:, : sizes.dim] += _dot(d_scores, stacked, (0, 0))
         return carry
 
-    @pl.when(pl.program_id(3) == sizes.blocks - 1)
+    @pl.when(place[3] == sizes.blocks - 1)
     def _():
         part[...] = jnp.zeros_like(part)
         lax.fori_loop(0, sizes.tile[0], inner, 0)
-        _add(sizes, rows, cols, d_key, slice(None), part[...], sums, done)
+        _add(sizes, place, rows, cols, d_key, slice(None), part[...], sums, done)
 
 
 def _values_kernel(sizes, rows, cols, query, key, gradient, row_bias, col_bias, _, d_values, weights, sums, done):
-    @pl.when(pl.program_id(3) == 0)
+    place = _place()
+
+    @pl.when(place[3] == 0)
     def _():
-        _mean_weights(sizes, query, key, row_bias, col_bias, weights)
+        _mean_weights(sizes, place, query, key, row_bias, col_bias, weights)
 
     def step(row, part):
         index = pl.ds(pl.multiple_of(row * sizes.tile[1], SUBLANES), sizes.tile[1])
-        return part + _dot(weights[index], _gradient(sizes, gradient, row), (0, 0))
+        return part + _dot(weights[index], _gradient(sizes, place, gradient, row), (0, 0))
 
     part = lax.fori_loop(0, sizes.tile[0], step, jnp.zeros((sizes.keys, sizes.block), jnp.float32))
-    channels = pl.ds(pl.multiple_of(pl.program_id(3) * sizes.block, LANES), sizes.block)
-    _add(sizes, rows, cols, d_values, channels, part, sums, done)
+    channels = pl.ds(pl.multiple_of(place[3] * sizes.block, LANES), sizes.block)
+    _add(sizes, place, rows, cols, d_values, channels, part, sums, done)
 
 
-def _add(sizes, rows, cols, target, channels, part, sums, done):
+def _add(sizes, place, rows, cols, target, channels, part, sums, done):
     """Add (keys, channels) to the tile's slab of `target` in device memory, by way of `sums` in VMEM."""
-    place = (
-        pl.program_id(0),
-        pl.ds(rows[pl.program_id(1)], sizes.slab[0]),
-        pl.ds(pl.multiple_of(cols[pl.program_id(2)], SUBLANES), sizes.slab[1]),
+    slab = (
+        place[0],
+        pl.ds(rows[place[1]], sizes.slab[0]),
+        pl.ds(pl.multiple_of(cols[place[2]], SUBLANES), sizes.slab[1]),
         channels,
     )
-    fetch = pltpu.make_async_copy(target.at[place], sums, done)
+    fetch = pltpu.make_async_copy(target.at[slab], sums, done)
     fetch.start()
     fetch.wait()
     sums[...] += part.reshape(sums.shape)
-    store = pltpu.make_async_copy(sums, target.at[place], done)
+    store = pltpu.make_async_copy(sums, target.at[slab], done)
     store.start()
     store.wait()

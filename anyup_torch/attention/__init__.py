@@ -8,19 +8,23 @@ from torch import Tensor
 
 from anyup_torch.attention.dense import dense
 from anyup_torch.attention.tiled import tiled
+from anyup_torch.attention.triton import available, triton
 from anyup_torch.geometry import AxisWindow
 
-BACKENDS = {"dense": dense, "tiled": tiled}
+BACKENDS = {"dense": dense, "tiled": tiled, "triton": triton}
+PORTABLE = ("dense", "tiled")  # backends that run on every platform
 
 
-def resolve(backend: str) -> str:
-    """Return the backend that `backend` stands for: itself, or for "auto" the best one.
+def resolve(backend: str, device: torch.device | None = None) -> str:
+    """Return the backend that `backend` stands for: itself, or for "auto" the best one on a device.
+
+    That is `triton` on a CUDA device with Triton installed, and `tiled` elsewhere.
 
     Raises:
         ValueError: if there is no such backend.
     """
     if backend == "auto":
-        return "tiled"
+        return "triton" if device is not None and available(device) else "tiled"
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of auto, {', '.join(BACKENDS)}.")
     return backend
@@ -68,5 +72,5 @@ def window_attention(
     if q_chunk_size is not None and q_chunk_size < 1:
         raise ValueError(f"q_chunk_size={q_chunk_size} must be at least 1, or None to let the backend choose.")
     q_chunk_size = None if q_chunk_size is None else int(q_chunk_size)
-    attend = BACKENDS[resolve(backend)]
+    attend = BACKENDS[resolve(backend, query.device)]
     return attend(query, key, values, rows, cols, num_heads=num_heads, q_chunk_size=q_chunk_size)
