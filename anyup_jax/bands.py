@@ -335,7 +335,7 @@ def finish(
     key: Float[Array, "B h w D"],
     values: Float[Array, "B h w E"],
     starts: Int[Array, " pieces"],
-    shares: Float[Array, "pieces rows size"],
+    shares: Float[Array, "pieces around size"],
     band: Int[Array, ""],
     plan: Plan,
 ) -> Float[Array, "B rows Wo E"]:

@@ -54,13 +54,13 @@ def normed_silu(x: Float[Array, "B H W C"], affine: tuple[Float[Array, "B 1 1 C"
 
 
 def map_rows(
-    function: Callable[..., Array], *images: Float[Array, "B H W _"], spare: Float[Array, "B H W _"] | None = None
+    function: Callable[..., Array], *images: Float[Array, "_ H _ _"], spare: Float[Array, "B H W _"] | None = None
 ) -> Float[Array, "B H W D"]:
     """Apply a function of single pixels in blocks of image rows, which overwrite `spare` where its shape allows.
 
     The same as `function(*images)`. What the function holds in between exists for one block only; the gradient keeps
     the images and computes the rest again, block by block. `spare` is an image that nobody reads afterwards, by default
-    the first of the images.
+    the first of the images; those after it may have a batch or a width of 1.
     """
     batch, height, width, _ = images[0].shape
     rows = max(1, BLOCK // (batch * width))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -14,7 +15,7 @@ from anyup_jax.config import AnyUpConfig
 from anyup_jax.strips import Strip
 
 
-def row_sharding(image: Float[Array, "B H W input_dim"]) -> NamedSharding | None:
+def row_sharding(image: Float[Array | np.ndarray, "B H W input_dim"]) -> NamedSharding | None:
     """Return the sharding of an image whose rows are spread over a mesh axis, else None."""
     sharding = getattr(image, "sharding", None)
     if not isinstance(sharding, NamedSharding) or len(sharding.spec) < 2 or sharding.spec[1] is None:
@@ -22,7 +23,7 @@ def row_sharding(image: Float[Array, "B H W input_dim"]) -> NamedSharding | None
     return sharding
 
 
-def place(array: Float[Array, "B ..."] | None, sharding: NamedSharding) -> Float[Array, "B ..."] | None:
+def place(array: Float[Array | np.ndarray, "B ..."] | None, sharding: NamedSharding) -> Float[Array, "B ..."] | None:
     """Put features or values where the image is: spread over the batch as it is, whole otherwise."""
     return None if array is None else jax.device_put(array, NamedSharding(sharding.mesh, P(sharding.spec[0])))
 
