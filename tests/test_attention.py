@@ -148,7 +148,9 @@ def test_chunk_never_changes_the_result(framework: str, backend: str, chunk: int
 def test_tiles_are_planned_with_the_chunk(framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module(f"anyup_{framework}.attention.tiled")
     asked, plan = [], module.plan_tiles
-    monkeypatch.setattr(module, "plan_tiles", lambda rows, cols, chunk: asked.append(chunk) or plan(rows, cols, chunk))
+    monkeypatch.setattr(
+        module, "plan_tiles", lambda rows, cols, chunk, *rest: asked.append(chunk) or plan(rows, cols, chunk, *rest)
+    )
     shape = SHAPES["square"]
     attend(framework, "auto", arrays(shape), *windows(shape, "paper"), num_heads=2, q_chunk_size=7)
     assert asked == [7]
