@@ -1,8 +1,14 @@
 """Entry points of `torch.hub.load(REPO, "anyup" | "anyup_multi_backbone", ...)`; also with `source="local"`."""
 
+import logging as _logging
+
+import torch as _torch
+
 from anyup_torch import AnyUp as _AnyUp
 from anyup_torch import AnyUpConfig as _AnyUpConfig
 from anyup_torch import from_pretrained as _from_pretrained
+from anyup_torch.attention import resolve as _resolve
+from anyup_torch.attention.natten import installed as _natten_installed
 
 dependencies = ["torch", "numpy", "jaxtyping", "ml_dtypes", "platformdirs", "rich", "safetensors"]
 
@@ -12,7 +18,7 @@ def anyup(use_natten: bool = False, pretrained: bool = True, device: str = "cpu"
 
     Args:
         use_natten: take the windows of the published NATTEN variant (`window="natten"`), another output. NATTEN itself
-            is not needed: the windows are computed by whichever backend is best here.
+            is not needed: the windows are computed by whichever backend is best here, and a line says so.
         pretrained: fetch the published weights once; otherwise initialise randomly.
         device: where the parameters go.
     """
@@ -26,6 +32,11 @@ def anyup_multi_backbone(use_natten: bool = False, pretrained: bool = True, devi
 
 def _load(name: str, use_natten: bool, pretrained: bool, device: str) -> _AnyUp:
     window = "natten" if use_natten else "paper"
+    if use_natten and not _natten_installed():
+        _logging.getLogger("anyup_torch").warning(
+            'NATTEN is not installed; its windows are computed by backend="%s", with the same result.',
+            _resolve("auto", _torch.device(device)),
+        )
     if pretrained:
         return _from_pretrained(name, device=device, window=window)
     return _AnyUp(_AnyUpConfig(window=window)).to(device).eval()

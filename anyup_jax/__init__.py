@@ -11,13 +11,20 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from anyup_jax.bands import upsample_bands
     from anyup_jax.config import AnyUpConfig
     from anyup_jax.model import AnyUp, upsample
     from anyup_jax.pretrained import from_pretrained
 
-_HOME = {"AnyUp": "model", "AnyUpConfig": "config", "from_pretrained": "pretrained", "upsample": "model"}
+_HOME = {
+    "AnyUp": "model",
+    "AnyUpConfig": "config",
+    "from_pretrained": "pretrained",
+    "upsample": "model",
+    "upsample_bands": "bands",
+}
 
-__all__ = ["AnyUp", "AnyUpConfig", "from_pretrained", "upsample"]
+__all__ = ["AnyUp", "AnyUpConfig", "from_pretrained", "upsample", "upsample_bands"]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from anyup_jax.files import ARRAY_SUFFIXES, check_output, read_features, read_image, resize_image, write_features
+from anyup_jax.files import (
+    ARRAY_SUFFIXES,
+    BAND_SUFFIXES,
+    check_output,
+    read_features,
+    read_image,
+    resize_image,
+    write_bands,
+    write_features,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -26,6 +35,7 @@ if TYPE_CHECKING:
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ENCODER = "efficientnet_lite0"
 RANDOM = "random"
+COMPUTED = ("float32", "bfloat16")  # types of the model
 CROP = 32  # the demo's image has sides that are multiples of it
 
 
@@ -69,7 +79,13 @@ def build_parser() -> argparse.ArgumentParser:
     up_parser = commands.add_parser("upsample", help="write upsampled features to a file", description=upsample.__doc__)
     up_parser.set_defaults(command=upsample)
     up_parser.add_argument("image", metavar="IMAGE", help="an image file")
-    up_parser.add_argument("--out", required=True, metavar="F", help="the file to write: .npy, .npz or .safetensors")
+    up_parser.add_argument(
+        "--out",
+        required=True,
+        metavar="F",
+        help="the file to write: .npy or .zarr, band by band, so that it may be larger than memory; .npz or "
+        ".safetensors, from memory at once",
+    )
     up_parser.add_argument("--features", metavar="F.npy", help="features (h, w, C) of the image, instead of an encoder")
     up_parser.add_argument(
         "--output-size", type=_positive, nargs=2, metavar=("H", "W"), help="of the features (default: the image's)"
@@ -98,7 +114,14 @@ def build_parser() -> argparse.ArgumentParser:
         model.add_argument("--window", choices=("paper", "natten"), help="which keys a query sees")
         model.add_argument("--backend", metavar="NAME", help="how attention is computed")
         model.add_argument("--q-chunk-size", type=_positive, metavar="N", help="query positions worked on at once")
-        model.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
+    demo_parser.add_argument("--dtype", choices=COMPUTED, default="float32", help="of the computation (%(default)s)")
+    up_parser.add_argument(
+        "--dtype",
+        choices=(*COMPUTED, "float16"),
+        default="float32",
+        help="float32 (default); bfloat16: computed in it, written as float32; float16: computed in float32, written "
+        "as float16",
+    )
     return parser
 
 
@@ -143,8 +166,13 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def upsample(args: argparse.Namespace) -> None:
-    """Upsample the features of an image, an encoder's or your own, and write them to a file."""
-    path = check_output(args.out, ARRAY_SUFFIXES)
+    """Upsample the features of an image, an encoder's or your own, and write them to a file.
+
+    The output of .npy and .zarr is computed and written in bands of rows, with memory that does not grow with its
+    height; this takes several times as long as an output that fits into
+    memory and goes to another format.
+    """
+    path = check_output(args.out, (*ARRAY_SUFFIXES, *BAND_SUFFIXES[1:]))
     if args.features and (args.encoder or args.layer or args.encoder_weights):
         raise ValueError("--features brings its own features; leave --encoder, --layer and --encoder-weights out.")
     image = read_image(args.image)
@@ -164,7 +192,6 @@ def upsample(args: argparse.Namespace) -> None:
     _say("AnyUp", f"weights: {describe_weights(args)}")
     model = build_model(args)
     size = tuple(args.output_size or image.shape[:2])
-    result = run(model, image, features, features, size, args.q_chunk_size)
     metadata = {
         "image": str(args.image),
         "image_size": list(image.shape[:2]),
@@ -175,8 +202,21 @@ def upsample(args: argparse.Namespace) -> None:
         "window": model.config.window,
         "dtype": args.dtype,
     }
-    write_features(path, result.output, metadata)
-    _say("upsampled", f"{_times(result.output.shape)}, {result.times}")
+    dtype = "float16" if args.dtype == "float16" else "float32"
+    shape = (*size, features.shape[-1])
+    if path.suffix in BAND_SUFFIXES:
+        from anyup_jax.bands import upsample_bands
+
+        start = time.perf_counter()
+        options = dict(q_chunk_size=args.q_chunk_size, dtype=dtype)
+        bands = upsample_bands(model, normalize(image)[None], np.asarray(features)[None], size, **options)
+        write_bands(path, (band[0] for band in bands), shape, metadata, dtype)
+        times = f"in bands of rows, compiled, ran and written in {time.perf_counter() - start:.2f} s"
+    else:
+        result = run(model, image, features, features, size, args.q_chunk_size)
+        write_features(path, result.output, metadata, dtype)
+        times = result.times
+    _say("upsampled", f"{_times(shape)}, {dtype}, {times}")
     _say("written", path)
 
 
@@ -212,14 +252,18 @@ def run(
     def call(state, image, features, values):
         return nnx.merge(graphdef, state)(image, features, output_size, q_chunk_size, values)
 
-    guidance = (image / np.float32(255) - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
-    arrays = [jnp.asarray(array)[None] for array in (guidance, features, values)]
+    arrays = [jnp.asarray(array)[None] for array in (normalize(image), features, values)]
     start = time.perf_counter()
     compiled = call.lower(state, *arrays).compile()
     middle = time.perf_counter()
     output = jax.block_until_ready(compiled(state, *arrays))
     end = time.perf_counter()
     return Result(np.asarray(output[0], np.float32), middle - start, end - middle)
+
+
+def normalize(image: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "H W 3"]:
+    """Return the image as guidance: ImageNet's mean and standard deviation applied."""
+    return (image / np.float32(255) - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
 
 
 def build_model(args: argparse.Namespace) -> Any:
@@ -229,12 +273,13 @@ def build_model(args: argparse.Namespace) -> Any:
 
     from anyup_jax import AnyUp, AnyUpConfig
 
+    dtype = jnp.dtype(args.dtype if args.dtype in COMPUTED else "float32")
     overrides = {name: getattr(args, name) for name in ("window", "backend") if getattr(args, name)}
     if args.weights == RANDOM:
-        return AnyUp(AnyUpConfig(**overrides), rngs=nnx.Rngs(args.seed), dtype=jnp.dtype(args.dtype))
+        return AnyUp(AnyUpConfig(**overrides), rngs=nnx.Rngs(args.seed), dtype=dtype)
     from anyup_jax.pretrained import from_pretrained
 
-    return from_pretrained(args.weights, dtype=jnp.dtype(args.dtype), **overrides)
+    return from_pretrained(args.weights, dtype=dtype, **overrides)
 
 
 def describe_weights(args: argparse.Namespace) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors")
+Append = Callable[[int, Float[np.ndarray, "rows W C"]], Any]
+BAND_SUFFIXES = (".npy", ".zarr")  # written band by band, so they may be larger than memory
+ZARR_CHUNK = 1 << 22  # numbers in a chunk of a Zarr array, about
 
 
 def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
@@ -67,16 +71,19 @@ def read_features(path: str | os.PathLike) -> Float[np.ndarray, "h w C"]:
 
 
 def check_output(path: str | os.PathLike, suffixes: Collection[str]) -> Path:
-    """Return `path` if a file of one of these suffixes can be written there.
+    """Return `path` if a file of one of these suffixes, or a Zarr array, can be written there.
 
     Raises:
         ValueError: for another suffix.
-        OSError: if the folder does not exist or cannot be written to, or the path is a folder.
+        OSError: if the folder does not exist or cannot be written to, or the path is a folder, but for .zarr one that
+            holds a Zarr array, which is a folder itself.
     """
     path = Path(path)
     if path.suffix not in suffixes:
         raise ValueError(f"{path} has the suffix {path.suffix!r}; the output can be {', '.join(suffixes)}.")
-    if path.is_dir():
+    if path.suffix == ".zarr" and path.exists() and not (path / ".zarray").is_file():
+        raise OSError(f"{path} exists and is no Zarr array of version 2; move it away or choose another name.")
+    if path.suffix != ".zarr" and path.is_dir():
         raise OSError(f"{path} is a folder; name a file in it.")
     if not path.parent.is_dir():
         raise OSError(f"The folder {path.parent} does not exist; create it first.")
@@ -87,16 +94,29 @@ def check_output(path: str | os.PathLike, suffixes: Collection[str]) -> Path:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a temporary name beside `path` to write to; it takes the place of `path` only if the block succeeds."""
+    """Give a temporary name beside `path` to write to; it takes the place of `path` only if the block succeeds.
+
+    A folder can only be replaced in two steps; if the second one fails, the old folder is put back.
+    """
     path = Path(path)
     with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
         temporary = Path(folder) / path.name
         yield temporary
-        temporary.replace(path)
+        if not path.is_dir():
+            temporary.replace(path)
+            return
+        old = path.replace(Path(folder) / "old")
+        try:
+            temporary.replace(path)
+        except BaseException:
+            old.replace(path)
+            raise
 
 
-def write_features(path: str | os.PathLike, features: Float[np.ndarray, "H W C"], metadata: dict[str, Any]) -> None:
-    """Write a feature map as float32; the suffix says how.
+def write_features(
+    path: str | os.PathLike, features: Float[np.ndarray, "H W C"], metadata: dict[str, Any], dtype: str = "float32"
+) -> None:
+    """Write a feature map; the suffix says how.
 
     - .npy: the array alone, (H, W, C).
     - .npz: `features`, `image_size` (height, width) and `metadata`, a JSON object as a string.
@@ -106,9 +126,10 @@ def write_features(path: str | os.PathLike, features: Float[np.ndarray, "H W C"]
         path: where; an existing file is replaced once the new one is complete.
         features: the feature map.
         metadata: where it comes from; JSON values, among them `image_size`.
+        dtype: "float32" or "float16".
     """
     path = Path(path)
-    features = np.ascontiguousarray(features, np.float32)
+    features = np.ascontiguousarray(features, dtype)
     with replacing(path) as temporary:
         if path.suffix == ".npy":
             np.save(temporary, features)
@@ -119,6 +140,80 @@ def write_features(path: str | os.PathLike, features: Float[np.ndarray, "H W C"]
             from safetensors.numpy import save_file
 
             save_file({"features": features}, temporary, {key: json.dumps(value) for key, value in metadata.items()})
+
+
+def write_bands(
+    path: str | os.PathLike,
+    bands: Iterable[Float[np.ndarray, "rows W C"]],
+    shape: tuple[int, int, int],
+    metadata: dict[str, Any],
+    dtype: str = "float32",
+) -> None:
+    """Write a feature map that comes in bands of rows, from the top, none of which is kept; the suffix says how.
+
+    - .npy: the array alone, (H, W, C).
+    - .zarr: a Zarr array of version 2, uncompressed, with the metadata as its attributes.
+
+    Args:
+        path: where; an existing file or Zarr array is replaced once the new one is complete.
+        bands: the map, piece by piece; read one at a time.
+        shape: of the whole map.
+        metadata: where it comes from; JSON values.
+        dtype: "float32" or "float16".
+
+    Raises:
+        OSError: if the disk is too small, now or while writing; nothing is left behind then.
+        ValueError: if the bands do not make up a map of this shape.
+    """
+    path = Path(path)
+    needed, free = int(np.prod(shape)) * np.dtype(dtype).itemsize, shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OSError(
+            f"{path} of shape {tuple(shape)} in {dtype} takes {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are "
+            "free there; write float16, choose another disk or a smaller output size."
+        )
+    with replacing(path) as temporary:
+        write = _npy_writer if path.suffix == ".npy" else _zarr_writer
+        first = 0
+        with write(temporary, shape, np.dtype(dtype), metadata) as append:
+            for band in bands:
+                if band.shape[1:] != tuple(shape[1:]) or first + len(band) > shape[0]:
+                    raise ValueError(f"A band of shape {band.shape} after {first} rows does not fit into {shape}.")
+                append(first, np.ascontiguousarray(band, dtype))
+                first += len(band)
+        if first != shape[0]:
+            raise ValueError(f"The bands ended after {first} of {shape[0]} rows.")
+
+
+@contextlib.contextmanager
+def _npy_writer(path: Path, shape: tuple[int, ...], dtype: np.dtype, metadata: dict[str, Any]) -> Iterator[Append]:
+    header = dict(descr=np.lib.format.dtype_to_descr(dtype), fortran_order=False, shape=tuple(shape))
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        yield lambda first, band: file.write(band.data)
+
+
+@contextlib.contextmanager
+def _zarr_writer(path: Path, shape: tuple[int, ...], dtype: np.dtype, metadata: dict[str, Any]) -> Iterator[Append]:
+    """Chunks hold rows that the bands fill in turn, so that a chunk is read again only where a band ends within it."""
+    import tensorstore
+
+    store, height = None, shape[0]
+
+    def append(first: int, band: Float[np.ndarray, "rows W C"]) -> None:
+        nonlocal store
+        try:
+            if store is None:
+                rows, cols = min(len(band), height), max(1, min(shape[1], ZARR_CHUNK // (len(band) * shape[2])))
+                layout = dict(shape=list(shape), chunks=[rows, cols, shape[2]], dtype=dtype.str, compressor=None)
+                spec = dict(driver="zarr", kvstore=dict(driver="file", path=f"{path}/"), metadata=layout)
+                store = tensorstore.open(spec, create=True).result()
+                (path / ".zattrs").write_text(json.dumps(metadata))
+            store[first : first + len(band)].write(band).result()
+        except ValueError as error:  # tensorstore's way to report a full disk
+            raise OSError(f"{path.name} could not be written: {error}") from error
+
+    yield append
 
 
 def _to_rgb(image: Image.Image, path: str | os.PathLike) -> Image.Image:

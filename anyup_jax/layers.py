@@ -154,7 +154,7 @@ class Conv(nnx.Module):
         self.padding = padding
         self.dtype = dtype
 
-    def __call__(self, x: Float[Array, "B H W inputs"], strip: Whole = WHOLE) -> Float[Array, "B H W outputs"]:
+    def __call__(self, x: Float[Array, "B _ W inputs"], strip: Whole = WHOLE) -> Float[Array, "B _ W outputs"]:
         kernel, x = self.kernel[...].astype(self.dtype), x.astype(self.dtype)
         if kernel.shape[:2] == (1, 1):
             return jnp.matmul(x, kernel[0, 0], precision=precision(self.dtype))

@@ -11,13 +11,14 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from anyup_torch.bands import upsample_bands
     from anyup_torch.config import AnyUpConfig
     from anyup_torch.model import AnyUp
     from anyup_torch.pretrained import from_pretrained
 
-_HOME = {"AnyUp": "model", "AnyUpConfig": "config", "from_pretrained": "pretrained"}
+_HOME = {"AnyUp": "model", "AnyUpConfig": "config", "from_pretrained": "pretrained", "upsample_bands": "bands"}
 
-__all__ = ["AnyUp", "AnyUpConfig", "from_pretrained"]
+__all__ = ["AnyUp", "AnyUpConfig", "from_pretrained", "upsample_bands"]
 
 
 def __getattr__(name: str) -> Any:

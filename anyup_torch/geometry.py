@@ -21,11 +21,13 @@ class AxisWindow:
         keys: number n of keys along the axis.
         start: (queries,) int32, first key of each query's slice; `start + span <= keys`.
         count: (queries, span) int32, how often a query sees key `start + j`: 0 outside its window.
+        neighbourhood: what the table was made from, where it is the whole of a `window="natten"`.
     """
 
     keys: int
     start: np.ndarray
     count: np.ndarray
+    neighbourhood: Neighbourhood | None = None
 
     @property
     def queries(self) -> int:
@@ -77,12 +79,44 @@ def paper_bounds(queries: int, keys: int, ratio: float) -> np.ndarray:
     return np.stack([low, high], 1).astype(np.int32)
 
 
-def natten_counts(queries: int, keys: int, ratio: float) -> np.ndarray:
-    """How often each query sees each key in a neighbourhood attention over upsampled keys, (queries, keys) int32.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Neighbourhood:
+    """Neighbourhood attention along one axis, over keys that are upsampled to the queries (nearest-exact).
 
-    Keys are upsampled to the queries (nearest-exact). With dilation s = queries // keys, query i has phase i mod s and
-    sees a kernel of consecutive positions of its phase around its own, shifted so that it stays inside. At a whole
-    ratio every count is 0 or 1; elsewhere a key can occur several times.
+    With dilation s = queries // keys, query i has phase i mod s and sees a kernel of consecutive positions of its phase
+    around its own, shifted so that it stays inside; a phase shorter than the kernel is seen whole.
+
+    Attributes:
+        keys: number of keys before upsampling.
+        source: (queries,) int64, the key under every upsampled position.
+        dilation, kernel: the distance of a phase's positions, and how many of them a query sees.
+    """
+
+    keys: int
+    source: np.ndarray
+    dilation: int
+    kernel: int
+
+    def first(self, length: int) -> np.ndarray:
+        """Where the windows of the positions of a phase begin, within the phase: (length,) int64."""
+        size = min(self.kernel, length)
+        return (np.arange(length) - size // 2).clip(0, length - size)
+
+    def counts(self) -> np.ndarray:
+        """How often each query sees each key, (queries, keys) int32.
+
+        At a whole ratio every count is 0 or 1; elsewhere a key can occur several times.
+        """
+        table = np.zeros((len(self.source), self.keys), np.int32)
+        for phase in range(self.dilation):
+            cells = self.source[phase :: self.dilation]
+            members = cells[self.first(len(cells))[:, None] + np.arange(min(self.kernel, len(cells)))]
+            np.add.at(table, (phase + self.dilation * np.arange(len(cells))[:, None], members), 1)
+        return table
+
+
+def neighbourhood(queries: int, keys: int, ratio: float) -> Neighbourhood:
+    """Return the published NATTEN variant's window along one axis.
 
     Raises:
         ValueError: if there are fewer queries than keys, where this window is not defined.
@@ -99,21 +133,15 @@ def natten_counts(queries: int, keys: int, ratio: float) -> np.ndarray:
         kernel += kernel % 2 == 0
     scale = np.float64(np.float32(keys) / np.float32(queries))
     source = np.floor(((np.arange(queries) + 0.5) * scale).astype(np.float32)).astype(np.int64).clip(0, keys - 1)
-    table = np.zeros((queries, keys), np.int32)
-    for phase in range(dilation):
-        cells = source[phase::dilation]  # the key under every position of this phase
-        size = min(kernel, len(cells))
-        first = (np.arange(len(cells)) - size // 2).clip(0, len(cells) - size)
-        members = cells[first[:, None] + np.arange(size)]
-        np.add.at(table, (phase + dilation * np.arange(len(cells))[:, None], members), 1)
-    return table
+    return Neighbourhood(keys, source, dilation, kernel)
 
 
 @functools.lru_cache(maxsize=256)
 def axis_window(queries: int, keys: int, ratio: float, window: str = "paper") -> AxisWindow:
     """Return the window along one axis for `queries` output positions over `keys` low-resolution positions."""
     if window == "natten":
-        return AxisWindow.from_dense(natten_counts(queries, keys, ratio))
+        near = neighbourhood(queries, keys, ratio)
+        return dataclasses.replace(AxisWindow.from_dense(near.counts()), neighbourhood=near)
     low, high = paper_bounds(queries, keys, ratio).T
     span = int((high - low).max())
     start = np.minimum(low, keys - span).astype(np.int32)

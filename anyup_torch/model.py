@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from anyup_torch import checks, streaming, visualize
-from anyup_torch.attention import resolve, window_attention
+from anyup_torch.attention import check_backend, window_attention
 from anyup_torch.config import AnyUpConfig
 from anyup_torch.geometry import axis_window
 from anyup_torch.layers import Encoder, FeatureUnification, ResBlock, RMSNorm, RoPE
@@ -73,7 +73,7 @@ class AnyUp(nn.Module):
 
     def __init__(self, config: AnyUpConfig = AnyUpConfig()):
         super().__init__()
-        resolve(config.backend)
+        check_backend(config.backend, config.window)
         self.config = config
         self.image_encoder = Encoder(config.input_dim, config.qk_dim, config.kernel_size)
         self.key_encoder = Encoder(config.qk_dim, config.qk_dim)

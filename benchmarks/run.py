@@ -7,15 +7,32 @@ import argparse
 from rich.console import Console
 
 from benchmarks.accuracy import accuracy
+from benchmarks.attention import attention
+from benchmarks.bands import bands
 from benchmarks.encoders import encoders, encoders_tpu
 from benchmarks.forward import forward, large, scaling
 from benchmarks.gpu import gpu
 from benchmarks.stages import stages
 from benchmarks.tpu import tpu, tpu_rows
+from benchmarks.windows import windows
 
 TABLES = {
     table.__name__: table
-    for table in (forward, stages, scaling, large, accuracy, encoders, encoders_tpu, tpu, tpu_rows, gpu)
+    for table in (
+        forward,
+        stages,
+        scaling,
+        large,
+        bands,
+        attention,
+        windows,
+        accuracy,
+        encoders,
+        encoders_tpu,
+        tpu,
+        tpu_rows,
+        gpu,
+    )
 }
 
 

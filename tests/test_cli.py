@@ -106,6 +106,39 @@ def test_upsample_options_of_the_model(tmp_path, photograph, features):
     assert (metadata["window"], metadata["dtype"], metadata["image_size"]) == ("natten", "bfloat16", [28, 40])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_npy_and_zarr_are_written_in_bands(tmp_path, photograph, features, dtype):
+    tensorstore = pytest.importorskip("tensorstore")
+    argv = ["upsample", str(photograph), "--features", str(features), "--output-size", "21", "30", "--dtype", dtype]
+    for suffix in ("npy", "zarr", "npz"):
+        assert main([*argv, "--out", str(tmp_path / f"out.{suffix}")]) == 0
+    spec = dict(driver="zarr", kvstore=dict(driver="file", path=f"{tmp_path / 'out.zarr'}/"))
+    banded = np.load(tmp_path / "out.npy"), tensorstore.open(spec).result().read().result()
+    with np.load(tmp_path / "out.npz") as archive:
+        whole, metadata = archive["features"], json.loads(str(archive["metadata"]))
+    assert json.loads((tmp_path / "out.zarr" / ".zattrs").read_text()) == metadata
+    for array in banded:
+        assert (array.shape, array.dtype) == ((21, 30, 5), dtype)
+        np.testing.assert_allclose(array, whole, rtol=0, atol=2e-5 if dtype == "float32" else 2e-3)
+    assert whole.dtype == dtype
+
+
+def test_an_interrupted_upsampling_leaves_nothing(tmp_path, photograph, features, monkeypatch):
+    from anyup_jax import bands
+
+    def two_bands(model, image, features, size, **options):
+        yield np.zeros((1, 10, 100, 5), np.float32)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bands, "upsample_bands", two_bands)
+    before = sorted(tmp_path.iterdir())
+    for suffix in ("npy", "zarr"):
+        argv = ["upsample", str(photograph), "--features", str(features), "--out", str(tmp_path / f"out.{suffix}")]
+        with pytest.raises(KeyboardInterrupt):
+            main(argv)
+        assert sorted(tmp_path.iterdir()) == before
+
+
 def test_several_layers_are_concatenated(tmp_path, photograph):
     out = tmp_path / "out.npz"
     argv = ["upsample", str(photograph), "--layer", "2", "--layer", "-3", "--output-size", "8", "9", "--out", str(out)]
@@ -152,7 +185,7 @@ def test_an_error_is_one_line_and_status_2(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["upsample", "{image}", "--out", "{folder}/out.txt"], "the output can be .npy, .npz, .safetensors"),
+        (["upsample", "{image}", "--out", "{folder}/out.txt"], "the output can be .npy, .npz, .safetensors, .zarr"),
         (["upsample", "{image}", "--out", "{folder}/absent/out.npy"], "does not exist; create it first"),
         (["upsample", "{text}", "--out", "{folder}/out.npy"], "text.png is not an image"),
         (

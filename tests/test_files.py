@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -135,6 +137,88 @@ def test_features_are_written(tmp_path, suffix):
     assert written.dtype == np.float32
     np.testing.assert_array_equal(written, features)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+MAP = np.random.default_rng(0).standard_normal((37, 20, 5)).astype(np.float32)
+
+
+def in_bands(rows: int = 8):
+    return (MAP[first : first + rows] for first in range(0, len(MAP), rows))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("suffix", files.BAND_SUFFIXES)
+def test_bands_are_written_one_after_the_other(tmp_path, suffix, dtype):
+    path = tmp_path / f"out{suffix}"
+    for _ in range(2):  # the second one takes the first one's place
+        files.write_bands(path, in_bands(), MAP.shape, {"image": "cat.jpg"}, dtype)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    if suffix == ".npy":
+        written = np.load(path)
+    else:
+        zarr = pytest.importorskip("zarr")
+        array = zarr.open_array(str(path), mode="r")
+        assert dict(array.attrs) == {"image": "cat.jpg"}
+        written = array[:]
+    assert written.dtype == dtype
+    np.testing.assert_array_equal(written, MAP.astype(dtype))
+
+
+@pytest.mark.parametrize("suffix", files.BAND_SUFFIXES)
+def test_bands_that_end_early_or_do_not_fit_leave_the_old_file(tmp_path, suffix):
+    path = tmp_path / f"out{suffix}"
+    files.write_bands(path, in_bands(), MAP.shape, {})
+
+    def interrupted():
+        yield MAP[:8] + 1
+        raise KeyboardInterrupt
+
+    for wrong, error, sentence in (
+        (interrupted(), KeyboardInterrupt, None),
+        ([MAP[:8] + 1], ValueError, "ended after 8 of 37 rows"),
+        ([MAP, MAP[:1]], ValueError, "does not fit into"),
+        ([MAP[:, :3]], ValueError, "does not fit into"),
+    ):
+        with pytest.raises(error, match=sentence):
+            files.write_bands(path, wrong, MAP.shape, {})
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    if suffix == ".npy":
+        np.testing.assert_array_equal(np.load(path), MAP)
+
+
+FULL_DISK = """
+import pathlib, resource, signal, sys
+import numpy as np
+from anyup_jax import files
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # as a full disk: writing beyond fails
+try:
+    files.write_bands(sys.argv[1], [np.ones((8, 20, 5), np.float32)] * 2, (16, 20, 5), {})
+except OSError as error:
+    print("refused", error)
+"""
+
+
+@pytest.mark.parametrize("suffix", files.BAND_SUFFIXES)
+def test_a_full_disk_leaves_nothing(tmp_path, suffix, monkeypatch):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path / f"out{suffix}")], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.startswith("refused"), done.stderr
+    assert list(tmp_path.iterdir()) == []
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match=r"takes 0\.0 GB, but only 0\.0 GB are free"):
+        files.write_bands(tmp_path / f"out{suffix}", in_bands(), MAP.shape, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_no_zarr_array_is_kept(tmp_path):
+    (tmp_path / "a.zarr").mkdir()
+    with pytest.raises(OSError, match="is no Zarr array"):
+        files.check_output(tmp_path / "a.zarr", files.BAND_SUFFIXES)
+    (tmp_path / "a.zarr" / ".zarray").write_text("{}")
+    assert files.check_output(tmp_path / "a.zarr", files.BAND_SUFFIXES) == tmp_path / "a.zarr"
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

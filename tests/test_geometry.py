@@ -78,7 +78,7 @@ def natten_oracle(queries: int, keys: int, ratio: float) -> np.ndarray:
 )
 def test_natten_counts(queries: int, keys: int, ratio: float) -> None:
     expected = natten_oracle(queries, keys, ratio)
-    np.testing.assert_array_equal(geometry.natten_counts(queries, keys, ratio), expected)
+    np.testing.assert_array_equal(geometry.neighbourhood(queries, keys, ratio).counts(), expected)
     np.testing.assert_array_equal(axis_window(queries, keys, ratio, "natten").dense(), expected)
 
 

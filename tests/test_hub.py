@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,18 @@ def test_random_model(name: str, use_natten: bool, window: str) -> None:
     assert not model.training
     with torch.no_grad():
         assert model(torch.zeros(1, 3, 28, 28), torch.ones(1, 5, 2, 2)).shape == (1, 5, 28, 28)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_line_says_that_natten_is_missing(
+    there: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: (there or None) if name == "natten" else found(name))
+    torch.hub.load(REPO, "anyup", source="local", use_natten=True, pretrained=False)
+    lines = [record.getMessage() for record in caplog.records if record.name == "anyup_torch"]
+    expected = 'NATTEN is not installed; its windows are computed by backend="tiled", with the same result.'
+    assert lines == ([] if there else [expected])
 
 
 def test_device_is_obeyed() -> None:

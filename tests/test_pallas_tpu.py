@@ -176,7 +176,18 @@ for name in ("v5e:2x4", "v5p:2x2x1", "v6e:2x4"):
                     text = program.as_text()
                     temporary = program.memory_analysis().temp_size_in_bytes
                     programs[key] = [text.count("tpu_custom_call"), text.count(" while("), temporary]
-print(json.dumps(programs))
+
+# a mapped gradient: its kernels run one image after the other
+axis = axis_window(64, 4, 0.1)
+attend = functools.partial(window_attention, rows=axis, cols=axis, num_heads=4)
+gradient = jax.vmap(lambda q, k, v, g: jax.vjp(attend, q, k, v)[1](g))
+args = [
+    jax.ShapeDtypeStruct((2, 1, n, n, c), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
+    for n, c in ((64, 128), (4, 128), (4, 384), (64, 384))
+]
+with jax.set_mesh(mesh):
+    mapped = jax.jit(gradient).lower(*args).compile().as_text().count("tpu_custom_call")
+print(json.dumps([programs, mapped]))
 """
 
 
@@ -186,7 +197,8 @@ def test_programs_for_chips() -> None:
     options = dict(capture_output=True, text=True, check=False, env=os.environ | TPU_ENVIRONMENT)
     process = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME], **options)
     assert process.returncode == 0, process.stderr[-3000:]
-    programs = json.loads(process.stdout.splitlines()[-1])
+    programs, mapped = json.loads(process.stdout.splitlines()[-1])
+    assert mapped >= 2
     assert len(programs) == 3 * (4 + 1 + 1) * 2
     for name, (kernels, loops, temporary) in programs.items():
         assert kernels == (1 if name.endswith("forward") else 2), name

@@ -264,7 +264,12 @@ def _attend_forward(query, key, values, row_start, col_start, row_bias, col_bias
 
 
 def _attend_backward(sizes, saved, gradient):
-    query, key, values, row_start, col_start, row_bias, col_bias = saved
+    # one after the other under `vmap`: a batched operand in device memory has no lowering for TPU
+    gradients = jax.custom_batching.sequential_vmap(functools.partial(_gradients, sizes))(*saved, gradient)
+    return *gradients, None, None, None, None
+
+
+def _gradients(sizes, query, key, values, row_start, col_start, row_bias, col_bias, gradient):
     specs, places, biases = _Specs(sizes), (row_start, col_start), (row_bias, col_bias)
     tile, (high, wide) = math.prod(sizes.tile), sizes.slab
     lanes = LANES * math.ceil(sizes.dim / LANES)
@@ -302,7 +307,7 @@ def _attend_backward(sizes, saved, gradient):
         ],
     )
     d_key = d_key[..., : sizes.dim].astype(key.dtype)
-    return d_query, d_key, d_values.astype(values.dtype), None, None, None, None
+    return d_query, d_key, d_values.astype(values.dtype)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -7,11 +7,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from anyup_torch.attention.dense import dense
+from anyup_torch.attention.natten import natten, require
 from anyup_torch.attention.tiled import tiled
 from anyup_torch.attention.triton import available, triton
 from anyup_torch.geometry import AxisWindow
 
-BACKENDS = {"dense": dense, "tiled": tiled, "triton": triton}
+BACKENDS = {"dense": dense, "tiled": tiled, "triton": triton, "natten": natten}
 PORTABLE = ("dense", "tiled")  # backends that run on every platform
 
 
@@ -28,6 +29,22 @@ def resolve(backend: str, device: torch.device | None = None) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of auto, {', '.join(BACKENDS)}.")
     return backend
+
+
+def check_backend(backend: str, window: str) -> None:
+    """Refuse, before any work, a backend that cannot compute a window here.
+
+    Raises:
+        ValueError: if there is no such backend, or if it does not compute the window.
+        ImportError: if it needs a package that is not installed.
+    """
+    if resolve(backend) == "natten":
+        if window != "natten":
+            raise ValueError(
+                f'backend="natten" computes window="natten" only, got window={window!r}; use backend="auto", or '
+                'window="natten", which gives another output.'
+            )
+        require()
 
 
 @torch.compiler.disable  # tables made by numpy, and a loop over tiles that tracing would unroll

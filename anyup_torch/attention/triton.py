@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from anyup_torch.attention.tiled import tiled
+from anyup_torch.attention.recomputed import Recomputed
 from anyup_torch.geometry import AxisTiles, AxisWindow, plan_tiles
 
 MAX_QUERIES = 64  # queries a program
@@ -59,26 +58,7 @@ def triton(
             f'backend="triton" takes float32, bfloat16 and float16, the same for queries and keys; got '
             f'{query.dtype}, {key.dtype} and values of {values.dtype}. Convert them, or use backend="tiled".'
         )
-    return _Attention.apply(query, key, values, rows, cols, num_heads, q_chunk_size)
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query, key, values, rows, cols, num_heads, q_chunk_size):
-        ctx.save_for_backward(query, key, values)
-        ctx.rest = rows, cols, num_heads, q_chunk_size
-        return _forward(query, key, values, rows, cols, num_heads, q_chunk_size)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        rows, cols, num_heads, q_chunk_size = ctx.rest
-        needed = ctx.needs_input_grad[:3]
-        with torch.enable_grad():
-            inputs = [x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, needed, strict=True)]
-            out = tiled(*inputs, rows, cols, num_heads=num_heads, q_chunk_size=q_chunk_size)
-            grads = iter(torch.autograd.grad(out, [x for x in inputs if x.requires_grad], grad))
-        return *(next(grads) if need else None for need in needed), None, None, None, None
+    return Recomputed.apply(_forward, query, key, values, rows, cols, num_heads, q_chunk_size)
 
 
 def _forward(

@@ -1,0 +1,349 @@
+"""Outputs larger than memory: finished bands of rows, one after the other, from norms whose maps are never held.
+
+A GroupNorm needs the sums of a whole map, but between two norms every layer acts on single pixels. So the image is
+passed through once for each norm in turn: strip by strip the layers before it are computed again, added up and
+forgotten. With all norms known, a strip's queries depend on nothing else, and a band of the output on its own rows of
+queries and one more at either end. The recomputation takes more than a plain call's time again, and still more where
+the guide is too large to be held (`GUIDE`); what is held is the image, the keys and values, a strip and a band.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from anyup_jax import checks, geometry
+from anyup_jax.attention import window_attention
+from anyup_jax.config import NORM_GROUPS
+from anyup_jax.geometry import AxisWindow, axis_window
+from anyup_jax.layers import BLOCK, GROUP_NORM_EPS, Encoder, GroupNorm, normed_silu
+from anyup_jax.model import AnyUp
+from anyup_jax.strips import Whole, adaptive_average_pool
+
+BAND = 1 << 26  # numbers in a band of the output, where the caller does not say how many rows it has
+GUIDE = 1 << 29  # bytes of the guide up to which it is held: a third of the recomputation less
+
+Affine = tuple[Float[Array, "B 1 1 D"], Float[Array, "B 1 1 D"]]
+
+
+def upsample_bands(
+    model: AnyUp,
+    image: Float[Array | np.ndarray, "B H W input_dim"],
+    features: Float[Array | np.ndarray, "B h w C"],
+    output_size: tuple[int, int] | None = None,
+    q_chunk_size: int | None = None,
+    values: Float[Array | np.ndarray, "B h w E"] | None = None,
+    *,
+    rows: int | None = None,
+    dtype: DTypeLike | None = None,
+) -> Iterator[Float[np.ndarray, "B rows Wo E"]]:
+    """Yield what a plain call returns in bands of rows, from the top, with memory that does not grow with Ho.
+
+    The inputs are checked at once; work begins with the first band. Bands are read-only arrays on the host.
+
+    Args:
+        model, image, features, output_size, q_chunk_size, values: as for `AnyUp.__call__`.
+        rows: rows of a band, the last one may have fewer; None for about 256 MB of float32. More rows repeat less work
+            at the borders of bands.
+        dtype: floating type of the bands, at most 32 bits wide; None for the type of the values.
+
+    Raises:
+        ValueError, TypeError: as for `AnyUp.__call__`, and for a number of rows or a type that does not fit.
+    """
+    size = checks.check_inputs(model.config, "NHWC", image, features, output_size, q_chunk_size, values)
+    values = features if values is None else values
+    if rows is not None and (not hasattr(rows, "__index__") or isinstance(rows, bool) or rows < 1):
+        raise ValueError(f"rows={rows!r} must be a whole number of at least 1, or None for bands of a moderate size.")
+    dtype = jnp.dtype(jnp.asarray(values[:0]).dtype if dtype is None else dtype)
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 4:
+        raise TypeError(f"dtype={dtype} must be a floating type of at most 32 bits: float32, float16 or bfloat16.")
+    cells = tuple(features.shape[1:3])
+    for n, m in zip(size, cells):  # refuses windows that hold no key
+        axis_window(n, m, model.config.window_ratio, model.config.window)
+    if rows is None:
+        rows = rows_of_band(size, cells, len(image) * max(values.shape[-1], model.config.qk_dim))
+    plan = Plan(size, cells, min(int(rows), size[0]), None if q_chunk_size is None else int(q_chunk_size), dtype)
+    return _bands(model, image, features, values, plan)
+
+
+def rows_of_band(size: tuple[int, int], cells: tuple[int, int], channels: int) -> int:
+    """Return how many rows of `channels` numbers a position make a band of BAND numbers.
+
+    Whole numbers of cells, or a power of two within a cell, so that tiles of a good size fit into it.
+    """
+    rows, cell = max(1, BAND // (size[1] * channels)), max(1, size[0] // cells[0])
+    if rows >= size[0]:
+        return size[0]
+    return rows // cell * cell if rows >= cell else 1 << (rows.bit_length() - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The sizes of output, features and bands, all known to the compiled program.
+
+    Bands have `rows` rows throughout, the last one begins early enough to end with the output.
+    """
+
+    size: tuple[int, int]
+    cells: tuple[int, int]
+    rows: int
+    q_chunk_size: int | None
+    dtype: np.dtype
+
+    @property
+    def count(self) -> int:
+        return -(-self.size[0] // self.rows)
+
+    def first(self, band: int) -> int:
+        return min(band * self.rows, self.size[0] - self.rows)
+
+    def windows(self, ratio: float, window: str) -> tuple[AxisWindow, AxisWindow]:
+        """Windows of all bands' rows, one band after the other, and of the columns."""
+        tall, wide = (axis_window(n, m, ratio, window) for n, m in zip(self.size, self.cells))
+        index = np.concatenate([self.first(band) + np.arange(self.rows) for band in range(self.count)])
+        return AxisWindow(tall.keys, tall.start[index], tall.count[index]), wide
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut(Whole):
+    """A few rows of an image of `height`, from row `first` on; convolutions find their border in the map already."""
+
+    first: Int[Array, ""]
+    height: int
+
+    def reflect(self, x: Float[Array, "B H W D"], border: int) -> Float[Array, "B H W D"]:
+        return x
+
+    def pad(self, x: Float[Array, "B H W D"], border: int) -> tuple[Float[Array, "B H W D"], tuple[int, int]]:
+        return x, (0, 0)
+
+    def coordinates(self, height: int, width: int) -> tuple[Float[Array, " H"], Float[np.ndarray, " W"]]:
+        rows, cols = geometry.coordinates(self.height, width)
+        return lax.dynamic_slice_in_dim(jnp.asarray(rows), self.first, height), cols
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """All that a strip of any map is computed from.
+
+    Attributes:
+        image: the image, or, once `held`, the guide.
+        affines: for each encoder the scales and shifts of its norms, in their order, as far as they are known.
+        held: whether the guide takes the place of the image.
+    """
+
+    image: Float[Array, "B H W _"]
+    affines: dict[str, tuple[Affine, ...]]
+    held: bool = dataclasses.field(default=False, metadata=dict(static=True))
+
+    def strip(self, model: AnyUp, name: str, first: Int[Array, ""], rows: int) -> Float[Array, "B rows W D"]:
+        """Rows of the map that an encoder returns, or, where a norm is not known yet, of the map that it norms."""
+        if name == "image_encoder":
+            border = model.config.kernel_size // 2
+            index = jnp.asarray(geometry.reflection(self.image.shape[1], border).astype(np.int32))
+            index = lax.dynamic_slice_in_dim(index, first, rows + 2 * border)
+            x = model.image_encoder.conv(jnp.take(self.image, index, 1), Cut(first, self.image.shape[1]))
+        else:
+            x = getattr(model, name).conv(self.guide(model, first, rows))
+        return advance(getattr(model, name), x, self.affines[name])
+
+    def guide(self, model: AnyUp, first: Int[Array, ""], rows: int) -> Float[Array, "B rows W D"]:
+        if self.held:
+            return lax.dynamic_slice_in_dim(self.image, first, rows, 1)
+        return model.rope(self.strip(model, "image_encoder", first, rows), Cut(first, self.image.shape[1]))
+
+
+def advance(encoder: Encoder, x: Float[Array, "B H W D"], affines: tuple[Affine, ...]) -> Float[Array, "B H W D"]:
+    """Apply an encoder's ResBlocks to the output of its convolution, up to the first norm that is not in `affines`."""
+    for block, known in ((encoder.block1, affines[:2]), (encoder.block2, affines[2:])):
+        if not known:
+            return x
+        hidden = block.conv1(normed_silu(x, known[0]))
+        if len(known) == 1:
+            return hidden
+        x = x + block.conv2(normed_silu(hidden, known[1]))
+    return x
+
+
+def norms(encoder: Encoder) -> tuple[GroupNorm, ...]:
+    return encoder.block1.norm1, encoder.block1.norm2, encoder.block2.norm1, encoder.block2.norm2
+
+
+def _bands(model: AnyUp, image, features, values, plan: Plan) -> Iterator[Float[np.ndarray, "B rows Wo E"]]:
+    graph, state = nnx.split(model)
+    features, values = jnp.asarray(features), jnp.asarray(values)
+    scene = prepare(model, graph, state, jnp.asarray(image, model.dtype))
+    batch, height, width = scene.image.shape[:3]
+    strip = max(1, BLOCK // (batch * width))
+
+    pieces = Pieces(height, plan.cells[0], plan.cells[0], strip)
+    key = project_keys(graph, state, scene, features, *pieces.shares(0))
+    pieces = Pieces(height, plan.size[0], plan.rows, strip, border=1)
+    for band in range(plan.count):
+        first = plan.first(band)
+        output = finish(graph, state, scene, key, values, *pieces.shares(first), np.int32(band), plan)
+        yield np.asarray(output)[:, band * plan.rows - first :]
+
+
+def prepare(model: AnyUp, graph: nnx.GraphDef, state: nnx.State, image: Float[Array, "B H W input_dim"]) -> Scene:
+    """Pass through the image once for each norm; queries and keys share a pass."""
+    dim, pixels = model.config.qk_dim, image.shape[0] * image.shape[1] * image.shape[2]
+    held = pixels * dim * jnp.dtype(model.dtype).itemsize <= GUIDE
+    scene = Scene(image, {"image_encoder": (), "key_encoder": (), "query_encoder": ()})
+    for names in (("image_encoder",), ("key_encoder", "query_encoder")):
+        for number in range(4):
+            sums = np.asarray(strip_sums(graph, state, scene, names), np.float64).sum(0)
+            found = {
+                name: (*scene.affines[name], affine(norms(getattr(model, name))[number], moments))
+                for name, moments in zip(names, sums / (image.shape[1] * image.shape[2]))
+            }
+            scene = dataclasses.replace(scene, affines=scene.affines | found)
+        if held and not scene.held:
+            scene = Scene(hold_guide(graph, state, scene), scene.affines, held=True)
+    return scene
+
+
+def affine(norm: GroupNorm, moments: Float[np.ndarray, "2 B D"]) -> Affine:
+    """Return the scale and shift of a norm, given each channel's mean and mean square: `GroupNorm.affine`."""
+    mean, square = moments.reshape(*moments.shape[:2], NORM_GROUPS, -1).mean(-1)
+    spread = (np.maximum(square - mean**2, 0) + GROUP_NORM_EPS) ** -0.5
+    scale, bias = (np.asarray(x[...], np.float64) for x in (norm.scale, norm.bias))
+    mean, spread = (np.repeat(x, len(scale) // NORM_GROUPS, -1) for x in (mean, spread))
+    scale = scale * spread
+    return tuple(jnp.asarray(x[:, None, None], jnp.float32) for x in (scale, bias - mean * scale))
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "names"))
+def strip_sums(
+    graph: nnx.GraphDef, state: nnx.State, scene: Scene, names: tuple[str, ...]
+) -> Float[Array, "strips encoders 2 B D"]:
+    """Sums of x and of x squared over the pixels of each strip, x what the encoders' next unknown norms get.
+
+    The strips are to be added in float64: a single sum over a large map would lose digits in float32.
+    """
+    model, (batch, height, width) = nnx.merge(graph, state), scene.image.shape[:3]
+    rows = max(1, min(height, BLOCK // (batch * width)))
+    begins = np.arange(0, height, rows, dtype=np.int32)
+
+    def sums(begin):
+        first = jnp.minimum(begin, height - rows)
+        new = (first + jnp.arange(rows) >= begin)[:, None, None]  # the last strip overlaps the one before
+        maps = (scene.strip(model, name, first, rows).astype(jnp.float32) for name in names)
+        maps = [jnp.where(new, x, 0) for x in maps]
+        return jnp.stack([jnp.stack([x.sum((1, 2)), jnp.square(x).sum((1, 2))]) for x in maps])
+
+    return lax.map(sums, begins)
+
+
+@functools.partial(jax.jit, static_argnames=("graph",))
+def hold_guide(graph: nnx.GraphDef, state: nnx.State, scene: Scene) -> Float[Array, "B H W D"]:
+    """Compute the whole guide, strip by strip."""
+    model, (batch, height, width) = nnx.merge(graph, state), scene.image.shape[:3]
+    rows = max(1, min(height, BLOCK // (batch * width)))
+
+    def step(i, guide):
+        first = jnp.minimum(i * rows, height - rows)
+        return lax.dynamic_update_slice_in_dim(guide, scene.guide(model, first, rows), first, 1)
+
+    start = jnp.zeros((batch, height, width, model.config.qk_dim), model.dtype)
+    return lax.fori_loop(0, -(-height // rows), step, start)
+
+
+class Pieces:
+    """Which rows of an image some rows of its average over a grid need, in pieces of equal size.
+
+    Args:
+        height, out: rows of the image and of the whole grid.
+        rows: rows of the grid wanted at once.
+        limit: most image rows in a piece.
+        border: further rows of the grid at either end; those outside of it get no share and stay zero.
+    """
+
+    def __init__(self, height: int, out: int, rows: int, limit: int, border: int = 0):
+        self.height, self.out, self.border = height, out, border
+        self.index, self.weights = geometry.pool_bins(height, out)
+        self.wanted = np.arange(-border, rows + border)
+        first = np.arange(out - rows + 1)
+        low, high = np.maximum(first - border, 0), np.minimum(first + rows + border, out)
+        longest = int((-(-high * height // out) - low * height // out).max())
+        self.count = -(-longest // limit)
+        self.size = -(-longest // self.count)
+
+    def shares(self, first: int) -> tuple[Int[np.ndarray, " pieces"], Float[np.ndarray, "pieces rows size"]]:
+        """Return the pieces' first image rows and what their rows contribute to the grid's, `first` on."""
+        wanted = first + self.wanted
+        inside = np.flatnonzero((wanted >= 0) & (wanted < self.out))
+        table = np.zeros((len(wanted), self.height), np.float32)
+        np.add.at(table, (inside[:, None], self.index[wanted[inside]]), self.weights[wanted[inside]])
+        low = wanted[inside[0]] * self.height // self.out
+        starts = np.minimum(low + self.size * np.arange(self.count), self.height - self.size).astype(np.int32)
+        shares = np.empty((self.count, len(wanted), self.size), np.float32)
+        for piece, start in zip(shares, starts):
+            piece[:] = table[:, start : start + self.size]
+            table[:, start : start + self.size] = 0  # the last pieces may overlap
+        return starts, shares
+
+
+def pooled(
+    model: AnyUp,
+    name: str,
+    scene: Scene,
+    starts: Int[Array, " pieces"],
+    shares: Float[Array, "pieces rows size"],
+    width: int,
+) -> Float[Array, "B rows width D"]:
+    """Rows of an encoder's output, averaged over a grid `width` cells wide, piece by piece."""
+    batch, wide = len(scene.image), min(width, scene.image.shape[2])
+
+    def step(total, piece):
+        start, share = piece
+        x = scene.strip(model, name, start, share.shape[1])
+        x = adaptive_average_pool(x, (x.shape[1], wide)).astype(jnp.float32)
+        return total + jnp.einsum("rs,bswd->brwd", share, x, precision=lax.Precision.HIGHEST), None
+
+    total = jnp.zeros((batch, shares.shape[1], wide, model.config.qk_dim))
+    total, _ = lax.scan(step, total, (starts, shares))
+    return adaptive_average_pool(total, (total.shape[1], width)).astype(model.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("graph",))
+def project_keys(
+    graph: nnx.GraphDef, state: nnx.State, scene: Scene, features: Float[Array, "B h w C"], starts, shares
+) -> Float[Array, "B h w D"]:
+    """Return the keys as the attention takes them."""
+    model = nnx.merge(graph, state)
+    key = pooled(model, "key_encoder", scene, starts, shares, features.shape[2])
+    key = model.aggregation(jnp.concatenate([key, model.key_features_encoder(features)], -1))
+    return model.cross_decode.key(model.cross_decode.norm_k(key))
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "plan"))
+def finish(
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    scene: Scene,
+    key: Float[Array, "B h w D"],
+    values: Float[Array, "B h w E"],
+    starts: Int[Array, " pieces"],
+    shares: Float[Array, "pieces around size"],
+    band: Int[Array, ""],
+    plan: Plan,
+) -> Float[Array, "B rows Wo E"]:
+    """Compute a band of the output; one program serves all bands."""
+    model = nnx.merge(graph, state)
+    config = model.config
+    rows, cols = plan.windows(config.window_ratio, config.window)
+    query = pooled(model, "query_encoder", scene, starts, shares, plan.size[1])
+    query = model.cross_decode.project_query(query, Cut(band, plan.size[0]))
+    options = dict(num_heads=config.num_heads, backend=config.backend, q_chunk_size=plan.q_chunk_size, strip=band)
+    return window_attention(query, key, values, rows, cols, **options).astype(plan.dtype)

@@ -1,0 +1,338 @@
+"""Outputs larger than memory: finished bands of rows, one after the other, from norms whose maps are never held.
+
+A GroupNorm needs the sums of a whole map, but between two norms every layer acts on single pixels. So the image is
+passed through once for each norm in turn: strip by strip the layers before it are computed again, added up and
+forgotten. With all norms known, a strip's queries depend on nothing else, and a band of the output on its own rows of
+queries and one more at either end. The recomputation takes more than a plain call's time again, and still more where
+the guide is too large to be held (`GUIDE`); what is held is the image, the keys and values, a strip and a band.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from anyup_torch import checks, geometry
+from anyup_torch.attention import resolve, window_attention
+from anyup_torch.attention.tiled import TileAttention
+from anyup_torch.config import NORM_GROUPS
+from anyup_torch.geometry import AxisWindow, axis_window, plan_tiles
+from anyup_torch.layers import Encoder
+from anyup_torch.streaming import activate, block_size, matrix
+
+BAND = 1 << 26  # numbers in a band of the output, where the caller does not say how many rows it has
+GUIDE = 1 << 29  # bytes of the guides up to which they are held: a third of the recomputation less
+
+Affine = tuple[Float[Tensor, " D"], Float[Tensor, " D"]]
+
+
+def upsample_bands(
+    model: nn.Module,
+    image: Float[Tensor, "B input_dim H W"],
+    features: Float[Tensor, "B C h w"],
+    output_size: tuple[int, int] | None = None,
+    q_chunk_size: int | None = None,
+    values: Float[Tensor, "B E h w"] | None = None,
+    *,
+    rows: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Iterator[Float[Tensor, "B E rows Wo"]]:
+    """Yield what a plain call returns in bands of rows, from the top, with memory that does not grow with Ho.
+
+    The inputs are checked at once; work begins with the first band. Bands are CPU tensors in channels-last order;
+    there are no gradients.
+
+    Args:
+        model, image, features, output_size, q_chunk_size, values: as for `AnyUp.forward`.
+        rows: rows of a band, the last one may have fewer; None for about 256 MB of float32. More rows repeat less work
+            at the borders of bands.
+        dtype: floating type of the bands, at most 32 bits wide; None for the type of the values.
+
+    Raises:
+        ValueError, TypeError: as for `AnyUp.forward`, for a number of rows or a type that does not fit, and for
+            `backend="natten"`, which knows no bands.
+    """
+    size = checks.check_inputs(model.config, "NCHW", image, features, output_size, q_chunk_size, values)
+    values = features if values is None else values
+    if rows is not None and (not hasattr(rows, "__index__") or isinstance(rows, bool) or rows < 1):
+        raise ValueError(f"rows={rows!r} must be a whole number of at least 1, or None for bands of a moderate size.")
+    if model.config.backend == "natten":
+        raise ValueError('backend="natten" computes whole outputs only; load the model with backend="auto" for bands.')
+    dtype = values.dtype if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize > 4:
+        raise TypeError(f"dtype={dtype} must be a floating type of at most 32 bits: float32, float16 or bfloat16.")
+    cells = tuple(features.shape[2:])
+    for n, m in zip(size, cells):  # refuses windows that hold no key
+        axis_window(n, m, model.config.window_ratio, model.config.window)
+    if rows is None:
+        rows = rows_of_band(size, cells, len(image) * max(values.shape[1], model.config.qk_dim))
+    plan = Plan(size, cells, min(int(rows), size[0]), None if q_chunk_size is None else int(q_chunk_size))
+    return _bands(model, image, features, values, plan, dtype)
+
+
+def rows_of_band(size: tuple[int, int], cells: tuple[int, int], channels: int) -> int:
+    """Return how many rows of `channels` numbers a position make a band of BAND numbers.
+
+    Whole numbers of cells, or a power of two within a cell, so that tiles of a good size fit into it.
+    """
+    rows, cell = max(1, BAND // (size[1] * channels)), max(1, size[0] // cells[0])
+    if rows >= size[0]:
+        return size[0]
+    return rows // cell * cell if rows >= cell else 1 << (rows.bit_length() - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The sizes of output, features and bands.
+
+    Bands have `rows` rows throughout, the last one begins early enough to end with the output.
+    """
+
+    size: tuple[int, int]
+    cells: tuple[int, int]
+    rows: int
+    q_chunk_size: int | None
+
+    @property
+    def count(self) -> int:
+        return -(-self.size[0] // self.rows)
+
+    def first(self, band: int) -> int:
+        return min(band * self.rows, self.size[0] - self.rows)
+
+    def windows(self, ratio: float, window: str) -> tuple[AxisWindow, AxisWindow]:
+        """Windows of all bands' rows, one band after the other, and of the columns."""
+        tall, wide = (axis_window(n, m, ratio, window) for n, m in zip(self.size, self.cells))
+        index = np.concatenate([self.first(band) + np.arange(self.rows) for band in range(self.count)])
+        return AxisWindow(tall.keys, tall.start[index], tall.count[index]), wide
+
+
+class Scene:
+    """All that a strip of any map of one image is computed from.
+
+    Attributes:
+        image: (input_dim, H, W), its borders reflected.
+        affines: for each encoder the scales and shifts of its norms, in their order, as far as they are known.
+        guide: (H, W, D), once it is held.
+    """
+
+    def __init__(self, model: nn.Module, image: Float[Tensor, "input_dim H W"]):
+        self.model = model
+        self.height, self.width = image.shape[1:]
+        self.image = model.image_encoder[0].pad(image[None])[0]
+        self.affines: dict[str, tuple[Affine, ...]] = {"image_encoder": (), "key_encoder": (), "query_encoder": ()}
+        self.guide: Float[Tensor, "H W D"] | None = None
+        self.turns = [(angle.cos(), angle.sin()) for angle in model.rope.angles(self.height, self.width)]
+        self.rows = max(1, min(self.height, block_size(image) // self.width))  # of a strip
+
+    def strip(self, name: str, guide: Float[Tensor, "pixels D"]) -> Float[Tensor, "pixels D"]:
+        """A strip of the map that an encoder returns, or, where a norm is not known yet, of the map that it norms."""
+        encoder = getattr(self.model, name)
+        return advance(encoder, guide @ matrix(encoder[0]), self.affines[name])
+
+    def image_strip(self, first: int, rows: int) -> Float[Tensor, "pixels D"]:
+        """The same for the image encoder."""
+        conv = self.model.image_encoder[0]
+        x = F.conv2d(self.image[None, :, first : first + rows + conv.kernel_size[0] - 1], conv.weight)[0]
+        x = x.permute(1, 2, 0).flatten(0, 1).contiguous()
+        return advance(self.model.image_encoder, x, self.affines["image_encoder"])
+
+    def guide_strip(self, first: int, rows: int) -> Float[Tensor, "pixels D"]:
+        """Rotated pixels of the image encoder's output."""
+        if self.guide is not None:
+            return self.guide[first : first + rows].flatten(0, 1)
+        x = self.image_strip(first, rows)
+        (row_cos, row_sin), (col_cos, col_sin) = self.turns
+        down_cos, down_sin = row_cos[first : first + rows, None], row_sin[first : first + rows, None]
+        # cosine and sine of a sum: no sine is taken of every pixel's angle
+        cos = (down_cos * col_cos).addcmul_(down_sin, col_sin, value=-1).flatten(0, 1)
+        sin = (down_sin * col_cos).addcmul_(down_cos, col_sin).flatten(0, 1)
+        half, wide = x.shape[1] // 2, x.float()
+        turned = cos.mul_(wide)
+        turned[:, :half].addcmul_(wide[:, half:], sin[:, :half], value=-1)
+        turned[:, half:].addcmul_(wide[:, :half], sin[:, half:])
+        return turned.to(x.dtype)
+
+    def prepare(self, hold: bool) -> None:
+        """Pass through the image once for each norm; queries and keys share a pass."""
+        for names in (("image_encoder",), ("key_encoder", "query_encoder")):
+            for number in range(4):
+                sums = self._sums(names)
+                for name, moments in zip(names, sums / (self.height * self.width)):
+                    norm = norms(getattr(self.model, name))[number]
+                    self.affines[name] += (affine(norm, moments, self.image.dtype),)
+            if hold and self.guide is None:
+                strips = [self.guide_strip(begin, rows) for begin, rows in self._strips()]
+                self.guide = torch.cat(strips).view(self.height, self.width, -1)
+
+    def _strips(self) -> Iterator[tuple[int, int]]:
+        return ((i, min(self.rows, self.height - i)) for i in range(0, self.height, self.rows))
+
+    def _sums(self, names: tuple[str, ...]) -> Float[Tensor, "encoders 2 D"]:
+        """Sums of x and of x squared over the pixels, x what the encoders' next unknown norms get.
+
+        Strips are added in float64 on the host: a single sum over a large map would lose digits in float32.
+        """
+        total = torch.zeros(len(names), 2, self.model.config.qk_dim, dtype=torch.float64)
+        for first, rows in self._strips():
+            if names == ("image_encoder",):
+                maps = [self.image_strip(first, rows)]
+            else:
+                guide = self.guide_strip(first, rows)
+                maps = [self.strip(name, guide) for name in names]
+            wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in maps]
+            total += torch.stack([torch.stack([x.sum(0), x.square().sum(0)]) for x in wide]).cpu()
+        return total
+
+    def pooled(self, name: str, pieces: Pieces, first: int, width: int) -> Float[Tensor, "rows width D"]:
+        """Rows of an encoder's output, from `first` on, averaged over a grid `width` cells wide, piece by piece."""
+        wide, dim = min(width, self.width), self.model.config.qk_dim
+        rows, dtype = len(pieces.wanted), self.image.dtype
+        total = self.image.new_zeros(rows, wide * dim, dtype=torch.promote_types(dtype, torch.float32))
+        for start, share in pieces.shares(first):
+            x = self.strip(name, self.guide_strip(start, pieces.size)).view(1, pieces.size, self.width, dim)
+            x = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), (pieces.size, wide)).permute(0, 2, 3, 1)
+            total.addmm_(torch.from_numpy(share).to(total), x.reshape(pieces.size, -1).to(total.dtype))
+        total = total.view(rows, wide, dim).to(dtype)
+        if wide < width:
+            total = F.adaptive_avg_pool2d(total.permute(2, 0, 1)[None], (rows, width))[0].permute(1, 2, 0)
+        return total
+
+
+def advance(encoder: Encoder, x: Float[Tensor, "pixels D"], affines: tuple[Affine, ...]) -> Float[Tensor, "pixels D"]:
+    """Apply an encoder's ResBlocks to the output of its convolution, up to the first norm that is not in `affines`."""
+    for block, known in ((encoder[1].block, affines[:2]), (encoder[2].block, affines[2:])):
+        if not known:
+            return x
+        hidden = activate(x, known[0], torch.empty_like(x)) @ matrix(block[2])
+        if len(known) == 1:
+            return hidden
+        x = x.addmm_(activate(hidden, known[1], hidden), matrix(block[5]))
+    return x
+
+
+def norms(encoder: Encoder) -> tuple[nn.GroupNorm, ...]:
+    return encoder[1].block[0], encoder[1].block[3], encoder[2].block[0], encoder[2].block[3]
+
+
+def affine(norm: nn.GroupNorm, moments: Float[Tensor, "2 D"], dtype: torch.dtype) -> Affine:
+    """Return the scale and shift of a norm, given each channel's mean and mean square in float64."""
+    mean, square = moments.unflatten(1, (NORM_GROUPS, -1)).mean(-1)
+    spread = ((square - mean.square()).clamp(min=0) + norm.eps).rsqrt()
+    mean, spread = (x.repeat_interleave(len(norm.weight) // NORM_GROUPS) for x in (mean, spread))
+    scale = norm.weight.detach().cpu().double() * spread
+    shift = norm.bias.detach().cpu().double() - mean * scale
+    return tuple(x.to(norm.weight.device, dtype) for x in (scale, shift))
+
+
+class Pieces:
+    """Which rows of an image some rows of its average over a grid need, in pieces of equal size.
+
+    Args:
+        height, out: rows of the image and of the whole grid.
+        rows: rows of the grid wanted at once.
+        limit: most image rows in a piece.
+        border: further rows of the grid at either end; those outside of it get no share and stay zero.
+    """
+
+    def __init__(self, height: int, out: int, rows: int, limit: int, border: int = 0):
+        self.height, self.out, self.border = height, out, border
+        self.index, self.weights = geometry.pool_bins(height, out)
+        self.wanted = np.arange(-border, rows + border)
+        first = np.arange(out - rows + 1)
+        low, high = np.maximum(first - border, 0), np.minimum(first + rows + border, out)
+        longest = int((-(-high * height // out) - low * height // out).max())
+        self.count = -(-longest // limit)
+        self.size = -(-longest // self.count)
+
+    def shares(self, first: int) -> Iterator[tuple[int, Float[np.ndarray, "rows size"]]]:
+        """Yield each piece's first image row and what its rows contribute to the grid's, `first` on."""
+        wanted = first + self.wanted
+        inside = np.flatnonzero((wanted >= 0) & (wanted < self.out))
+        table = np.zeros((len(wanted), self.height), np.float32)
+        np.add.at(table, (inside[:, None], self.index[wanted[inside]]), self.weights[wanted[inside]])
+        low = wanted[inside[0]] * self.height // self.out
+        for start in np.minimum(low + self.size * np.arange(self.count), self.height - self.size).tolist():
+            share = table[:, start : start + self.size].copy()
+            table[:, start : start + self.size] = 0  # the last pieces may overlap
+            yield start, share
+
+
+def _bands(*arguments) -> Iterator[Float[Tensor, "B E rows Wo"]]:
+    bands = Bands(*arguments)
+    for band in range(bands.plan.count):
+        yield bands.finish(band)
+
+
+class Bands:
+    """Everything that the bands share: the scenes with all norms known, keys, values, and tiles planned once.
+
+    Only its methods run without gradients; the caller's mode is untouched between bands.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: nn.Module,
+        image: Float[Tensor, "B input_dim H W"],
+        features: Float[Tensor, "B C h w"],
+        values: Float[Tensor, "B E h w"],
+        plan: Plan,
+        dtype: torch.dtype,
+    ):
+        config, self.decode = model.config, model.cross_decode
+        self.plan, self.dtype, self.values = plan, dtype, values.permute(0, 2, 3, 1)
+        self.options = dict(num_heads=config.num_heads, backend=config.backend, q_chunk_size=plan.q_chunk_size)
+        self.rows, self.cols = plan.windows(config.window_ratio, config.window)
+        self.tiles = None
+        if resolve(config.backend, image.device) == "tiled":
+            tall, wide = plan_tiles(self.rows, self.cols, plan.q_chunk_size, plan.count)
+            self.tiles = TileAttention(tall, wide, config.num_heads, plan.q_chunk_size, image.device)
+
+        held = len(image) * image[0, 0].numel() * config.qk_dim * image.element_size() <= GUIDE
+        self.scenes, self.keys = [Scene(model, guidance) for guidance in image], []
+        for scene, maps in zip(self.scenes, features):
+            scene.prepare(held)
+            pieces = Pieces(scene.height, plan.cells[0], plan.cells[0], scene.rows)
+            key = scene.pooled("key_encoder", pieces, 0, plan.cells[1]).permute(2, 0, 1)[None]
+            self.keys.append(self.decode.cross_attn.project_key(model.combine(key, maps[None])[0].permute(1, 2, 0)))
+        self.pieces = Pieces(image.shape[2], plan.size[0], plan.rows, self.scenes[0].rows, border=1)
+
+    @torch.no_grad()
+    def finish(self, band: int) -> Float[Tensor, "B E rows Wo"]:
+        """Compute a band of the output."""
+        first, width = self.plan.first(band), self.plan.size[1]
+        output = torch.empty(len(self.values), self.plan.rows, width, self.values.shape[-1], dtype=self.dtype)
+        for scene, key, values, pixels in zip(self.scenes, self.keys, self.values, output):
+            query = scene.pooled("query_encoder", self.pieces, first, width)
+            query = F.conv2d(query.permute(2, 0, 1)[None], self.decode.conv2d.weight, padding=(0, 1))[0]
+            query = self.decode.cross_attn.project_query(query.permute(1, 2, 0))
+            self.attend(band, query, key, values, pixels)
+        return output[:, band * self.plan.rows - first :].permute(0, 3, 1, 2)
+
+    def attend(
+        self,
+        band: int,
+        query: Float[Tensor, "rows Wo D"],
+        key: Float[Tensor, "h w D"],
+        values: Float[Tensor, "h w E"],
+        output: Float[Tensor, "rows Wo E"],
+    ) -> None:
+        """Write a band of one image to `output`, which may be on another device and of another type."""
+        begin = band * self.plan.rows
+        if self.tiles is None:
+            seen = slice(begin, begin + self.plan.rows)
+            rows = AxisWindow(self.rows.keys, self.rows.start[seen], self.rows.count[seen])
+            output.copy_(window_attention(query[None], key[None], values[None], rows, self.cols, **self.options)[0])
+            return
+        tall, wide = self.tiles.tall, self.tiles.wide
+        for run in range(begin // tall.size, (begin + self.plan.rows) // tall.size):
+            above = slice(run * tall.size - begin, (run + 1) * tall.size - begin)
+            for start, tile in zip(wide.first.tolist(), self.tiles(run, query[above], key, values)):
+                output[above, start : start + wide.size] = tile
