@@ -67,7 +67,7 @@ class CrossAttention(nnx.Module):
         options = dict(num_heads=self.num_heads, backend=backend, q_chunk_size=q_chunk_size, strip=strip.index())
         return window_attention(query, key, values, rows, cols, **options)
 
-    def project_query(self, query: Float[Array, "B Ho Wo D"], strip: Whole = WHOLE) -> Float[Array, "B Ho Wo D"]:
+    def project_query(self, query: Float[Array, "B _ Wo D"], strip: Whole = WHOLE) -> Float[Array, "B _ Wo D"]:
         return map_rows(lambda query: self.query(self.norm_q(query)), self.conv(query, strip))
 
 

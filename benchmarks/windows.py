@@ -75,12 +75,12 @@ def draw(path: Path) -> None:
         for axis, window in zip(row, ("paper", "natten")):
             tables = (axis_window(n, m, RATIO, window).dense()[i] for n, m, i in zip(OUTPUT, CELLS, index))
             counts = np.outer(*tables)
-            axis.imshow(counts, cmap="Blues", vmin=0, vmax=max(4, counts.max()), extent=(0, CELLS[1], CELLS[0], 0))
+            axis.imshow(counts, cmap="Blues", vmin=0, vmax=max(7, counts.max()), extent=(0, CELLS[1], CELLS[0], 0))
             for (i, j), count in np.ndenumerate(counts):
                 if count:
                     axis.text(j + 0.5, i + 0.5, str(count), ha="center", va="center", fontsize=8)
             y, x = ((i + 0.5) / size * cells for i, size, cells in zip(index, OUTPUT, CELLS))
-            axis.plot(x, y, "o", color="crimson", markersize=7, label="query")
+            axis.plot(x, y, "o", color="crimson", markersize=5, label="query")
             axis.set(xticks=range(CELLS[1] + 1), yticks=range(CELLS[0] + 1))
             axis.tick_params(labelbottom=False, labelleft=False, length=0)
             axis.grid(color="0.8", linewidth=0.6)
