@@ -18,7 +18,7 @@ def anyup(use_natten: bool = False, pretrained: bool = True, device: str = "cpu"
 
     Args:
         use_natten: take the windows of the published NATTEN variant (`window="natten"`), another output. NATTEN itself
-            is not needed: the windows are computed by whichever backend is best here, and a line says so.
+            is not needed: the best backend here computes the windows, and a line on stderr says which.
         pretrained: fetch the published weights once; otherwise initialise randomly.
         device: where the parameters go.
     """

@@ -23,14 +23,13 @@ from jaxtyping import Array, Float, Int
 
 from anyup_jax import checks, geometry
 from anyup_jax.attention import window_attention
+from anyup_jax.band_plan import Pieces, Plan, plan_bands
 from anyup_jax.config import NORM_GROUPS
-from anyup_jax.geometry import AxisWindow, axis_window
 from anyup_jax.layers import BLOCK, GROUP_NORM_EPS, Encoder, GroupNorm, normed_silu
 from anyup_jax.model import AnyUp
 from anyup_jax.strips import Whole, adaptive_average_pool
 
-BAND = 1 << 26  # numbers in a band of the output, where the caller does not say how many rows it has
-GUIDE = 1 << 29  # bytes of the guide up to which it is held: a third of the recomputation less
+GUIDE = 1 << 29  # bytes of the guide up to which it is held, not computed again for every use
 
 Affine = tuple[Float[Array, "B 1 1 D"], Float[Array, "B 1 1 D"]]
 
@@ -61,56 +60,12 @@ def upsample_bands(
     """
     size = checks.check_inputs(model.config, "NHWC", image, features, output_size, q_chunk_size, values)
     values = features if values is None else values
-    if rows is not None and (not hasattr(rows, "__index__") or isinstance(rows, bool) or rows < 1):
-        raise ValueError(f"rows={rows!r} must be a whole number of at least 1, or None for bands of a moderate size.")
     dtype = jnp.dtype(jnp.asarray(values[:0]).dtype if dtype is None else dtype)
     if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 4:
         raise TypeError(f"dtype={dtype} must be a floating type of at most 32 bits: float32, float16 or bfloat16.")
-    cells = tuple(features.shape[1:3])
-    for n, m in zip(size, cells):  # refuses windows that hold no key
-        axis_window(n, m, model.config.window_ratio, model.config.window)
-    if rows is None:
-        rows = rows_of_band(size, cells, len(image) * max(values.shape[-1], model.config.qk_dim))
-    plan = Plan(size, cells, min(int(rows), size[0]), None if q_chunk_size is None else int(q_chunk_size), dtype)
-    return _bands(model, image, features, values, plan)
-
-
-def rows_of_band(size: tuple[int, int], cells: tuple[int, int], channels: int) -> int:
-    """Return how many rows of `channels` numbers a position make a band of BAND numbers.
-
-    Whole numbers of cells, or a power of two within a cell, so that tiles of a good size fit into it.
-    """
-    rows, cell = max(1, BAND // (size[1] * channels)), max(1, size[0] // cells[0])
-    if rows >= size[0]:
-        return size[0]
-    return rows // cell * cell if rows >= cell else 1 << (rows.bit_length() - 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The sizes of output, features and bands, all known to the compiled program.
-
-    Bands have `rows` rows throughout, the last one begins early enough to end with the output.
-    """
-
-    size: tuple[int, int]
-    cells: tuple[int, int]
-    rows: int
-    q_chunk_size: int | None
-    dtype: np.dtype
-
-    @property
-    def count(self) -> int:
-        return -(-self.size[0] // self.rows)
-
-    def first(self, band: int) -> int:
-        return min(band * self.rows, self.size[0] - self.rows)
-
-    def windows(self, ratio: float, window: str) -> tuple[AxisWindow, AxisWindow]:
-        """Windows of all bands' rows, one band after the other, and of the columns."""
-        tall, wide = (axis_window(n, m, ratio, window) for n, m in zip(self.size, self.cells))
-        index = np.concatenate([self.first(band) + np.arange(self.rows) for band in range(self.count)])
-        return AxisWindow(tall.keys, tall.start[index], tall.count[index]), wide
+    channels = len(image) * max(values.shape[-1], model.config.qk_dim)
+    plan = plan_bands(model.config, size, tuple(features.shape[1:3]), channels, rows, q_chunk_size)
+    return _bands(model, image, features, values, plan, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +101,12 @@ class Scene:
     affines: dict[str, tuple[Affine, ...]]
     held: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
+    @property
+    def strip_rows(self) -> int:
+        """Rows of a strip: about a block of pixels, over the batch."""
+        batch, height, width = self.image.shape[:3]
+        return max(1, min(height, BLOCK // (batch * width)))
+
     def strip(self, model: AnyUp, name: str, first: Int[Array, ""], rows: int) -> Float[Array, "B rows W D"]:
         """Rows of the map that an encoder returns, or, where a norm is not known yet, of the map that it norms."""
         if name == "image_encoder":
@@ -179,19 +140,20 @@ def norms(encoder: Encoder) -> tuple[GroupNorm, ...]:
     return encoder.block1.norm1, encoder.block1.norm2, encoder.block2.norm1, encoder.block2.norm2
 
 
-def _bands(model: AnyUp, image, features, values, plan: Plan) -> Iterator[Float[np.ndarray, "B rows Wo E"]]:
+def _bands(
+    model: AnyUp, image, features, values, plan: Plan, dtype: np.dtype
+) -> Iterator[Float[np.ndarray, "B rows Wo E"]]:
     graph, state = nnx.split(model)
     features, values = jnp.asarray(features), jnp.asarray(values)
     scene = prepare(model, graph, state, jnp.asarray(image, model.dtype))
-    batch, height, width = scene.image.shape[:3]
-    strip = max(1, BLOCK // (batch * width))
+    height, strip = scene.image.shape[1], scene.strip_rows
 
     pieces = Pieces(height, plan.cells[0], plan.cells[0], strip)
     key = project_keys(graph, state, scene, features, *pieces.shares(0))
     pieces = Pieces(height, plan.size[0], plan.rows, strip, border=1)
     for band in range(plan.count):
         first = plan.first(band)
-        output = finish(graph, state, scene, key, values, *pieces.shares(first), np.int32(band), plan)
+        output = finish(graph, state, scene, key, values, *pieces.shares(first), np.int32(band), plan, dtype)
         yield np.asarray(output)[:, band * plan.rows - first :]
 
 
@@ -231,8 +193,7 @@ def strip_sums(
 
     The strips are to be added in float64: a single sum over a large map would lose digits in float32.
     """
-    model, (batch, height, width) = nnx.merge(graph, state), scene.image.shape[:3]
-    rows = max(1, min(height, BLOCK // (batch * width)))
+    model, height, rows = nnx.merge(graph, state), scene.image.shape[1], scene.strip_rows
     begins = np.arange(0, height, rows, dtype=np.int32)
 
     def sums(begin):
@@ -249,7 +210,7 @@ def strip_sums(
 def hold_guide(graph: nnx.GraphDef, state: nnx.State, scene: Scene) -> Float[Array, "B H W D"]:
     """Compute the whole guide, strip by strip."""
     model, (batch, height, width) = nnx.merge(graph, state), scene.image.shape[:3]
-    rows = max(1, min(height, BLOCK // (batch * width)))
+    rows = scene.strip_rows
 
     def step(i, guide):
         first = jnp.minimum(i * rows, height - rows)
@@ -257,41 +218,6 @@ def hold_guide(graph: nnx.GraphDef, state: nnx.State, scene: Scene) -> Float[Arr
 
     start = jnp.zeros((batch, height, width, model.config.qk_dim), model.dtype)
     return lax.fori_loop(0, -(-height // rows), step, start)
-
-
-class Pieces:
-    """Which rows of an image some rows of its average over a grid need, in pieces of equal size.
-
-    Args:
-        height, out: rows of the image and of the whole grid.
-        rows: rows of the grid wanted at once.
-        limit: most image rows in a piece.
-        border: further rows of the grid at either end; those outside of it get no share and stay zero.
-    """
-
-    def __init__(self, height: int, out: int, rows: int, limit: int, border: int = 0):
-        self.height, self.out, self.border = height, out, border
-        self.index, self.weights = geometry.pool_bins(height, out)
-        self.wanted = np.arange(-border, rows + border)
-        first = np.arange(out - rows + 1)
-        low, high = np.maximum(first - border, 0), np.minimum(first + rows + border, out)
-        longest = int((-(-high * height // out) - low * height // out).max())
-        self.count = -(-longest // limit)
-        self.size = -(-longest // self.count)
-
-    def shares(self, first: int) -> tuple[Int[np.ndarray, " pieces"], Float[np.ndarray, "pieces rows size"]]:
-        """Return the pieces' first image rows and what their rows contribute to the grid's, `first` on."""
-        wanted = first + self.wanted
-        inside = np.flatnonzero((wanted >= 0) & (wanted < self.out))
-        table = np.zeros((len(wanted), self.height), np.float32)
-        np.add.at(table, (inside[:, None], self.index[wanted[inside]]), self.weights[wanted[inside]])
-        low = wanted[inside[0]] * self.height // self.out
-        starts = np.minimum(low + self.size * np.arange(self.count), self.height - self.size).astype(np.int32)
-        shares = np.empty((self.count, len(wanted), self.size), np.float32)
-        for piece, start in zip(shares, starts):
-            piece[:] = table[:, start : start + self.size]
-            table[:, start : start + self.size] = 0  # the last pieces may overlap
-        return starts, shares
 
 
 def pooled(
@@ -327,7 +253,7 @@ def project_keys(
     return model.cross_decode.key(model.cross_decode.norm_k(key))
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "plan"))
+@functools.partial(jax.jit, static_argnames=("graph", "plan", "dtype"))
 def finish(
     graph: nnx.GraphDef,
     state: nnx.State,
@@ -338,6 +264,7 @@ def finish(
     shares: Float[Array, "pieces around size"],
     band: Int[Array, ""],
     plan: Plan,
+    dtype: np.dtype,
 ) -> Float[Array, "B rows Wo E"]:
     """Compute a band of the output; one program serves all bands."""
     model = nnx.merge(graph, state)
@@ -346,4 +273,4 @@ def finish(
     query = pooled(model, "query_encoder", scene, starts, shares, plan.size[1])
     query = model.cross_decode.project_query(query, Cut(band, plan.size[0]))
     options = dict(num_heads=config.num_heads, backend=config.backend, q_chunk_size=plan.q_chunk_size, strip=band)
-    return window_attention(query, key, values, rows, cols, **options).astype(plan.dtype)
+    return window_attention(query, key, values, rows, cols, **options).astype(dtype)

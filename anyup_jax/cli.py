@@ -169,8 +169,7 @@ def upsample(args: argparse.Namespace) -> None:
     """Upsample the features of an image, an encoder's or your own, and write them to a file.
 
     The output of .npy and .zarr is computed and written in bands of rows, with memory that does not grow with its
-    height; this takes several times as long as an output that fits into
-    memory and goes to another format.
+    height; this takes several times as long as .npz or .safetensors, whose output has to fit into memory.
     """
     path = check_output(args.out, (*ARRAY_SUFFIXES, *BAND_SUFFIXES[1:]))
     if args.features and (args.encoder or args.layer or args.encoder_weights):

@@ -9,25 +9,22 @@ the guide is too large to be held (`GUIDE`); what is held is the image, the keys
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from anyup_torch import checks, geometry
+from anyup_torch import checks
 from anyup_torch.attention import resolve, window_attention
 from anyup_torch.attention.tiled import TileAttention
-from anyup_torch.config import NORM_GROUPS
-from anyup_torch.geometry import AxisWindow, axis_window, plan_tiles
+from anyup_torch.band_plan import Pieces, Plan, plan_bands
+from anyup_torch.geometry import AxisWindow, plan_tiles
 from anyup_torch.layers import Encoder
-from anyup_torch.streaming import activate, block_size, matrix
+from anyup_torch.streaming import activate, affine, block_size, matrix, turn
 
-BAND = 1 << 26  # numbers in a band of the output, where the caller does not say how many rows it has
-GUIDE = 1 << 29  # bytes of the guides up to which they are held: a third of the recomputation less
+GUIDE = 1 << 29  # bytes of the guide up to which it is held, not computed again for every use
 
 Affine = tuple[Float[Tensor, " D"], Float[Tensor, " D"]]
 
@@ -60,57 +57,14 @@ def upsample_bands(
     """
     size = checks.check_inputs(model.config, "NCHW", image, features, output_size, q_chunk_size, values)
     values = features if values is None else values
-    if rows is not None and (not hasattr(rows, "__index__") or isinstance(rows, bool) or rows < 1):
-        raise ValueError(f"rows={rows!r} must be a whole number of at least 1, or None for bands of a moderate size.")
     if model.config.backend == "natten":
         raise ValueError('backend="natten" computes whole outputs only; load the model with backend="auto" for bands.')
     dtype = values.dtype if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize > 4:
         raise TypeError(f"dtype={dtype} must be a floating type of at most 32 bits: float32, float16 or bfloat16.")
-    cells = tuple(features.shape[2:])
-    for n, m in zip(size, cells):  # refuses windows that hold no key
-        axis_window(n, m, model.config.window_ratio, model.config.window)
-    if rows is None:
-        rows = rows_of_band(size, cells, len(image) * max(values.shape[1], model.config.qk_dim))
-    plan = Plan(size, cells, min(int(rows), size[0]), None if q_chunk_size is None else int(q_chunk_size))
+    channels = len(image) * max(values.shape[1], model.config.qk_dim)
+    plan = plan_bands(model.config, size, tuple(features.shape[2:]), channels, rows, q_chunk_size)
     return _bands(model, image, features, values, plan, dtype)
-
-
-def rows_of_band(size: tuple[int, int], cells: tuple[int, int], channels: int) -> int:
-    """Return how many rows of `channels` numbers a position make a band of BAND numbers.
-
-    Whole numbers of cells, or a power of two within a cell, so that tiles of a good size fit into it.
-    """
-    rows, cell = max(1, BAND // (size[1] * channels)), max(1, size[0] // cells[0])
-    if rows >= size[0]:
-        return size[0]
-    return rows // cell * cell if rows >= cell else 1 << (rows.bit_length() - 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The sizes of output, features and bands.
-
-    Bands have `rows` rows throughout, the last one begins early enough to end with the output.
-    """
-
-    size: tuple[int, int]
-    cells: tuple[int, int]
-    rows: int
-    q_chunk_size: int | None
-
-    @property
-    def count(self) -> int:
-        return -(-self.size[0] // self.rows)
-
-    def first(self, band: int) -> int:
-        return min(band * self.rows, self.size[0] - self.rows)
-
-    def windows(self, ratio: float, window: str) -> tuple[AxisWindow, AxisWindow]:
-        """Windows of all bands' rows, one band after the other, and of the columns."""
-        tall, wide = (axis_window(n, m, ratio, window) for n, m in zip(self.size, self.cells))
-        index = np.concatenate([self.first(band) + np.arange(self.rows) for band in range(self.count)])
-        return AxisWindow(tall.keys, tall.start[index], tall.count[index]), wide
 
 
 class Scene:
@@ -148,16 +102,8 @@ class Scene:
         if self.guide is not None:
             return self.guide[first : first + rows].flatten(0, 1)
         x = self.image_strip(first, rows)
-        (row_cos, row_sin), (col_cos, col_sin) = self.turns
-        down_cos, down_sin = row_cos[first : first + rows, None], row_sin[first : first + rows, None]
-        # cosine and sine of a sum: no sine is taken of every pixel's angle
-        cos = (down_cos * col_cos).addcmul_(down_sin, col_sin, value=-1).flatten(0, 1)
-        sin = (down_sin * col_cos).addcmul_(down_cos, col_sin).flatten(0, 1)
-        half, wide = x.shape[1] // 2, x.float()
-        turned = cos.mul_(wide)
-        turned[:, :half].addcmul_(wide[:, half:], sin[:, :half], value=-1)
-        turned[:, half:].addcmul_(wide[:, :half], sin[:, half:])
-        return turned.to(x.dtype)
+        turned = turn(x.view(rows, self.width, -1).float(), self.turns, slice(first, first + rows))
+        return turned.flatten(0, 1).to(x.dtype)
 
     def prepare(self, hold: bool) -> None:
         """Pass through the image once for each norm; queries and keys share a pass."""
@@ -166,7 +112,7 @@ class Scene:
                 sums = self._sums(names)
                 for name, moments in zip(names, sums / (self.height * self.width)):
                     norm = norms(getattr(self.model, name))[number]
-                    self.affines[name] += (affine(norm, moments, self.image.dtype),)
+                    self.affines[name] += (tuple(x.to(self.image) for x in affine(norm, moments)),)
             if hold and self.guide is None:
                 strips = [self.guide_strip(begin, rows) for begin, rows in self._strips()]
                 self.guide = torch.cat(strips).view(self.height, self.width, -1)
@@ -195,7 +141,8 @@ class Scene:
         wide, dim = min(width, self.width), self.model.config.qk_dim
         rows, dtype = len(pieces.wanted), self.image.dtype
         total = self.image.new_zeros(rows, wide * dim, dtype=torch.promote_types(dtype, torch.float32))
-        for start, share in pieces.shares(first):
+        starts, shares = pieces.shares(first)
+        for start, share in zip(starts.tolist(), shares):
             x = self.strip(name, self.guide_strip(start, pieces.size)).view(1, pieces.size, self.width, dim)
             x = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), (pieces.size, wide)).permute(0, 2, 3, 1)
             total.addmm_(torch.from_numpy(share).to(total), x.reshape(pieces.size, -1).to(total.dtype))
@@ -219,49 +166,6 @@ def advance(encoder: Encoder, x: Float[Tensor, "pixels D"], affines: tuple[Affin
 
 def norms(encoder: Encoder) -> tuple[nn.GroupNorm, ...]:
     return encoder[1].block[0], encoder[1].block[3], encoder[2].block[0], encoder[2].block[3]
-
-
-def affine(norm: nn.GroupNorm, moments: Float[Tensor, "2 D"], dtype: torch.dtype) -> Affine:
-    """Return the scale and shift of a norm, given each channel's mean and mean square in float64."""
-    mean, square = moments.unflatten(1, (NORM_GROUPS, -1)).mean(-1)
-    spread = ((square - mean.square()).clamp(min=0) + norm.eps).rsqrt()
-    mean, spread = (x.repeat_interleave(len(norm.weight) // NORM_GROUPS) for x in (mean, spread))
-    scale = norm.weight.detach().cpu().double() * spread
-    shift = norm.bias.detach().cpu().double() - mean * scale
-    return tuple(x.to(norm.weight.device, dtype) for x in (scale, shift))
-
-
-class Pieces:
-    """Which rows of an image some rows of its average over a grid need, in pieces of equal size.
-
-    Args:
-        height, out: rows of the image and of the whole grid.
-        rows: rows of the grid wanted at once.
-        limit: most image rows in a piece.
-        border: further rows of the grid at either end; those outside of it get no share and stay zero.
-    """
-
-    def __init__(self, height: int, out: int, rows: int, limit: int, border: int = 0):
-        self.height, self.out, self.border = height, out, border
-        self.index, self.weights = geometry.pool_bins(height, out)
-        self.wanted = np.arange(-border, rows + border)
-        first = np.arange(out - rows + 1)
-        low, high = np.maximum(first - border, 0), np.minimum(first + rows + border, out)
-        longest = int((-(-high * height // out) - low * height // out).max())
-        self.count = -(-longest // limit)
-        self.size = -(-longest // self.count)
-
-    def shares(self, first: int) -> Iterator[tuple[int, Float[np.ndarray, "rows size"]]]:
-        """Yield each piece's first image row and what its rows contribute to the grid's, `first` on."""
-        wanted = first + self.wanted
-        inside = np.flatnonzero((wanted >= 0) & (wanted < self.out))
-        table = np.zeros((len(wanted), self.height), np.float32)
-        np.add.at(table, (inside[:, None], self.index[wanted[inside]]), self.weights[wanted[inside]])
-        low = wanted[inside[0]] * self.height // self.out
-        for start in np.minimum(low + self.size * np.arange(self.count), self.height - self.size).tolist():
-            share = table[:, start : start + self.size].copy()
-            table[:, start : start + self.size] = 0  # the last pieces may overlap
-            yield start, share
 
 
 def _bands(*arguments) -> Iterator[Float[Tensor, "B E rows Wo"]]:

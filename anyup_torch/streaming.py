@@ -55,10 +55,15 @@ class Pixels:
     def affine(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
         """Return scale and shift per channel that apply `norm` to these pixels."""
         moments = torch.stack([self.total, self.square]) / len(self.data)
-        grouped = moments.reshape(2, NORM_GROUPS, -1).mean(-1)
-        mean, square = grouped.repeat_interleave(len(norm.weight) // NORM_GROUPS, 1)
-        scale = norm.weight * (square - mean.square() + norm.eps).rsqrt()
-        return scale.to(self.data.dtype), (norm.bias - mean * scale).to(self.data.dtype)
+        scale, shift = affine(norm, moments)
+        return scale.to(self.data.dtype), shift.to(self.data.dtype)
+
+
+def affine(norm: nn.GroupNorm, moments: Float[Tensor, "2 D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, " D"]]:
+    """Return scale and shift that apply a norm, given each channel's mean and mean square, of whose type they are."""
+    mean, square = moments.reshape(2, NORM_GROUPS, -1).mean(-1).repeat_interleave(len(norm.weight) // NORM_GROUPS, 1)
+    scale = norm.weight.to(moments) * ((square - mean.square()).clamp(min=0) + norm.eps).rsqrt()
+    return scale, norm.bias.to(moments) - mean * scale
 
 
 def workspace(
@@ -164,27 +169,32 @@ def rotate_and_project(
     outputs: tuple[Float[Tensor, "HW D"], ...],
 ) -> tuple[Pixels, ...]:
     """Rotate the guide and write 1 x 1 convolutions of it; one of the outputs may be the guide itself."""
-    turns = ((angle.cos(), angle.sin()) for angle in rope.angles(*shape))
-    (row_cos, row_sin), (col_cos, col_sin) = turns
+    turns = [(angle.cos(), angle.sin()) for angle in rope.angles(*shape)]
     projected = tuple(Pixels.around(out) for out in outputs)
-    rows_a_block, half = max(1, block_size(guide) // shape[1]), guide.shape[1] // 2
-    image = guide.view(*shape, -1)
+    rows_a_block, image = max(1, block_size(guide) // shape[1]), guide.view(*shape, -1)
+    scratch = guide.new_empty(min(shape[0], rows_a_block) * shape[1], guide.shape[1])
     for start in range(0, shape[0], rows_a_block):
         block = image[start : start + rows_a_block].float()
-        above = slice(start, start + len(block))
-        down_cos, down_sin = row_cos[above, None], row_sin[above, None]
-        # cosine and sine of a sum: no sine is taken of every pixel's angle
-        cos = (down_cos * col_cos).addcmul_(down_sin, col_sin, value=-1)
-        sin = (down_sin * col_cos).addcmul_(down_cos, col_sin)
-        turned = cos.mul_(block)
-        turned[..., :half].addcmul_(block[..., half:], sin[..., :half], value=-1)
-        turned[..., half:].addcmul_(block[..., :half], sin[..., half:])
-        turned, scratch = (x.flatten(0, 1).to(guide.dtype) for x in (turned, sin))
+        turned = turn(block, turns, slice(start, start + len(block))).flatten(0, 1).to(guide.dtype)
         rows = slice(start * shape[1], start * shape[1] + len(turned))
         for conv, pixels in zip(convs, projected):
             torch.mm(turned, matrix(conv), out=pixels.data[rows])
             pixels.count(pixels.data[rows], scratch)
     return projected
+
+
+def turn(
+    block: Float[Tensor, "rows W D"], turns: list[tuple[Float[Tensor, "_ D"], Float[Tensor, "_ D"]]], above: slice
+) -> Float[Tensor, "rows W D"]:
+    """Rotate the rows `above` of an image, given cosines and sines of the angles of all its rows and columns."""
+    (row_cos, row_sin), (col_cos, col_sin) = turns
+    down_cos, down_sin, half = row_cos[above, None], row_sin[above, None], block.shape[2] // 2
+    # cosine and sine of a sum: no sine is taken of every pixel's angle
+    turned = (down_cos * col_cos).addcmul_(down_sin, col_sin, value=-1).mul_(block)
+    sin = (down_sin * col_cos).addcmul_(down_cos, col_sin)
+    turned[..., :half].addcmul_(block[..., half:], sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(block[..., :half], sin[..., half:])
+    return turned
 
 
 def possible(model: nn.Module, *tensors: Tensor) -> bool:

@@ -18,7 +18,7 @@ from anyup_jax.geometry import AxisWindow, axis_window
 
 TOLERANCE = 2e-6  # float32 sums of a few hundred terms of order 1
 GRADIENT_TOLERANCE = 2e-5  # relative to the largest entry
-BFLOAT16_TOLERANCE = 3e-2  # 8 bits of mantissa on values of order 1
+HALF_TOLERANCE = {"bfloat16": 3e-2, "float16": 4e-3}  # 8 and 11 bits of mantissa on values of order 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,17 +156,21 @@ def test_tiles_are_planned_with_the_chunk(framework: str, monkeypatch: pytest.Mo
     assert asked == [7]
 
 
+@pytest.mark.parametrize("window", ["paper", "natten"])
+@pytest.mark.parametrize("dtype", HALF_TOLERANCE)
 @pytest.mark.parametrize(("framework", "backend"), BACKENDS)
-def test_bfloat16(framework: str, backend: str) -> None:
-    shape = SHAPES["square"]
-    rows, cols = windows(shape, "natten")
+def test_half_precision(framework: str, backend: str, dtype: str, window: str) -> None:
+    shape = SHAPES["prime_sizes"]
+    rows, cols = windows(shape, window)
     inputs = arrays(shape)
     exact = np.asarray(attend(framework, backend, inputs, rows, cols, num_heads=2))
-    half = [jnp.bfloat16(a) if framework == "jax" else torch.from_numpy(a).bfloat16() for a in inputs]
+    half = [
+        jnp.asarray(a, dtype) if framework == "jax" else torch.from_numpy(a).to(getattr(torch, dtype)) for a in inputs
+    ]
     output = attend(framework, backend, half, rows, cols, num_heads=2)
-    assert "bfloat16" in str(output.dtype)
+    assert str(output.dtype).endswith(dtype)
     output = output.astype(jnp.float32) if framework == "jax" else output.float()
-    np.testing.assert_allclose(np.asarray(output), exact, rtol=0, atol=BFLOAT16_TOLERANCE)
+    np.testing.assert_allclose(np.asarray(output), exact, rtol=0, atol=HALF_TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(("framework", "backend"), BACKENDS)

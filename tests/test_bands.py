@@ -10,15 +10,13 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 
 import anyup_jax
+import anyup_torch
 from anyup_jax import bands
-
-torch = pytest.importorskip("torch")
-
-import anyup_torch  # noqa: E402
-from anyup_torch import bands as torch_bands  # noqa: E402
+from anyup_torch import bands as torch_bands
 
 SMALL = dict(qk_dim=64, num_heads=2, kernel_size=3, lfu_dim=96)
 
@@ -35,22 +33,21 @@ class Case:
     values: bool = False
     q_chunk_size: int | None = None
     held: bool = False
-    both: bool = False  # in JAX too, where every case is compiled
     config: dict = dataclasses.field(default_factory=dict)
 
 
 CASES = {
-    "one row a band, two images": Case(both=True, batch=2, rows=1, image=(9, 14)),
+    "one row a band, two images": Case(batch=2, rows=1, image=(9, 14)),
     "all rows at once": Case(rows=100),
     "rows left to the function": Case(rows=None),
-    "larger output, not square": Case(both=True, output=(70, 41), values=True),
-    "smaller output": Case(both=True, output=(13, 50), q_chunk_size=20),
+    "larger output, not square": Case(output=(70, 41), values=True),
+    "smaller output": Case(output=(13, 50), q_chunk_size=20),
     "one row of output": Case(output=(1, 5)),
     "fewer image rows than cells": Case(image=(4, 27), output=(19, 27), batch=2),
-    "natten": Case(both=True, output=(61, 27), rows=6, config=dict(window="natten")),
+    "natten": Case(output=(61, 27), rows=6, config=dict(window="natten")),
     "every key": Case(config=dict(window_ratio=0.0)),
     "dense": Case(output=(50, 27), config=dict(backend="dense")),
-    "guide held, kernel of 1": Case(both=True, held=True, batch=2, config=dict(kernel_size=1, lfu_dim=None)),
+    "guide held, kernel of 1": Case(held=True, batch=2, config=dict(kernel_size=1, lfu_dim=None)),
 }
 
 
@@ -81,7 +78,7 @@ def short_strips(monkeypatch):
     monkeypatch.setattr(torch_bands, "block_size", lambda pixels: 150)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.both])
+@pytest.mark.parametrize("name", CASES)
 def test_equal_to_a_plain_call(name, monkeypatch):
     case = CASES[name]
     monkeypatch.setattr(bands, "GUIDE", 1 << 28 if case.held else 0)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import anyup_torch
-from benchmarks import encoders, run
+from anyup_torch.geometry import axis_window
+from benchmarks import attention, bands, encoders, run, windows
 from benchmarks.published import with_published_attention
 from benchmarks.worker import Job, measure
 
@@ -39,6 +40,36 @@ def test_published_algorithm_gives_the_same_output() -> None:
 def test_failed_job_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="backend='none' is unknown"):
         measure(Job("torch", "none", image=28, cells=2, channels=8))
+
+
+@pytest.mark.parametrize("window", ["paper", "natten"])
+def test_no_backend_does_less_than_the_minimum(window: str) -> None:
+    axis = axis_window(attention.SIDE, attention.CELLS, attention.RATIO, window)
+    least = attention.minimum(axis)
+    names = ["dense", "tiled", "pallas_tpu", "triton"] + ["natten"] * (window == "natten")
+    works = {name: attention.work(name, axis) for name in names}
+    assert all(done.keys >= least.keys and done.operations >= least.operations for done in works.values())
+    assert all(done.bytes >= least.bytes for done in works.values())
+    assert works["tiled"].operations < works["dense"].operations
+    assert attention.seconds("torch", "tiled", axis, 1) > 0
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_bands_are_measured(framework: str) -> None:
+    job = bands.Job(framework, height=40, width=30, image=28, cells=2, channels=8)
+    size, peak, seconds = bands.measure(job)
+    assert size == 40 * 30 * 8 * 2
+    assert peak > 50
+    assert seconds > 0
+
+
+def test_windows_are_compared(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setattr(windows, "SIZES", ((64, -1),))
+    columns = {column.header: list(column.cells) for column in windows.windows(1).columns}
+    assert columns["cells"] == ["2 x 2"]
+    assert 0 < float(columns["paper - natten"][0]) < 3
+    windows.draw(tmp_path / "windows.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["windows.png"]
 
 
 def test_unknown_table_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

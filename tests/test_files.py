@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import zarr
 from PIL import Image
 from safetensors import safe_open
 
@@ -156,7 +157,6 @@ def test_bands_are_written_one_after_the_other(tmp_path, suffix, dtype):
     if suffix == ".npy":
         written = np.load(path)
     else:
-        zarr = pytest.importorskip("zarr")
         array = zarr.open_array(str(path), mode="r")
         assert dict(array.attrs) == {"image": "cat.jpg"}
         written = array[:]

@@ -38,11 +38,6 @@ def inputs(name: str, dtype: torch.dtype = torch.float32):
     return tensors, [axis_window(q, k, ratio, "natten") for q, k in zip(size, keys)], heads
 
 
-@pytest.fixture(autouse=True)
-def installed() -> None:
-    pytest.importorskip("natten")
-
-
 @pytest.mark.parametrize("chunk", [None, 1, 7, 10**9])
 @pytest.mark.parametrize("name", SHAPES)
 def test_equals_dense(name: str, chunk: int | None) -> None:
@@ -59,6 +54,15 @@ def test_half_precision(dtype: torch.dtype) -> None:
     output = window_attention(*tensors, *windows, num_heads=heads, backend="natten")
     assert output.dtype == dtype
     torch.testing.assert_close(output.float(), expected, rtol=0, atol=TOLERANCE[dtype])
+
+
+def test_values_of_another_type() -> None:
+    (query, key, values), windows, heads = inputs("square")
+    expected = window_attention(query, key, values, *windows, num_heads=heads, backend="dense")
+    half = values.bfloat16()
+    output = window_attention(query, key, half, *windows, num_heads=heads, backend="natten")
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), expected, rtol=0, atol=TOLERANCE[torch.bfloat16])
 
 
 def test_gradients() -> None:

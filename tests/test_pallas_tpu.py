@@ -56,9 +56,10 @@ def test_values_and_gradients(name: str) -> None:
         assert np.abs(gradient - right).max() <= 1e-4 * np.abs(right).max()
 
 
-def test_bfloat16() -> None:
+@pytest.mark.parametrize("name", ["whole ratio", "natten, whole ratio"])
+def test_bfloat16(name: str) -> None:
     """Within the rounding of the inputs' type: eight bits, in scores of some units and in the weights."""
-    case = CASES["whole ratio"]
+    case = CASES[name]
     (*inputs, cotangent), rows, cols = arrays(case, "bfloat16")
     wide = [x.astype(jnp.float32) for x in inputs]
     ours, pull = jax.vjp(lambda *x: pallas_tpu(*x, rows, cols, num_heads=2, interpret=True), *inputs)

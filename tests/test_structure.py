@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FORBIDDEN = {"anyup_jax": {"torch", "timm", "anyup_torch"}, "anyup_torch": {"jax", "flax", "orbax", "anyup_jax"}}
-MIRRORED = ("config", "geometry", "checks", "visualize")
+MIRRORED = ("config", "geometry", "band_plan", "checks", "visualize")
 
 
 def imports(path: Path) -> set[str]:

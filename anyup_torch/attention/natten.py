@@ -8,7 +8,7 @@ each is a small attention of its own without dilation, and so is any block of it
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import importlib.util
 import math
 import warnings
@@ -75,15 +75,12 @@ def _forward(
         upsampled = (x[:, _index(tall, x)][:, :, _index(wide, x)] for x in (key, values))
         return _attend(query, *upsampled, (tall.kernel, wide.kernel), (tall.dilation, wide.dilation), heads)
     output = values.new_empty(*query.shape[:3], values.shape[-1])
-    limit = chunk or BLOCK
-    for cols_block in _blocks(wide, limit):
-        for rows_block in _blocks(tall, max(1, limit // len(range(*cols_block[0].indices(len(wide.source)))))):
-            (above, seen_rows, top, high), (across, seen_cols, left, broad) = rows_block, cols_block
-            halo = [x[:, index] for x, index in ((query, seen_rows[0]), (key, seen_rows[1]), (values, seen_rows[1]))]
-            halo = [x[:, :, index] for x, index in zip(halo, (seen_cols[0], seen_cols[1], seen_cols[1]))]
-            result = _attend(*halo, (high, broad), (1, 1), heads)
-            size = output[:, above, across].shape
-            output[:, above, across] = result[:, top : top + size[1], left : left + size[2]]
+    for across in _blocks(wide, chunk or BLOCK):
+        for down in _blocks(tall, max(1, (chunk or BLOCK) // across.count)):
+            near = query[:, down.places][:, :, across.places]
+            seen = (x[:, down.keys][:, :, across.keys] for x in (key, values))
+            result = _attend(near, *seen, (down.kernel, across.kernel), (1, 1), heads)
+            output[:, down.queries, across.queries] = result[:, down.inside, across.inside]
     return output
 
 
@@ -91,26 +88,43 @@ def _index(axis: Neighbourhood, like: Tensor) -> Tensor:
     return torch.from_numpy(axis.source).to(like.device)
 
 
-def _blocks(axis: Neighbourhood, limit: int) -> Iterator[tuple[slice, tuple[Tensor, Tensor], int, int]]:
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """Some queries of one phase of an axis, with all that their windows hold.
+
+    Attributes:
+        queries: where they are on the axis; `count` of them.
+        places, keys: the positions that their windows span, on the axis and in the keys before upsampling.
+        inside: where the queries are among the places.
+        kernel: positions a query sees.
+    """
+
+    queries: slice
+    count: int
+    places: Tensor
+    keys: Tensor
+    inside: slice
+    kernel: int
+
+
+def _blocks(axis: Neighbourhood, limit: int) -> Iterator[_Block]:
     """Cut every phase of an axis into blocks of at most `limit` queries.
 
-    Yields the queries as a slice of the axis; for the block with all that its windows hold, the places in the queries
-    and in the keys; where the block begins in there; and the kernel. The windows come out as they are in the whole
-    phase: they begin as far from the block's ends as from the phase's, or are clamped at the same end. NATTEN takes no
-    axis of a single position: it is doubled, which changes no average.
+    The windows come out as they are in the whole phase: they begin as far from the block's ends as from the phase's,
+    or are clamped at the same end. NATTEN takes no axis of a single position: it is doubled, which changes no average.
     """
-    queries = len(axis.source)
+    source = torch.from_numpy(axis.source)
     for phase in range(axis.dilation):
-        places = torch.arange(phase, queries, axis.dilation)
-        first, size = axis.first(len(places)), min(axis.kernel, len(places))
+        places = torch.arange(phase, len(source), axis.dilation)
+        first, size = axis.first(len(places)).tolist(), min(axis.kernel, len(places))
         for begin in range(0, len(places), limit):
             end = min(begin + limit, len(places))
-            low = int(first[begin])
-            seen = places[low : int(first[end - 1]) + size]
-            if len(seen) == 1:
-                seen = seen.repeat(2)
-            block = slice(int(places[begin]), int(places[end - 1]) + 1, axis.dilation)
-            yield block, (seen, torch.from_numpy(axis.source)[seen]), begin - low, max(2, size)
+            low = first[begin]
+            span = places[low : first[end - 1] + size]
+            if len(span) == 1:
+                span = span.repeat(2)
+            queries = slice(int(places[begin]), int(places[end - 1]) + 1, axis.dilation)
+            yield _Block(queries, end - begin, span, source[span], slice(begin - low, end - low), max(2, size))
 
 
 def _attend(
@@ -124,25 +138,22 @@ def _attend(
     """Call NATTEN with the same values for every head, and average the heads' outputs."""
     from natten import na2d
 
-    channels, dim = values.shape[-1], query.shape[-1] // heads
-    query, key = (x.unflatten(-1, (heads, dim)) for x in (query, key))
-    scale = dim**-0.5
-    attend = functools.partial(na2d, kernel_size=kernel, dilation=dilation, scale=scale)
+    channels, dim, dtype = values.shape[-1], query.shape[-1] // heads, torch.promote_types(query.dtype, values.dtype)
+    options = dict(kernel_size=kernel, dilation=dilation, scale=dim**-0.5)
     if query.is_cuda:
-        query, key = (_pad(x, 8 * math.ceil(dim / 8)) for x in (query, key))
-        width = 8 * math.ceil(channels / 8)
+        depth, width = 8 * math.ceil(dim / 8), 8 * math.ceil(channels / 8)
     else:  # flex attention: sizes of queries and values are equal, and a power of two
-        width = max(8, 1 << (dim - 1).bit_length())
-        query, key = (_pad(x, width) for x in (query, key))
-        attend = functools.partial(attend, backend="flex-fna")
+        depth = width = max(8, 1 << (dim - 1).bit_length())
+        options["backend"] = "flex-fna"
+    query, key = (_pad(x.to(dtype).unflatten(-1, (heads, dim)), depth).contiguous() for x in (query, key))
     parts = []
-    for part in values.split(width, -1):
+    for part in values.to(dtype).split(width, -1):
         part = _pad(part, width)[:, :, :, None].expand(-1, -1, -1, heads, -1)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "flex_attention called without", UserWarning)
             warnings.filterwarnings("ignore", "return_lse is deprecated", FutureWarning)
-            parts.append(attend(query.contiguous(), key.contiguous(), part).mean(3))
-    return torch.cat(parts, -1)[..., :channels]
+            parts.append(na2d(query, key, part, **options).mean(3))
+    return torch.cat(parts, -1)[..., :channels].to(values.dtype)
 
 
 def _pad(x: Tensor, width: int) -> Tensor:
