@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -30,17 +30,48 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
         OSError: if the file does not exist, is no image, or is damaged.
         ValueError: if its pixels have no known range (floating point, 32-bit integers above 65535), or it is too large.
     """
+    with open_image(path, path) as image:
+        return np.asarray(to_rgb(ImageOps.exif_transpose(image), path))
+
+
+@contextlib.contextmanager
+def open_image(file: str | os.PathLike | IO[bytes], name: str | os.PathLike) -> Iterator[Image.Image]:
+    """Give an image file, or one in memory, as Pillow opens it; errors, those of the block too, call it `name`.
+
+    Raises:
+        OSError: if the file does not exist, is no image, or is damaged.
+        ValueError: if it is too large.
+    """
     try:
-        with Image.open(path) as image:
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(image), path))
+        with Image.open(file) as image:
+            yield image
     except Image.UnidentifiedImageError as error:
-        raise OSError(f"{path} is not an image that Pillow can read.") from error
+        raise OSError(f"{name} is not an image that Pillow can read.") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} is too large: {error}") from error
+        raise ValueError(f"{name} is too large: {error}") from error
     except (OSError, SyntaxError, EOFError) as error:  # Pillow reports damage in any of these
         if isinstance(error, OSError) and error.filename:
             raise
-        raise OSError(f"{path} is damaged: {error}.") from error
+        raise OSError(f"{name} is damaged: {error}.") from error
+
+
+def to_rgb(image: Image.Image, path: str | os.PathLike) -> Image.Image:
+    """Return a Pillow image as 8-bit RGB; see `read_image`.
+
+    Raises:
+        ValueError: if its pixels have no known range.
+    """
+    if image.mode == "I" or image.mode.startswith("I;16"):  # grayscale of 16 bits, in 16 or in 32
+        gray = np.asarray(image).astype(np.int64)
+        if gray.min() < 0 or gray.max() > 65535:
+            raise ValueError(f"{path} holds integers from {gray.min()} to {gray.max()}; convert it to 8 or 16 bits.")
+        image = Image.fromarray((gray / 257).round().astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError(f"{path} holds floating-point pixels, whose range is unknown; convert it to 8 or 16 bits.")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def resize_image(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
@@ -214,17 +245,3 @@ def _zarr_writer(path: Path, shape: tuple[int, ...], dtype: np.dtype, metadata: 
             raise OSError(f"{path.name} could not be written: {error}") from error
 
     yield append
-
-
-def _to_rgb(image: Image.Image, path: str | os.PathLike) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):  # grayscale of 16 bits, in 16 or in 32
-        gray = np.asarray(image).astype(np.int64)
-        if gray.min() < 0 or gray.max() > 65535:
-            raise ValueError(f"{path} holds integers from {gray.min()} to {gray.max()}; convert it to 8 or 16 bits.")
-        image = Image.fromarray((gray / 257).round().astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError(f"{path} holds floating-point pixels, whose range is unknown; convert it to 8 or 16 bits.")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")

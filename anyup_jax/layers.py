@@ -280,7 +280,7 @@ class ResBlock(nnx.Module):
     ) -> tuple[Float[Array, "B h w outputs"], Float[Array, "B H W outputs"]]:
         """Do the same in the memory of `spare`, a map that nobody reads afterwards, and return the next such map too.
 
-        `pool` averages over a grid. XLA has no uninitialised memory; without a spare map it copies x to have something
+        `pool` averages over a grid, or over several, given as a tuple; so is the result then. XLA has no uninitialised memory; without a spare map it copies x to have something
         to overwrite.
         """
         shortcut = self.shortcut or (lambda x: x)
@@ -290,8 +290,8 @@ class ResBlock(nnx.Module):
         if pool is None:
             return map_rows(lambda x, hidden: shortcut(x) + self.conv2(normed_silu(hidden, norm2)), x, hidden), hidden
         hidden = map_rows(lambda hidden: normed_silu(hidden, norm2), hidden)
-        pooled, pooled_hidden = pool(x), pool(hidden)
-        return shortcut(pooled) + self.conv2(pooled_hidden), hidden
+        joined = jax.tree.map(lambda x, hidden: shortcut(x) + self.conv2(hidden), pool(x), pool(hidden))
+        return joined, hidden
 
 
 class Encoder(nnx.Module):

@@ -132,18 +132,43 @@ class AnyUp(nnx.Module):
         strip: Whole = WHOLE,
     ) -> Float[Array, "B Hos Wo E"]:
         """Do the work of a call on a strip of the image; `size` is the size of the whole output."""
-        image, features, values = jnp.asarray(image, self.dtype), jnp.asarray(features), jnp.asarray(values)
-        cells, shape = features.shape[1:3], (size[0] // strip.count, size[1])
-        rows, cols = (axis_window(n, m, self.config.window_ratio, self.config.window) for n, m in zip(size, cells))
+        features, values = jnp.asarray(features), jnp.asarray(values)
+        shape = (size[0] // strip.count, size[1])
+        guide, key, spare = self.encode(image, self.key_features_encoder(features), strip)
+        pool = None if shape == guide.shape[1:3] else pooling(shape)
+        query, _ = self.query_encoder.overwrite(guide, pool, spare, strip)
+        return self.decode(query, key, values, size, q_chunk_size, strip)
 
-        guide, spare = self.image_encoder.overwrite(image, strip=strip)
+    def encode(
+        self,
+        image: Float[Array | np.ndarray, "B Hs W input_dim"],
+        described: Float[Array, "B h w D"],
+        strip: Whole = WHOLE,
+    ) -> tuple[Float[Array, "B Hs W D"], Float[Array, "B h w D"], Float[Array, "B Hs W D"]]:
+        """Return all that depends on the image and not on the output's size: the guide, the keys and a spare map.
+
+        `described` is what `key_features_encoder` makes of the features.
+        """
+        cells = described.shape[1:3]
+        guide, spare = self.image_encoder.overwrite(jnp.asarray(image, self.dtype), strip=strip)
         guide = self.rope(guide, strip)
         key, spare = self.key_encoder.overwrite(guide, lambda x: strip.pool_cells(x, cells), spare, strip)
         # queries wait for the keys, so that one's memory serves the other; image by image, as NaN times 0 is NaN
         guide = guide + 0 * key.mean((1, 2, 3), keepdims=True, dtype=guide.dtype)
-        pool = None if shape == guide.shape[1:3] else pooling(shape)
-        query, _ = self.query_encoder.overwrite(guide, pool, spare, strip)
-        key = self.aggregation(jnp.concatenate([key, self.key_features_encoder(features)], -1))
+        return guide, self.aggregation(jnp.concatenate([key, described], -1)), spare
+
+    def decode(
+        self,
+        query: Float[Array, "B Hos Wo D"],
+        key: Float[Array, "B h w D"],
+        values: Float[Array, "B h w E"],
+        size: tuple[int, int],
+        q_chunk_size: int | None = None,
+        strip: Whole = WHOLE,
+    ) -> Float[Array, "B Hos Wo E"]:
+        """Average the values with the attention of encoded queries and keys; `size` is the size of the whole output."""
+        windows = self.config.window_ratio, self.config.window
+        rows, cols = (axis_window(n, m, *windows) for n, m in zip(size, key.shape[1:3]))
         options = dict(backend=self.config.backend, q_chunk_size=q_chunk_size, strip=strip)
         return self.cross_decode(query, key, values, rows, cols, **options)
 

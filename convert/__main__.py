@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from convert import encoder, encoder_files, io, listing, release, verify
+from convert import encoder, encoder_files, io, listing, release, training_run, training_state, verify
 from convert.apply import Checkpoint
 
 SETTINGS = ("window_ratio", "num_heads", "window")  # that the weights do not tell
@@ -30,6 +30,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("destination", metavar="DST", nargs="?", help="checkpoint to write")
     result.add_argument("--inspect", action="store_true", help="list the tensors of SRC beside their counterparts")
     result.add_argument("--verify", action="store_true", help="run both frameworks and print their largest difference")
+    result.add_argument(
+        "--training", action="store_true", help="with the optimizer: a run of `train` to a trainer's .pth, or back"
+    )
     result.add_argument("--overwrite", action="store_true", help="replace DST if it is a checkpoint of the same format")
     names = result.add_argument_group("encoders (the name is kept in .safetensors and Orbax)")
     names.add_argument("--timm", metavar="NAME", help="an encoder of timm, whose pretrained weights timm fetches")
@@ -53,8 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.error("SRC is missing; give a checkpoint to read, or --timm NAME")
     if not (args.destination or args.inspect or args.verify):
         command.error("DST is missing; give the path to write, or --inspect or --verify to look at SRC alone")
+    if args.training and (args.timm or args.inspect or args.verify):
+        command.error("--training takes SRC and DST alone; leave out --timm, --inspect and --verify")
     try:
-        run(args)
+        run_training(args) if args.training else run(args)
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -91,6 +96,31 @@ def run_anyup(args: argparse.Namespace, path: Path, out: Console) -> None:
         difference = verify.largest_difference(source, written)
         out.print(f"largest difference between PyTorch and Flax: {difference:.2e}")
         _require_small(difference)
+
+
+def run_training(args: argparse.Namespace) -> None:
+    """Convert a run of `train` to a .pth file of PyTorch's trainer, or the other way round."""
+    source, destination = Path(args.source), Path(args.destination)
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist.")
+    kinds = io.format_of(source), io.format_of(destination)
+    if kinds == (io.ORBAX, io.TORCH):
+        io.check_destination(destination, overwrite=args.overwrite)
+        state = training_state.TrainingState.from_run(source)
+    elif kinds == (io.TORCH, io.ORBAX):
+        training_run.check_new(destination)
+        state = training_state.read(source)
+    else:
+        raise ValueError(
+            "--training converts the directory of a run to a .pth file, or a .pth file to a new directory; "
+            f"{source} and {destination} are no such pair."
+        )
+    state = dataclasses.replace(state, checkpoint=_configured(state.checkpoint, args))
+    if kinds[1] == io.TORCH:
+        training_state.write(destination, state)
+    else:
+        state.write_run(destination)
+    print(f"{destination}: {len(state.checkpoint.tensors)} tensors, their moments and step {state.step} written")
 
 
 def run_encoder(args: argparse.Namespace, name: str, path: Path | None, out: Console) -> None:

@@ -2,7 +2,8 @@
 
 A pickle is a program whose GLOBAL instruction can import anything and whose REDUCE instruction can call it. This
 interpreter imports nothing: a global is its name, and REDUCE looks that name up in a table of constructors of plain
-data. Any other name is refused where it is mentioned.
+data. Names of configuration objects give an `Inert` stand-in, which holds what the pickle says of the object. Any other
+name is refused where it is mentioned.
 """
 
 from __future__ import annotations
@@ -12,6 +13,17 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 _MARK = object()
+_INERT_MODULES = ("omegaconf.", "typing.")
+_INERT_NAMES = frozenset(
+    (
+        *("collections.defaultdict", "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath"),
+        *(
+            f"{module}.{name}"
+            for module in ("builtins", "__builtin__")
+            for name in ("bool", "dict", "float", "int", "list", "long", "object", "str", "tuple", "unicode")
+        ),
+    )
+)
 _SCALARS = (str, bytes, int, float, complex, bool, type(None))
 
 
@@ -29,8 +41,30 @@ class Global(NamedTuple):
     name: str
 
 
+class Inert:
+    """Stands for a configuration object: nothing of its class is imported or run.
+
+    Attributes:
+        name: full name of its class.
+        arguments: what the class would have been called with.
+        state: what would have become its attributes, or None.
+        items: what would have been put into it: pairs of a key and a value for a mapping, else values.
+    """
+
+    def __init__(self, name: str, arguments: tuple[Any, ...]):
+        self.name, self.arguments = name, arguments
+        self.state: Any = None
+        self.items: list[Any] = []
+
+    def __repr__(self) -> str:
+        return f"Inert({self.name})"  # its contents often refer back to it
+
+
 def loads(data: bytes, constructors: Mapping[str, Callable[..., Any]], persistent: Callable[[Any], Any]) -> Any:
     """Return the object in a pickle of dicts, lists, tuples, sets, numbers, strings, bytes and None.
+
+    Objects of omegaconf and typing, and the builtin types that these mention, are `Inert` where the pickle makes one
+    and a `Global` where it only names the class.
 
     Args:
         data: the pickle, any protocol.
@@ -126,8 +160,11 @@ class _Machine:
                 arguments, function = stack.pop(), stack.pop()
                 stack.append(self.construct(function, arguments))
             case "BUILD":
-                stack.pop()  # attributes, such as the `_metadata` of a state dict: not part of the data
-                if not isinstance(stack[-1], dict):
+                state = stack.pop()
+                if isinstance(stack[-1], Inert):
+                    stack[-1].state = state
+                elif not isinstance(stack[-1], dict):
+                    # the attributes of a dict, such as the `_metadata` of a state dict, are not part of the data
                     raise ValueError(f"it sets attributes of a {type(stack[-1]).__name__}, which is not plain data")
             case _:
                 raise ValueError(f"it uses the instruction {opcode}, which plain data does not need")
@@ -148,22 +185,29 @@ class _Machine:
             target.update(scalars(items))
         elif isinstance(target, list):
             target.extend(items)
+        elif isinstance(target, Inert):
+            target.items.extend(items)
         else:
             raise TypeError(f"append to a {type(target).__name__}")
 
     def set_items(self, items: list[Any]) -> None:
+        if isinstance(self.stack[-1], Inert):
+            self.stack[-1].items.extend(pairs(items))
+            return
         if not isinstance(self.stack[-1], dict):
             raise TypeError(f"set an item of a {type(self.stack[-1]).__name__}")
         self.stack[-1].update(pairs(items))
 
     def named(self, name: str) -> Global:
-        if name not in self.constructors:
+        if not (name in self.constructors or name in _INERT_NAMES or name.startswith(_INERT_MODULES)):
             raise ForbiddenGlobal(name)
         return Global(name)
 
     def construct(self, function: Any, arguments: Any) -> Any:
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
             raise TypeError("a call of something that is no function")
+        if function.name not in self.constructors:
+            return Inert(function.name, arguments)
         constructor = self.constructors[function.name]
         if constructor is None:
             raise TypeError(f"a call of the constant {function.name}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import io
+import itertools
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from convert import pickle_reader, torch_legacy_file
+from convert import pickle_reader, pickle_writer, torch_legacy_file
 
 STORAGES = {
     "FloatStorage": np.dtype(np.float32),
@@ -211,18 +212,25 @@ _CONSTRUCTORS: dict[str, Any] = {
 }
 
 
-def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write a state dict, an OrderedDict of contiguous CPU tensors, that `torch.load(weights_only=True)` reads.
+def write(path: Path, content: Mapping[Any, Any]) -> None:
+    """Write a state dict, or another dict of plain data and arrays, that `torch.load(weights_only=True)` reads.
 
-    The same tensors always give the same bytes. Raises ValueError for a number type that PyTorch has no storage for.
+    Arrays become contiguous CPU tensors, each with a storage of its own, and the outermost dict an OrderedDict. The
+    same content always gives the same bytes.
+
+    Raises:
+        ValueError: for a number type that PyTorch has no storage for.
+        TypeError: for what is no plain data.
     """
     kinds = {dtype: name for name, dtype in STORAGES.items()}
+    tensors = pickle_writer.tensors(content)
     unknown = {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype not in kinds}
     if unknown:
         raise ValueError("PyTorch has no storage type for " + ", ".join(f"{k} ({d})" for k, d in unknown.items()) + ".")
+    numbers = itertools.count()
+    pickle = pickle_writer.dumps(collections.OrderedDict(content), lambda tensor: (next(numbers), kinds[tensor.dtype]))
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        entries = ((name, tensor.shape, kinds[tensor.dtype]) for name, tensor in tensors.items())
-        _store(archive, f"{ROOT}/data.pkl", _state_dict_pickle(entries))
+        _store(archive, f"{ROOT}/data.pkl", pickle)
         _store(archive, f"{ROOT}/byteorder", b"little")
         for index, tensor in enumerate(tensors.values()):
             _store(archive, f"{ROOT}/data/{index}", tensor.tobytes())
@@ -236,40 +244,3 @@ def _store(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
     padding = -header % ALIGNMENT
     info.extra = b"FB" + struct.pack("<H", padding) + bytes(padding)
     archive.writestr(info, data)
-
-
-def _state_dict_pickle(entries: Any) -> bytes:
-    """Pickle (protocol 2) an OrderedDict whose i-th item is (name, the whole of storage i)."""
-    empty = _global("collections", "OrderedDict") + b")R"
-    out = io.BytesIO()
-    out.write(b"\x80\x02" + empty + b"(")
-    for index, (name, shape, kind) in enumerate(entries):
-        strides = [int(np.prod(shape[axis + 1 :], dtype=np.int64)) for axis in range(len(shape))]
-        count = int(np.prod(shape, dtype=np.int64))
-        storage = (
-            _tuple(_text("storage"), _global("torch", kind), _text(str(index)), _text("cpu"), _integer(count)) + b"Q"
-        )
-        geometry = (_integer(0), _tuple(*map(_integer, shape)), _tuple(*map(_integer, strides)))
-        out.write(_text(name) + _global("torch._utils", "_rebuild_tensor_v2"))
-        out.write(_tuple(storage, *geometry, b"\x89", empty) + b"R")  # \x89: requires no gradient
-    out.write(b"u.")
-    return out.getvalue()
-
-
-def _global(module: str, name: str) -> bytes:
-    return f"c{module}\n{name}\n".encode()
-
-
-def _text(text: str) -> bytes:
-    encoded = text.encode()
-    return b"X" + struct.pack("<I", len(encoded)) + encoded
-
-
-def _integer(value: int) -> bytes:
-    if value < 1 << 31:
-        return b"J" + struct.pack("<i", value)
-    return b"\x8a\x08" + struct.pack("<q", value)
-
-
-def _tuple(*items: bytes) -> bytes:
-    return b"(" + b"".join(items) + b"t"

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from convert.pickle_reader import Inert
+
 STATE_KEYS = ("anyup", "state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 """Keys of a training checkpoint under which the state dict, or another checkpoint, may be; the first one wins.
 
@@ -21,8 +23,11 @@ ARGUMENTS = ("window_ratio", "num_heads", "init_gaussian_derivatives", "window")
 """Arguments of the model that its weights do not tell, and that are therefore taken from a saved configuration."""
 
 
+_MISSING = "???"  # as omegaconf writes it
+
+
 def unwrap(saved: Any, origin: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Return the state dict within `saved`, without prefixes, and the model's arguments if a plain `cfg` names them.
+    """Return the state dict within `saved`, without prefixes, and the model's arguments if a `cfg` names them.
 
     Raises:
         ValueError: if there is no state dict; the message says what there is instead.
@@ -59,8 +64,26 @@ def _strip(saved: Mapping[Any, Any]) -> Mapping[Any, Any]:
 
 
 def _arguments(cfg: Any) -> dict[str, Any]:
-    model = cfg.get("model") if isinstance(cfg, Mapping) else None
-    if not isinstance(model, Mapping):
-        return {}
-    known = {name: model[name] for name in ARGUMENTS if name in model}
-    return known | ({"window": "natten"} if model.get("use_natten") is True else {})
+    model = _children(_children(cfg).get("model"))
+    given = {name: _value(node) for name, node in model.items()}
+    known = {name: given[name] for name in ARGUMENTS if not _is_open(given.get(name, _MISSING))}
+    return known | ({"window": "natten"} if given.get("use_natten") is True else {})
+
+
+def _children(node: Any) -> Mapping[Any, Any]:
+    """Return the entries of a mapping, or of a stand-in for a mapping of omegaconf; nothing for any other object."""
+    if isinstance(node, Inert):
+        node = node.state.get("_content") if isinstance(node.state, Mapping) else None
+    return node if isinstance(node, Mapping) else {}
+
+
+def _value(node: Any) -> Any:
+    """Return a plain value, also from a stand-in for a value of omegaconf."""
+    if isinstance(node, Inert):
+        return node.state.get("_val", _MISSING) if isinstance(node.state, Mapping) else _MISSING
+    return node
+
+
+def _is_open(value: Any) -> bool:
+    """Whether a setting has no value of its own: omegaconf's ??? or a reference to another setting."""
+    return value == _MISSING or (isinstance(value, str) and value.startswith("${")) or isinstance(value, Inert)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from convert import torch_file, torch_legacy_file
+from convert import pickle_writer, torch_file, torch_legacy_file
 from parity_tests.golden import GOLDEN, needs_golden
 
 DTYPES = (
@@ -119,7 +119,7 @@ def evil(tmp_path: Path) -> dict[str, tuple]:
         "torch.storage._load_from_bytes": (torch.storage._load_from_bytes, (b"",)),
         "builtins.getattr": (getattr, ("a", "upper")),
         "numpy.ndarray": (np.ndarray, ((2,),)),
-        "collections.defaultdict": (collections.defaultdict, (list,)),
+        "collections.Counter": (collections.Counter, ("ab",)),
     }
 
 
@@ -178,12 +178,12 @@ def test_hand_made_pickles(tmp_path, program, message):
 
 
 def tensor_program(kind="FloatStorage", key="0", count=4, offset=0, shape=(2, 2), strides=(2, 1)) -> bytes:
-    tuple_of = torch_file._tuple
-    numbers = (tuple_of(*map(torch_file._integer, values)) for values in (shape, strides))
-    parts = [torch_file._text("storage"), torch_file._global("torch", kind), torch_file._text(key)]
-    reference = tuple_of(*parts, torch_file._text("cpu"), torch_file._integer(count)) + b"Q"
-    arguments = tuple_of(reference, torch_file._integer(offset), *numbers, b"\x89", b"N")
-    return b"\x80\x02" + torch_file._global("torch._utils", "_rebuild_tensor_v2") + arguments + b"R."
+    tuple_of = pickle_writer.tuple_of
+    numbers = (tuple_of(*map(pickle_writer.integer, values)) for values in (shape, strides))
+    parts = [pickle_writer.text("storage"), pickle_writer.name("torch", kind), pickle_writer.text(key)]
+    reference = tuple_of(*parts, pickle_writer.text("cpu"), pickle_writer.integer(count)) + b"Q"
+    arguments = tuple_of(reference, pickle_writer.integer(offset), *numbers, b"\x89", b"N")
+    return b"\x80\x02" + pickle_writer.name("torch._utils", "_rebuild_tensor_v2") + arguments + b"R."
 
 
 @pytest.mark.parametrize(

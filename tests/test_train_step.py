@@ -1,0 +1,206 @@
+"""The step: accumulation, clipping, averages, schedules, losses that are not finite, layouts, choice of encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from anyup_jax.config import AnyUpConfig
+from anyup_jax.model import AnyUp
+from train import encoders, optim, sharding
+from train.config import Config, DatasetConfig, EncoderConfig, LossConfig, MeshConfig, OptimizerConfig
+from train.step import Geometry, init_state, make_step, state_specs
+
+SIZES = Geometry(8, (32, 32), (16, 16), (16, 16), (16, 16))
+VIEWS = DatasetConfig(crop_size=(32, 32), img_size=(16, 16), num_local_crops=2)
+
+
+def tiny(**changes: Any) -> Config:
+    fields = dict(
+        model=AnyUpConfig(qk_dim=16, num_heads=2),
+        encoders={"none": EncoderConfig(name="timm:none")},
+        dataset=VIEWS,
+        batch_size=8,
+        max_steps=20,
+        dtype="float32",
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+    )
+    return Config(**fields | changes)
+
+
+def batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
+    random, size = np.random.default_rng(seed), config.batch_size
+    photographs = (random.integers(0, 256, (size, 32, 32, 3), np.uint8) for _ in range(2))
+    image, augmented = photographs
+    maps = dict(lr=(2, 2, 5), hr=(2, 2, 2, 5))
+    features = {name: random.standard_normal((size, *shape), np.float32) for name, shape in maps.items()}
+    return dict(image=image, augmented=augmented, crops=random.random((size, 2, 2), np.float32), **features)
+
+
+def steps(config: Config, count: int = 2, spoil: int | None = None) -> tuple[Any, list[dict[str, float]]]:
+    mesh = sharding.make_mesh(config.mesh)
+    graph, state = init_state(config, AnyUp(config.model, rngs=nnx.Rngs(0)))
+    specs = state_specs(state, config.mesh.parameters, mesh)
+    state = sharding.place(state, specs, mesh)
+    step = make_step(config, graph, specs, SIZES, mesh, None)
+    found = []
+    for number in range(count):
+        arrays = batch(config, number)
+        if number == spoil:
+            arrays["lr"][0] = np.nan
+        state, metrics = step(state, (), sharding.place_batch(arrays, mesh))
+        found.append({name: float(x) for name, x in metrics.items()})
+    return jax.tree.map(np.asarray, state), found
+
+
+def largest_difference(left: Any, right: Any) -> float:
+    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right))
+    return max(float(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max()) for a, b in pairs)
+
+
+def test_terms_add_up_and_parameters_move() -> None:
+    config = tiny()
+    before = init_state(config, AnyUp(config.model, rngs=nnx.Rngs(0)))[1]
+    state, metrics = steps(config, 1)
+    assert int(state.step) == int(state.optimizer.count) == 1
+    assert largest_difference(state.params, before.params) > 1e-3
+    assert largest_difference(state.carried, before.carried) == 0
+    first = metrics[0]
+    total = first["reconstruction"] + first["consistency"] + first["input"]
+    assert first["loss"] == pytest.approx(total, rel=1e-6)
+    assert min(first["reconstruction"], first["input"]) > 0
+    assert first["consistency"] >= -1e-6  # nearly nothing before training
+    assert first["learning_rate"] == pytest.approx(1e-2)
+
+
+def test_accumulation_gives_the_same_step() -> None:
+    whole, metrics = steps(tiny())
+    parts, other = steps(tiny(optimizer=OptimizerConfig(learning_rate=1e-2, accumulate=4)))
+    assert [m["loss"] for m in other] == pytest.approx([m["loss"] for m in metrics], rel=1e-5)
+    assert largest_difference(whole.optimizer.mu, parts.optimizer.mu) < 1e-6
+
+
+def test_remat_gives_the_same_step() -> None:
+    kept, again = (steps(tiny(remat=remat), 1)[0] for remat in (False, True))
+    assert largest_difference(kept.optimizer.mu, again.optimizer.mu) < 1e-6
+
+
+def test_clipping_bounds_the_gradient() -> None:
+    _, free = steps(tiny(), 1)
+    norm = free[0]["gradient_norm"]
+    state, clipped = steps(tiny(optimizer=OptimizerConfig(learning_rate=1e-2, clip_norm=norm / 2)), 1)
+    whole, _ = steps(tiny(), 1)
+    assert clipped[0]["gradient_norm"] == pytest.approx(norm)  # what is reported is the norm before
+    ratio = jax.tree.map(
+        lambda a, b: np.abs(a).max() / max(np.abs(b).max(), 1e-20), state.optimizer.mu, whole.optimizer.mu
+    )
+    assert max(jax.tree.leaves(ratio)) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_moving_average() -> None:
+    one, _ = steps(tiny(optimizer=OptimizerConfig(learning_rate=1e-2, ema_decay=0.5)), 1)
+    start = init_state(tiny(), AnyUp(tiny().model, rngs=nnx.Rngs(0)))[1].params
+    expected = jax.tree.map(lambda a, p: 0.1 * np.asarray(a) + 0.9 * p, start, one.params)
+    assert largest_difference(one.ema, expected) < 1e-6
+
+
+def test_what_is_not_finite_changes_nothing_and_stays_so() -> None:
+    good, _ = steps(tiny(), 1)
+    state, metrics = steps(tiny(), 3, spoil=1)
+    assert [m["ok"] for m in metrics] == [1, 0, 0]
+    assert int(state.step) == 1
+    assert largest_difference(state.params, good.params) == 0
+    assert largest_difference(state.optimizer, good.optimizer) == 0
+
+
+@pytest.mark.parametrize("name", ["reconstruction", "consistency", "input"])
+def test_a_weight_of_zero_leaves_a_term_out(name: str) -> None:
+    _, metrics = steps(tiny(loss=dataclasses.replace(LossConfig(), **{name: 0.0})), 1)
+    assert metrics[0][name] == 0
+    assert metrics[0]["loss"] > 0
+
+
+def test_schedule() -> None:
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=4, schedule="cosine", final_learning_rate=0.1)
+    rates = [float(optim.schedule(config, 14)(jnp.asarray(step))) for step in range(15)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[9] == pytest.approx(0.55)
+    assert rates[14] == pytest.approx(0.1)
+    assert float(optim.schedule(OptimizerConfig(), 10)(jnp.asarray(7))) == pytest.approx(2e-4)
+
+
+def test_corners_are_patch_aligned_and_reach_both_ends() -> None:
+    sizes = Geometry(14, (448, 448), (224, 224), (224, 224), (224, 224))
+    corners = np.asarray(sizes.corners(jnp.asarray(np.random.default_rng(0).random((1, 4000, 2), np.float32))))
+    counts = np.bincount(corners.ravel())
+    assert len(counts) == 17  # 32 cells less 16
+    assert counts.min() > 350
+    assert sizes.corners(jnp.full((1, 1, 2), np.float32(1) - np.finfo(np.float32).epsneg)).max() == 16
+
+
+def test_choice_of_encoder() -> None:
+    patches = {"a": 14, "b": 16, "c": 16, "d": 16}
+    chosen = [encoders.choose(3, step, patches) for step in range(2000)]
+    assert chosen == [encoders.choose(3, step, patches) for step in range(2000)]
+    assert chosen != [encoders.choose(4, step, patches) for step in range(2000)]
+    shares = {name: chosen.count(name) / 2000 for name in patches}
+    assert shares["a"] == pytest.approx(1 / 2, abs=0.05)  # a patch size first, then an encoder
+    assert shares["b"] == pytest.approx(1 / 6, abs=0.04)
+
+
+def test_guidance_of_random_size() -> None:
+    data = DatasetConfig(global_view_random_resize=(0.5, 1.0))
+    config = tiny(dataset=data)
+    sides = {encoders.geometry(config, 14, step).guidance for step in range(300)}
+    assert {side % 14 for size in sides for side in size} == {0}
+    assert (min(sides), max(sides)) == ((224, 224), (448, 448))
+
+
+def test_sizes_that_are_no_whole_cells_are_refused() -> None:
+    config = tiny(dataset=DatasetConfig())
+    with pytest.raises(
+        ValueError, match=r"dataset.crop_size=\(448, 448\) is not a multiple of the 20 pixels.*take \(440, 440\)"
+    ):
+        encoders.check_sizes("x", 20, config)
+
+
+def test_batches_that_cannot_be_shared_out_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"mesh\.data=3 and mesh.model=1 do not fit 1 devices"):
+        sharding.make_mesh(MeshConfig(data=3))
+    with pytest.raises(ValueError, match=r"batch_size=6 cannot be shared out among 1 devices.*multiple of 4"):
+        sharding.check_batch(6, 4, sharding.make_mesh(MeshConfig()))
+
+
+LAYOUTS = """
+import json
+import numpy as np
+from tests.test_train_step import largest_difference, steps, tiny
+from train.config import MeshConfig
+runs = [MeshConfig(), MeshConfig(data=4, model=2, parameters="fsdp"), MeshConfig(data=1, model=-1, parameters="fsdp")]
+results = [steps(tiny(mesh=mesh), 3) for mesh in runs]
+print(json.dumps([[[m["loss"] for m in metrics], largest_difference(state.optimizer.mu, results[0][0].optimizer.mu)]
+                  for state, metrics in results]))
+"""
+
+
+def test_every_layout_trains_the_same() -> None:
+    """Eight devices, parameters replicated or spread, against one device."""
+    options = dict(capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run([sys.executable, "-c", LAYOUTS], env=environment, **options)
+    assert run.returncode == 0, run.stderr[-2000:]
+    _, alone = steps(tiny(), 3)
+    for losses, difference in json.loads(run.stdout.splitlines()[-1]):
+        assert losses == pytest.approx([m["loss"] for m in alone], rel=1e-5)
+        assert difference < 1e-6

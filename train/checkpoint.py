@@ -1,0 +1,215 @@
+"""Checkpoints of a run on Orbax: written in the background, checked when they are read, the newest good one wins.
+
+A checkpoint has the items `params`, `optimizer`, `ema` (where there is one), `data` (the position in the data), `config`
+and `progress` (the step and a digest of every array).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jaxtyping import Array, UInt32
+
+ARRAYS = ("params", "optimizer", "ema")
+RECORDS = ("data", "config", "progress")
+DAMAGED = "damaged"  # the folder, beside `checkpoints`, that damaged ones are moved to
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a checkpoint held; `data` and `config` are None where it had none, as those that `convert` writes."""
+
+    step: int
+    params: dict[str, Any]
+    optimizer: dict[str, Any]
+    ema: dict[str, Any] | None
+    data: dict[str, Any] | None
+    config: dict[str, Any] | None
+
+
+class Checkpoints:
+    """The checkpoints in a folder.
+
+    Args:
+        directory: the folder; made if it does not exist. What an interrupted save left there is removed.
+        keep: newest checkpoints that stay.
+        keep_period: multiples of it stay for ever; None for none.
+    """
+
+    def __init__(self, directory: Path, keep: int, keep_period: int | None = None):
+        self.directory = Path(directory).absolute()
+        self.options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, keep_period=keep_period, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        )
+        self.saving: int | None = None
+        self._open()
+
+    def _open(self) -> None:
+        self.manager = ocp.CheckpointManager(self.directory, options=self.options, item_names=ARRAYS + RECORDS)
+
+    def steps(self) -> list[int]:
+        """Return the steps there are complete checkpoints of."""
+        return sorted(self.manager.all_steps())
+
+    def save(
+        self,
+        step: int,
+        params: dict[str, Any],
+        optimizer: dict[str, Any],
+        ema: dict[str, Any] | None,
+        data: dict[str, Any],
+        config: dict[str, Any],
+    ) -> None:
+        """Begin to write a checkpoint; the arrays may be overwritten when this returns.
+
+        Raises:
+            OSError: if it, or the one before, could not be written.
+        """
+        trees = dict(params=params, optimizer=optimizer) | ({} if ema is None else dict(ema=ema))
+        progress = dict(step=step, digests={name: digests(tree) for name, tree in trees.items()})
+        records = dict(data=data, config=config, progress=progress)
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
+        items |= {name: ocp.args.JsonSave(record) for name, record in records.items()}
+        with self._failures():
+            self.manager.wait_until_finished()
+            self.saving = step
+            self.manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def wait(self) -> None:
+        """Wait until everything is written. Raises OSError if it could not be."""
+        with self._failures():
+            self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait, and give everything back."""
+        try:
+            self.wait()
+        finally:
+            self.manager.close()
+
+    def _failures(self) -> _Failures:
+        return _Failures(self)
+
+    def restore(self, template: Mapping[str, Any], say: Callable[[str], None] = print) -> Restored | None:
+        """Return the newest good checkpoint, None if there is none; `say` hears of damaged ones, which are moved away.
+
+        Args:
+            template: arrays or shapes with shardings, for each of params, optimizer and ema (or None): how to place
+                them, which need not be how they were.
+
+        Raises:
+            ValueError: if there are checkpoints, but all are damaged.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return self._read(step, template)
+            except Exception as error:  # Orbax reports damage in many types
+                before = [other for other in steps if other < step]
+                then = f"going back to step {before[-1]}" if before else "there is none before it"
+                moved = self._set_aside(step)
+                say(
+                    f"The checkpoint of step {step} is damaged ({_first_line(error)}) and was moved to {moved}; {then}."
+                )
+        if steps:
+            raise ValueError(
+                f"All checkpoints in {self.directory} were damaged and are in {self.directory.parent / DAMAGED}; start "
+                "anew in another output_dir."
+            )
+        return None
+
+    def _read(self, step: int, template: Mapping[str, Any]) -> Restored:
+        folder = self.directory / str(step)
+        progress = json.loads((folder / "progress" / "metadata").read_text())
+        trees: dict[str, Any] = dict.fromkeys(ARRAYS)
+        for name in ARRAYS:
+            if template.get(name) is None:
+                continue
+            if name == "ema" and not (folder / name).is_dir():
+                trees[name] = jax.tree.map(jnp.copy, trees["params"])
+                continue
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template[name])
+            arguments = ocp.checkpoint_utils.construct_restore_args(shapes)
+            with ocp.PyTreeCheckpointer() as reader:
+                trees[name] = reader.restore(folder / name, item=shapes, restore_args=arguments)
+            if (expected := progress["digests"].get(name)) is not None and digests(trees[name]) != expected:
+                raise ValueError(f"the digests of {name} differ")
+        found = {name: _record(folder / name / "metadata") for name in ("data", "config")}
+        return Restored(step, *(trees[name] for name in ARRAYS), found["data"], found["config"])
+
+    def _set_aside(self, step: int) -> Path:
+        """Move a damaged checkpoint out of the manager's sight."""
+        self.manager.close()
+        target = self.directory.parent / DAMAGED / str(step)
+        if jax.process_index() == 0:
+            target.parent.mkdir(exist_ok=True)
+            while target.exists():
+                target = target.with_name(target.name + "_again")
+            (self.directory / str(step)).rename(target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"damaged {step}")
+        self._open()
+        return target
+
+
+class _Failures:
+    """Turns whatever a failed save raises into one OSError."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self.checkpoints = checkpoints
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, _trace: Any) -> None:
+        if not isinstance(error, Exception):
+            return
+        step, self.checkpoints.saving = self.checkpoints.saving, None
+        kept = [number for number in complete_steps(self.checkpoints.directory) if number != step]
+        intact = f"that of step {kept[-1]} is intact" if kept else "there is none before it"
+        raise OSError(
+            f"The checkpoint of step {step} could not be written ({_first_line(error)}); {intact}. Make room, then run "
+            "the same command."
+        ) from error
+
+
+def complete_steps(directory: Path) -> list[int]:
+    """Return the steps of checkpoints whose saves came to their end; Orbax gives a folder its name then."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir())
+
+
+def digests(tree: Any) -> dict[str, int]:
+    """Return a number for every array, that does not depend on how it is spread: a sum of its bits times odd weights."""
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in flat]
+    sums = jax.device_get(_digests([x for _, x in flat]))
+    return {name: int(total) for name, total in zip(names, sums)}
+
+
+@jax.jit
+def _digests(arrays: list[Array]) -> list[UInt32[Array, ""]]:
+    def digest(x):
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
+        weights = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
+        return (bits * weights).sum(dtype=jnp.uint32)
+
+    return [digest(x) for x in arrays]
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip().rstrip(".")[:200] if lines else type(error).__name__

@@ -1,0 +1,57 @@
+"""One photograph: decoded, resized and centre cropped, from a file or from bytes."""
+
+from __future__ import annotations
+
+import os
+from typing import IO
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import ExifTags, Image, ImageOps
+
+from anyup_jax.files import open_image, to_rgb
+from train.config import Size
+
+QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+
+
+class TooSmall(ValueError):
+    """The photograph would have to be enlarged to cover the crop."""
+
+
+def upright_size(image: Image.Image) -> Size:
+    """Return height and width of a Pillow image once it is turned as its EXIF orientation says."""
+    turned = image.getexif().get(ExifTags.Base.Orientation) in QUARTER_TURNS
+    return image.size if turned else image.size[::-1]
+
+
+def read_crop(file: str | os.PathLike | IO[bytes], name: str, size: Size) -> UInt8[np.ndarray, "Hc Wc 3"]:
+    """Return the centre of a photograph, resized (bilinear, antialiased) so that it just covers `size`, as 8-bit RGB.
+
+    Grayscale, palette, CMYK and 16-bit images are converted, transparent ones are laid on white. A JPEG of more than
+    twice the size is decoded at a half, a quarter or an eighth of it, and no less than twice the size, for speed.
+
+    Args:
+        file: its path, or an open file.
+        name: what errors call it.
+        size: height and width.
+
+    Raises:
+        TooSmall: if its height or width is below that of `size`.
+        OSError: if it cannot be read.
+        ValueError: if its pixels have no known range, or it is too large.
+    """
+    with open_image(file, name) as image:
+        height, width = upright_size(image)
+        if height < size[0] or width < size[1]:
+            raise TooSmall(f"{name} has {height}x{width} pixels, fewer than dataset.crop_size={size[0]}x{size[1]}.")
+        scale = max(size[0] / height, size[1] / width)
+        whole = max(size[0], round(height * scale)), max(size[1], round(width * scale))
+        if image.format == "JPEG":
+            asked = whole if (height, width) == image.size[::-1] else whole[::-1]
+            image.draft(None, (2 * asked[1], 2 * asked[0]))
+        image = to_rgb(ImageOps.exif_transpose(image), name)
+        y, x = (round((full - part) / 2) for full, part in zip(whole, size))
+        down, across = image.height / whole[0], image.width / whole[1]
+        box = x * across, y * down, min((x + size[1]) * across, image.width), min((y + size[0]) * down, image.height)
+        return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR, box))

@@ -1,0 +1,117 @@
+"""The objective of AnyUp: reconstruction of crops, consistency under augmentation, agreement with the input."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from anyup_jax.layers import adaptive_average_pool
+from anyup_jax.model import AnyUp
+from train.config import LossConfig, Size
+
+SCALE_EPS, NORM_EPS = 1e-6, 1e-8
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """What the objective compares.
+
+    Attributes:
+        guidance, augmented: the whole photograph as guidance, clean and augmented, ImageNet-normalised.
+        lr_features: features of the whole photograph.
+        hr_features: features of each of n crops of it.
+        crops: row and column of each crop, in cells of the upsampled map.
+    """
+
+    guidance: Float[Array, "B H W 3"]
+    augmented: Float[Array, "B H W 3"]
+    lr_features: Float[Array, "B h w C"]
+    hr_features: Float[Array, "B n hc wc C"]
+    crops: Int[Array, "B n 2"]
+
+
+def objective(
+    model: AnyUp, views: Views, size: Size, consistency_size: Size, weights: LossConfig, *, remat: bool = False
+) -> dict[str, Float[Array, ""]]:
+    """Return the three weighted terms; their sum is what is minimised.
+
+    The clean guidance is encoded once for all three: the prediction at `size` and the consistency target, through
+    which no gradient passes, differ in the pooling of the queries only. The features are described once for both
+    guidances. A term whose weight is 0 is not computed and is 0.
+
+    Args:
+        model: the upsampler.
+        views: the batch.
+        size: height and width of the map that the crops are cut from.
+        consistency_size: height and width at which clean and augmented guidance are compared.
+        weights: of the terms.
+        remat: compute the augmented branch again in the gradient instead of keeping its maps.
+    """
+    features = views.lr_features
+    described = model.key_features_encoder(features)
+    guide, key, spare = model.encode(views.guidance, described)
+
+    def pool(x):
+        coarse = adaptive_average_pool(x, size)
+        return (
+            (coarse, adaptive_average_pool(lax.stop_gradient(x), consistency_size)) if weights.consistency else coarse
+        )
+
+    query = model.query_encoder.overwrite(guide, pool, spare)[0]
+    query, fine = query if weights.consistency else (query, None)
+    prediction = model.decode(query, key, features, size)
+
+    zero = jnp.zeros(())
+    terms = dict(reconstruction=zero, consistency=zero, input=zero)
+    if weights.reconstruction:
+        cut = cut_crops(prediction, views.crops, views.hr_features.shape[2:4])
+        terms["reconstruction"] = weights.reconstruction * difference(cut, views.hr_features)
+    if weights.consistency:
+        fine, fixed_key = lax.stop_gradient((fine, key))
+        target = lax.stop_gradient(model.decode(fine, fixed_key, features, consistency_size))
+
+        def augmented(described):
+            guide, key, spare = model.encode(views.augmented, described)
+            coarser = None if consistency_size == guide.shape[1:3] else functools.partial(
+                adaptive_average_pool, size=consistency_size
+            )  # fmt: skip
+            query = model.query_encoder.overwrite(guide, coarser, spare)[0]
+            return difference(model.decode(query, key, features, consistency_size), target)
+
+        branch = jax.checkpoint(augmented) if remat else augmented
+        terms["consistency"] = weights.consistency * branch(described)
+    if weights.input:
+        back = adaptive_average_pool(prediction, features.shape[1:3])
+        terms["input"] = weights.input * difference(back, features)
+    return terms
+
+
+def difference(prediction: Float[Array, "... C"], target: Float[Array, "... C"]) -> Float[Array, ""]:
+    """Mean of 1 - cosine, plus the mean squared error after both are scaled by the target's range at each position.
+
+    The scaling takes the least channel of the target to 0 and the greatest to 1; only its width matters here.
+    """
+    prediction, target = prediction.astype(jnp.float32), lax.stop_gradient(target.astype(jnp.float32))
+    cosine = (prediction * target).sum(-1) / (_norm(prediction) * _norm(target))
+    width = target.max(-1, keepdims=True) - target.min(-1, keepdims=True) + SCALE_EPS
+    return (1 - cosine).mean() + jnp.square((prediction - target) / width).mean()
+
+
+def _norm(x: Float[Array, "... C"]) -> Float[Array, ...]:
+    square = jnp.square(x).sum(-1)
+    return jnp.maximum(jnp.sqrt(jnp.where(square > 0, square, 1)) * (square > 0), NORM_EPS)
+
+
+def cut_crops(maps: Float[Array, "B H W C"], crops: Int[Array, "B n 2"], size: Size) -> Float[Array, "B n h w C"]:
+    """Cut n regions of `size` out of each map (or image), their corners given as rows and columns."""
+
+    def cut(image, corner):
+        return lax.dynamic_slice(image, (corner[0], corner[1], 0), (*size, image.shape[-1]))
+
+    return jax.vmap(jax.vmap(cut, (None, 0)))(maps, crops)

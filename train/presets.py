@@ -1,0 +1,117 @@
+"""hydra on top of `train.config`: groups, presets and the command line's words for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from anyup_jax.config import AnyUpConfig
+from train import config as settings
+from train.config import Config, DatasetConfig, MeshConfig, OptimizerConfig, to_dict
+
+NAME = "train"  # of the configuration that `train.run` starts from
+
+DINOV2_S, DINOV2_REG_S = "vit_small_patch14_dinov2.lvd142m", "vit_small_patch14_reg4_dinov2.lvd142m"
+ENCODERS: dict[str, dict[str, dict[str, Any]]] = {
+    "dinov2_s": {"dinov2_s": dict(name=DINOV2_S)},
+    "multi_backbone": {
+        "dinov2_s": dict(name=DINOV2_S),
+        "dinov2_reg_s": dict(name=DINOV2_REG_S),
+        "clip_b": dict(name="vit_base_patch16_clip_384"),
+        "siglip2_b": dict(name="vit_base_patch16_siglip_512.v2_webli"),
+        "vit_b": dict(name="vit_base_patch16_224"),
+    },
+    "dinov3_s": {"dinov3_s": dict(name="vit_small_patch16_dinov3")},
+    "efficientnet_lite0": {"lite0": dict(name="efficientnet_lite0", layer=[-2])},
+    "efficientnet_lite": {
+        "lite0_stride16": dict(name="efficientnet_lite0", layer=[-2]),
+        "lite0_stride32": dict(name="efficientnet_lite0"),
+        "lite1_stride16": dict(name="efficientnet_lite1", layer=[-2]),
+        "lite1_stride32": dict(name="efficientnet_lite1"),
+    },
+}
+DATASETS: dict[str, dict[str, Any]] = {
+    "skimage": dict(kind="skimage", crop_size=[224, 224], img_size=[112, 112], num_local_crops=2),
+    "folder": dict(kind="folder", root="data/imagenet/train"),
+    "imagenet2012": dict(kind="tfds", name="imagenet2012"),
+    "tfds": dict(kind="tfds"),
+}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "adamw_cosine": dict(schedule="cosine", warmup_steps=1000, clip_norm=1.0),
+    "adamw_fast": dict(learning_rate=1e-3),
+}
+MESHES: dict[str, dict[str, Any]] = {
+    "replicated": {},
+    "fsdp": dict(data=1, model=-1, parameters="fsdp", encoders="fsdp"),
+}
+EXPERIMENTS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "smoke": (
+        dict(encoders="efficientnet_lite0", dataset="skimage", optimizer="adamw_fast"),
+        dict(
+            dtype="float32", batch_size=2, max_steps=40, checkpoint=dict(every=20),
+            log=dict(every=5, pictures_every=40), output_dir="outputs/smoke",
+        ),
+    ),
+    "paper": (dict(encoders="dinov2_s", dataset="folder"), dict(output_dir="outputs/paper")),
+    "multi_backbone": (
+        dict(encoders="multi_backbone", dataset="folder"), dict(output_dir="outputs/multi_backbone"),
+    ),
+    "dinov3": (dict(encoders="dinov3_s", dataset="folder"), dict(output_dir="outputs/dinov3")),
+    "efficientnet_lite": (
+        dict(encoders="efficientnet_lite", dataset="folder"), dict(output_dir="outputs/efficientnet_lite"),
+    ),
+}  # fmt: skip
+"""Name of a preset -> the groups it chooses, and the settings it changes. `smoke` is what runs by default."""
+
+GROUPS = dict(model="anyup", encoders="efficientnet_lite0", dataset="skimage", optimizer="adamw", mesh="replicated")
+"""Each group and what a preset has of it unless it says otherwise."""
+
+
+def register() -> None:
+    """Make the groups and presets known to hydra."""
+    store = ConfigStore.instance().store
+    store(name="anyup", group="model", node=_schema(AnyUpConfig, {}))
+    store(name="anyup_natten", group="model", node=_schema(AnyUpConfig, dict(window="natten")))
+    for name, members in ENCODERS.items():
+        node = {key: _schema(settings.EncoderConfig, fields) for key, fields in members.items()}
+        store(name=name, group="encoders", node=node)
+    for group, kind, options in (
+        ("dataset", DatasetConfig, DATASETS), ("optimizer", OptimizerConfig, OPTIMIZERS), ("mesh", MeshConfig, MESHES),
+    ):  # fmt: skip
+        for name, fields in options.items():
+            store(name=name, group=group, node=_schema(kind, fields))
+    for name, (groups, changes) in EXPERIMENTS.items():
+        defaults = [{f"override /{group}": choice} for group, choice in (GROUPS | groups).items()] + ["_self_"]
+        store(name=name, group="experiment", package="_global_", node={"defaults": defaults, **_others(changes)})
+    store(name=NAME, node=_root())
+
+
+def _root() -> dict[str, Any]:
+    """The preset `smoke`, with the groups as defaults."""
+    groups, changes = EXPERIMENTS["smoke"]
+    hydra = {
+        "run": {"dir": "."}, "sweep": {"dir": ".", "subdir": "."}, "output_subdir": None, "job": {"chdir": False},
+        "job_logging": {"handlers": {"file": None}, "root": {"handlers": ["console"]}},
+    }  # fmt: skip
+    defaults = [{group: choice} for group, choice in (GROUPS | groups).items()] + ["_self_"]
+    return {"defaults": defaults, **_others(changes), "hydra": hydra}
+
+
+def _others(changes: dict[str, Any]) -> dict[str, Any]:
+    """Every setting outside of the groups, so that a preset leaves nothing of another one."""
+    plain = to_dict(Config(encoders={"none": settings.EncoderConfig(name="none")}))
+    rest = {name: value for name, value in plain.items() if name not in GROUPS}
+    return OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(rest), OmegaConf.create(changes)))
+
+
+def _schema(kind: type, changes: dict[str, Any]) -> dict[str, Any]:
+    """A dataclass's defaults with some changed; its types are checked by `train.config.from_dict`."""
+    values = {}
+    for field in dataclasses.fields(kind):
+        value = changes.get(field.name, field.default)
+        values[field.name] = list(value) if isinstance(value, tuple) else value
+    return values

@@ -1,0 +1,48 @@
+"""`python -m train.run [NAME=VALUE ...]`: train AnyUp; the same command resumes where it stopped.
+
+Exit status: 0 finished, 2 impossible as configured, 3 a loss that is not finite, 74 a checkpoint could not be written,
+75 stopped by SIGTERM or SIGINT after saving (run the same command again).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from train import presets
+from train.config import Config, from_dict
+
+IMPOSSIBLE = 2
+presets.register()
+
+
+@hydra.main(version_base="1.3", config_path=None, config_name=presets.NAME)
+def launch(settings: DictConfig) -> None:
+    values = OmegaConf.to_container(settings, resolve=True)
+    dry = bool(values.pop("dry_run", False))
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        values["output_dir"] = str(Path(values["output_dir"]) / (HydraConfig.get().job.override_dirname or "0"))
+    try:
+        config = from_dict(Config, values)
+        from train import loop  # jax comes after the configuration
+
+        status = loop.run(config, dry=dry)
+    except (ValueError, ImportError, FileNotFoundError, FileExistsError, ConnectionError, PermissionError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        status = IMPOSSIBLE
+    if status:
+        sys.exit(status)
+
+
+def main() -> None:
+    sys.argv[1:] = ["+dry_run=true" if word == "--dry-run" else word for word in sys.argv[1:]]
+    launch()
+
+
+if __name__ == "__main__":
+    main()

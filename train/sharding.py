@@ -1,0 +1,120 @@
+"""Processes, the mesh `(data, model)`, and which part of an array a device keeps."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from train.config import MeshConfig
+
+AXES = ("data", "model")
+BATCH = PartitionSpec(AXES)  # every device works on photographs of its own
+ANNOUNCEMENTS = ("SLURM_STEP_NODELIST", "MEGASCALE_COORDINATOR_ADDRESS", "JOB_COMPLETION_INDEX")
+"""Environment variables of SLURM, several TPU slices and GKE, from which jax finds the other processes."""
+TPU_DEVICES = (Path("/dev/accel0"), Path("/dev/vfio/0"))  # on a TPU host jax asks the metadata server for the others
+SMALLEST_SHARDED = 2048  # entries of an array that is worth spreading
+
+
+def join(config: MeshConfig) -> None:
+    """Join the other processes of the run, before anything asks jax for its devices; alone, do nothing."""
+    if config.distributed == "off" or jax.distributed.is_initialized():
+        return
+    if config.coordinator is not None:
+        jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
+    elif any(name in os.environ for name in ANNOUNCEMENTS) or any(path.exists() for path in TPU_DEVICES):
+        jax.distributed.initialize()
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """Return the mesh of all devices.
+
+    Raises:
+        ValueError: if they cannot be arranged as the configuration says.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    model = count // config.data if config.model == -1 else config.model
+    data = count // model if config.data == -1 else config.data
+    if data * model != count:
+        raise ValueError(
+            f"mesh.data={config.data} and mesh.model={config.model} do not fit {count} devices; their product must be "
+            f"{count}, and mesh.data=-1 takes what mesh.model leaves."
+        )
+    if data % config.slices:
+        raise ValueError(f"mesh.slices={config.slices} must divide the {data} devices of the axis data.")
+    if config.slices > 1:
+        shape = (data // config.slices, model)
+        arranged = mesh_utils.create_hybrid_device_mesh(shape, (config.slices, 1), devices)
+    elif devices[0].platform == "cpu":  # in the order of the processes
+        arranged = np.array(devices).reshape(data, model)
+    else:
+        arranged = mesh_utils.create_device_mesh((data, model), devices)
+    return Mesh(arranged, AXES)
+
+
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> int:
+    """Return the photographs of one device and step.
+
+    Raises:
+        ValueError: if they cannot be shared out evenly.
+    """
+    each, rest = divmod(batch_size, mesh.size)
+    if rest or each % accumulate:
+        parts = f" in optimizer.accumulate={accumulate} parts" if accumulate > 1 else ""
+        processes = len({device.process_index for device in mesh.devices.flat})
+        raise ValueError(
+            f"batch_size={batch_size} cannot be shared out among {mesh.size} devices of {processes} processes{parts}; "
+            f"make it a multiple of {mesh.size * accumulate}."
+        )
+    return each
+
+
+def specs(tree: Any, kind: str, mesh: Mesh) -> Any:
+    """Return how each array of a tree is kept: whole, or with "fsdp" a part along its longest axis that divides."""
+    parts = mesh.shape["model"]
+
+    def spec(x):
+        axes = [i for i in np.argsort(x.shape)[::-1] if x.shape[i] % parts == 0]
+        if kind == "replicated" or parts == 1 or not axes or np.prod(x.shape) < SMALLEST_SHARDED:
+            return PartitionSpec()
+        return PartitionSpec(*(None,) * int(axes[0]), "model")
+
+    return jax.tree.map(spec, tree)
+
+
+def sharded_axis(spec: PartitionSpec) -> int | None:
+    """Return the axis along which the model axis keeps parts; None if every device has the whole array."""
+    return spec.index("model") if "model" in spec else None
+
+
+def gather(tree: Any, tree_specs: Any) -> Any:
+    """Return whole arrays from the parts, within `shard_map`; the gradient of it adds up and scatters."""
+
+    def whole(x, spec):
+        axis = sharded_axis(spec)
+        return x if axis is None else lax.all_gather(x, "model", axis=axis, tiled=True)
+
+    return jax.tree.map(whole, tree, tree_specs)
+
+
+def place(tree: Any, tree_specs: Any, mesh: Mesh) -> Any:
+    """Spread arrays that every process has in full over the mesh."""
+
+    def put(x, spec):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
+
+    return jax.tree.map(put, tree, tree_specs)
+
+
+def place_batch(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Make global arrays from this process's share of a batch."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in arrays.items()}
