@@ -280,8 +280,8 @@ class ResBlock(nnx.Module):
     ) -> tuple[Float[Array, "B h w outputs"], Float[Array, "B H W outputs"]]:
         """Do the same in the memory of `spare`, a map that nobody reads afterwards, and return the next such map too.
 
-        `pool` averages over a grid, or over several, given as a tuple; so is the result then. XLA has no uninitialised memory; without a spare map it copies x to have something
-        to overwrite.
+        `pool` averages over a grid, or over several, given as a tuple; so is the result then. XLA has no uninitialised
+        memory; without a spare map it copies x to have something to overwrite.
         """
         shortcut = self.shortcut or (lambda x: x)
         norm1 = self.norm1.affine(x, strip)

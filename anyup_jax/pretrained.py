@@ -14,13 +14,16 @@ from anyup_jax.config import AnyUpConfig
 from anyup_jax.model import AnyUp
 
 
-def from_pretrained(source: str | Path, *, dtype: DTypeLike = jnp.float32, **overrides: Any) -> AnyUp:
+def from_pretrained(
+    source: str | Path, *, dtype: DTypeLike = jnp.float32, ema: bool = False, **overrides: Any
+) -> AnyUp:
     """Return a model with the weights of a checkpoint.
 
     Args:
         source: a published name ("anyup", "anyup_multi_backbone"), fetched once; or the path of a .pth, .pt or
-            .safetensors file or of an Orbax directory.
+            .safetensors file, of an Orbax directory, or of a training run, whose newest checkpoint is taken.
         dtype: type of the computation, float32 or bfloat16; parameters are float32 either way.
+        ema: take a run's moving average of the parameters.
         overrides: fields of `AnyUpConfig` that the weights do not decide, such as `window="natten"`.
 
     Raises:
@@ -28,7 +31,7 @@ def from_pretrained(source: str | Path, *, dtype: DTypeLike = jnp.float32, **ove
         FileNotFoundError, ConnectionError: if there is no such file, or it cannot be fetched.
         TypeError: for overrides that are no fields of `AnyUpConfig`.
     """
-    return build(convert.load(source), dtype=dtype, **overrides)
+    return build(convert.load(source, ema=ema), dtype=dtype, **overrides)
 
 
 def build(checkpoint: convert.Checkpoint, *, dtype: DTypeLike = jnp.float32, **overrides: Any) -> AnyUp:

@@ -13,13 +13,17 @@ from anyup_torch.config import AnyUpConfig
 from anyup_torch.model import AnyUp
 
 
-def from_pretrained(source: str | Path, *, device: torch.device | str = "cpu", **overrides: Any) -> AnyUp:
+def from_pretrained(
+    source: str | Path, *, device: torch.device | str = "cpu", ema: bool = False, **overrides: Any
+) -> AnyUp:
     """Return a model with the weights of a checkpoint, in evaluation mode.
 
     Args:
         source: a published name ("anyup", "anyup_multi_backbone"), fetched once; or the path of a .pth, .pt or
-            .safetensors file or of an Orbax directory (which needs jax and orbax-checkpoint to be installed).
+            .safetensors file, of an Orbax directory (which needs jax and orbax-checkpoint to be installed), or of a
+            training run, whose newest checkpoint is taken.
         device: where the parameters go; they are float32.
+        ema: take a run's moving average of the parameters.
         overrides: fields of `AnyUpConfig` that the weights do not decide, such as `window="natten"`.
 
     Raises:
@@ -28,7 +32,7 @@ def from_pretrained(source: str | Path, *, device: torch.device | str = "cpu", *
         TypeError: for overrides that are no fields of `AnyUpConfig`.
         ImportError: for an Orbax directory where jax is missing.
     """
-    return build(convert.load(source), device=device, **overrides)
+    return build(convert.load(source, ema=ema), device=device, **overrides)
 
 
 def build(checkpoint: convert.Checkpoint, *, device: torch.device | str = "cpu", **overrides: Any) -> AnyUp:

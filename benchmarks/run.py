@@ -12,8 +12,10 @@ from benchmarks.bands import bands
 from benchmarks.encoders import encoders, encoders_tpu
 from benchmarks.forward import forward, large, scaling
 from benchmarks.gpu import gpu
+from benchmarks.pod import pod
 from benchmarks.stages import stages
 from benchmarks.tpu import tpu, tpu_rows
+from benchmarks.train import train
 from benchmarks.windows import windows
 
 TABLES = {
@@ -32,6 +34,8 @@ TABLES = {
         tpu,
         tpu_rows,
         gpu,
+        train,
+        pod,
     )
 }
 

@@ -22,7 +22,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from convert import torch_file, training_checkpoint
+from convert import run_directory, torch_file, training_checkpoint
 from convert.apply import Checkpoint
 from convert.encoder import EncoderCheckpoint, any_of, architectures
 
@@ -46,8 +46,10 @@ def format_of(path: str | Path) -> str:
     return ORBAX if path.is_dir() else (SUFFIXES | READ_ONLY).get(suffix, ORBAX)
 
 
-def read(path: str | Path, *, kind: str | None = None) -> Checkpoint:
+def read(path: str | Path, *, kind: str | None = None, item: str = run_directory.PARAMS) -> Checkpoint:
     """Read a checkpoint of any format; `kind` names the format where the path does not tell it.
+
+    Of a run of `train` it is the newest step; `item` is "params", or "ema" for the average of them.
 
     Raises:
         FileNotFoundError: if nothing is there.
@@ -55,7 +57,7 @@ def read(path: str | Path, *, kind: str | None = None) -> Checkpoint:
             listed).
     """
     kind = kind or format_of(path)
-    tensors, config = read_tensors(path, kind=kind)
+    tensors, config = read_tensors(path, kind=kind, item=item)
     if ENCODER_KEY in config:
         raise ValueError(_not_anyup(path, [config[ENCODER_KEY]]))
     try:
@@ -84,11 +86,15 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return _safetensors_config(path) if kind == SAFETENSORS else {}
 
 
-def read_tensors(path: str | Path, *, kind: str | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read_tensors(
+    path: str | Path, *, kind: str | None = None, item: str = run_directory.PARAMS
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return what a file holds, in its own names and layout, and the configuration it carries; nothing is checked."""
     path, kind = _existing(path, kind)
+    if item != run_directory.PARAMS and not (path / item).is_dir():
+        raise ValueError(f"{path} has no {item}/; only runs with optimizer.ema_decay keep an average.")
     if kind == ORBAX:
-        return _read_orbax(path)
+        return _read_orbax(path, item)
     if kind == TORCH:
         return training_checkpoint.unwrap(torch_file.read(path), path)
     return _read_safetensors(path)
@@ -101,6 +107,8 @@ def _existing(path: str | Path, kind: str | None) -> tuple[Path, str]:
     kind = kind or format_of(path)
     if kind != ORBAX and not path.is_file():
         raise ValueError(f"{path} is no regular file.")
+    if kind == ORBAX and not is_orbax(path):
+        path = run_directory.step_directory(path) or path
     return path, kind
 
 
@@ -154,26 +162,28 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}.") from error
 
 
-def _read_orbax(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _read_orbax(path: Path, item: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     config = _orbax_config(path)
-    checkpointer = _orbax()
+    checkpointer = orbax()
     import jax
 
     try:
         with checkpointer.PyTreeCheckpointer() as reader:
-            tree = reader.metadata(path.absolute() / "params").item_metadata.tree
+            tree = reader.metadata(path.absolute() / item).item_metadata.tree
             as_numpy = jax.tree.map(lambda _: checkpointer.RestoreArgs(restore_type=np.ndarray), tree)
-            nested = reader.restore(path.absolute() / "params", restore_args=as_numpy)
+            nested = reader.restore(path.absolute() / item, restore_args=as_numpy)
     except (ValueError, KeyError, OSError, AttributeError) as error:
-        raise ValueError(f"{path / 'params'} is incomplete or damaged: {error}") from error
-    return dict(_flatten(nested)), config
+        raise ValueError(f"{path / item} is incomplete or damaged: {error}") from error
+    return dict(flatten(nested)), config
 
 
 def _orbax_config(path: Path) -> dict[str, Any]:
+    if run_directory.step_directory(path) == path:
+        return run_directory.config(path)
     if not is_orbax(path):
         raise ValueError(
-            f"{path} is no Orbax checkpoint of AnyUp or of an encoder: it must be a directory with config.json and "
-            "params/."
+            f"{path} is no Orbax checkpoint of AnyUp or of an encoder, and no run of train.run: it must be a directory "
+            "with config.json and params/, or a run's output_dir with checkpoints/STEP/."
         )
     config = _from_json((path / "config.json").read_text(), f"{path / 'config.json'}")
     if not isinstance(config.get(ENCODER_KEY, ""), str):
@@ -182,7 +192,7 @@ def _orbax_config(path: Path) -> dict[str, Any]:
 
 
 def _write_orbax(path: Path, checkpoint: Checkpoint | EncoderCheckpoint) -> None:
-    checkpointer = _orbax()
+    checkpointer = orbax()
     nested: dict[str, Any] = {}
     for name, array in checkpoint.flax().items():
         *parents, leaf = name.split(".")
@@ -200,7 +210,7 @@ def is_orbax(path: Path) -> bool:
     return (path / "config.json").is_file() and (path / "params").is_dir()
 
 
-def _orbax() -> Any:
+def orbax() -> Any:
     try:
         import orbax.checkpoint
     except ImportError as error:
@@ -210,10 +220,10 @@ def _orbax() -> Any:
     return orbax.checkpoint
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", np.asarray(value)
 

@@ -17,7 +17,7 @@ import platformdirs
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from convert import io
+from convert import io, run_directory
 from convert.apply import Checkpoint
 
 RELEASES = {
@@ -34,9 +34,12 @@ CHUNK = 1 << 16
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses worth another attempt
 
 
-def load(source: str | Path) -> Checkpoint:
-    """Read a published checkpoint by its name, or any checkpoint by its path. Raises as `locate` and `io.read` do."""
-    return io.read(locate(source))
+def load(source: str | Path, *, ema: bool = False) -> Checkpoint:
+    """Read a published checkpoint by its name, or any checkpoint by its path; of a run, with `ema`, the average.
+
+    Raises as `locate` and `io.read` do.
+    """
+    return io.read(locate(source), item=run_directory.EMA if ema else run_directory.PARAMS)
 
 
 def locate(source: str | Path) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from convert import io, table
+from convert import io, run_directory, table
 from convert.apply import Checkpoint
 from convert.training_state import HYPER_PARAMETERS, TrainingState
 
@@ -27,14 +27,11 @@ def step_directory(directory: Path) -> Path:
     Raises:
         FileNotFoundError: if there is no checkpoint, or it has no optimizer state.
     """
-    if (directory / "params").is_dir():
-        found = directory
-    else:
-        parent = directory / CHECKPOINTS
-        steps = [path for path in (parent.iterdir() if parent.is_dir() else ()) if path.name.isdecimal()]
-        if not steps:
-            raise FileNotFoundError(f"{directory} is no run with a checkpoint: {parent} holds no directory of a step.")
-        found = max(steps, key=lambda path: int(path.name))
+    found = run_directory.step_directory(directory)
+    if found is None:
+        raise FileNotFoundError(
+            f"{directory} is no run with a checkpoint: {directory / CHECKPOINTS} holds no directory of a step."
+        )
     for item in ITEMS:
         if not (found / item).is_dir():
             raise FileNotFoundError(f"{found} has no {item}/, so no training can go on from it; choose another step.")
@@ -66,7 +63,7 @@ def read(directory: Path) -> TrainingState:
 def write(directory: Path, state: TrainingState) -> Path:
     """Write a run; see `TrainingState.write_run`."""
     check_new(directory)
-    orbax = io._orbax()
+    orbax = io.orbax()
     flax = {name: array.astype(np.float32) for name, array in state.checkpoint.flax().items()}
     optimizer = {
         "count": np.array(state.step, np.int32),
@@ -134,7 +131,7 @@ def _is_trained(entry: table.Entry) -> bool:
 
 
 def _restore(path: Path) -> dict[str, Any]:
-    orbax = io._orbax()
+    orbax = io.orbax()
     import jax
 
     try:
@@ -163,7 +160,7 @@ def _hyper_parameters(configuration: Mapping[str, Any], progress: Mapping[str, A
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return dict(io._flatten(tree))
+    return dict(io.flatten(tree))
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

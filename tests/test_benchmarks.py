@@ -9,7 +9,7 @@ import torch
 
 import anyup_torch
 from anyup_torch.geometry import axis_window
-from benchmarks import attention, bands, encoders, run, windows
+from benchmarks import attention, bands, encoders, pod, run, train, windows
 from benchmarks.published import with_published_attention
 from benchmarks.worker import Job, measure
 
@@ -106,3 +106,51 @@ def test_program_for_a_chip() -> None:
     assert program.arguments > 4 * weights  # float32
     assert program.flops > 2 * weights * 197 * 4  # each weight meets each token of each image
     assert program.accessed > 2 * weights
+
+
+def test_training_steps_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = dict(batch=1, image=28, cells=2, channels=8, size=4, crops=2)
+    monkeypatch.setattr(train, "SIZES", sizes)
+    monkeypatch.setattr(train, "CASES", {name: train.CASES[name] for name in ("PyTorch, as published", "JAX")})
+    columns = [list(column.cells) for column in train.train(1).columns]
+    assert columns[0] == ["PyTorch, as published", "JAX"]
+    assert min(float(cell) for cell in columns[1]) >= 0
+    assert min(float(cell) for cell in columns[3]) > 50
+    assert float(columns[5][1]) < 1e-4  # the same loss, after steps too
+
+
+TINY_RUN = dict(
+    encoders={"tiny": {"name": "vit_tiny_patch16_224"}},
+    dataset=dict(crop_size=[64, 64], img_size=[32, 32], num_local_crops=1),
+    model=dict(qk_dim=16, num_heads=2, window_ratio=0.5, backend="tiled"),
+    batch_size=4,
+)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_step_for_a_pod() -> None:
+    """Four chips with whole parameters exchange gradients and four metrics, all at once."""
+    step = pod.compile_apart(pod.Case("v5e:2x2", TINY_RUN))
+    assert step.collectives == {"all-reduce": 1}
+    assert 0.9 * step.gradients < step.exchanged <= step.gradients + 4 * 4
+    assert step.arguments > 4 * 5.5e6  # the encoder
+    assert step.temporary > 0
+
+
+def test_cases_of_pods() -> None:
+    for case in pod.cases():
+        chips, batch = pod.CHIPS[case.topology], case.settings["batch_size"]
+        parts = case.settings["optimizer"]["accumulate"]
+        assert batch % (chips * parts) == 0
+        assert batch / chips / parts <= pod.MOST[case.topology[:3]]
+    assert [case.settings["mesh"] for case in pod.cases()].count(pod.FSDP) == 1
+
+
+def test_bytes_of_collectives() -> None:
+    text = """
+  %all-reduce.1 = (f32[3,3,2]{2,1,0:T(4,128)}, bf16[8]{0}) all-reduce(%a, %b), channel_id=1
+  %all-gather-start = (f32[2], f32[4]) all-gather-start(%c), channel_id=2
+  %all-gather-done = f32[4]{0} all-gather-done(%all-gather-start)
+  %add = f32[100]{0} add(%a, %all-reduce.1)
+"""
+    assert pod.exchanged(text) == 18 * 4 + 8 * 2 + 4 * 4

@@ -1,7 +1,7 @@
 """Checkpoints of a run on Orbax: written in the background, checked when they are read, the newest good one wins.
 
-A checkpoint has the items `params`, `optimizer`, `ema` (where there is one), `data` (the position in the data), `config`
-and `progress` (the step and a digest of every array).
+A checkpoint has the items `params`, `optimizer`, `ema` (where there is one), `data` (the position in it), `config` and
+`progress` (the step and a digest of every array).
 """
 
 from __future__ import annotations
@@ -106,12 +106,14 @@ class Checkpoints:
                 them, which need not be how they were.
 
         Raises:
-            ValueError: if there are checkpoints, but all are damaged.
+            ValueError: if there are checkpoints, but all are damaged, or the newest is of another model.
         """
         steps = self.steps()
         for step in reversed(steps):
             try:
                 return self._read(step, template)
+            except AnotherModel:
+                raise
             except Exception as error:  # Orbax reports damage in many types
                 before = [other for other in steps if other < step]
                 then = f"going back to step {before[-1]}" if before else "there is none before it"
@@ -128,7 +130,7 @@ class Checkpoints:
 
     def _read(self, step: int, template: Mapping[str, Any]) -> Restored:
         folder = self.directory / str(step)
-        progress = json.loads((folder / "progress" / "metadata").read_text())
+        expected = json.loads((folder / "progress" / "metadata").read_text()).get("digests", {})
         trees: dict[str, Any] = dict.fromkeys(ARRAYS)
         for name in ARRAYS:
             if template.get(name) is None:
@@ -139,8 +141,9 @@ class Checkpoints:
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template[name])
             arguments = ocp.checkpoint_utils.construct_restore_args(shapes)
             with ocp.PyTreeCheckpointer() as reader:
+                check_shapes(reader.metadata(folder / name).item_metadata.tree, shapes, folder / name)
                 trees[name] = reader.restore(folder / name, item=shapes, restore_args=arguments)
-            if (expected := progress["digests"].get(name)) is not None and digests(trees[name]) != expected:
+            if name in expected and digests(trees[name]) != expected[name]:
                 raise ValueError(f"the digests of {name} differ")
         found = {name: _record(folder / name / "metadata") for name in ("data", "config")}
         return Restored(step, *(trees[name] for name in ARRAYS), found["data"], found["config"])
@@ -158,6 +161,27 @@ class Checkpoints:
             multihost_utils.sync_global_devices(f"damaged {step}")
         self._open()
         return target
+
+
+class AnotherModel(ValueError):
+    """A good checkpoint, but of a model of other sizes."""
+
+
+def check_shapes(found: Any, expected: Any, where: Path) -> None:
+    """Raise AnotherModel unless two trees have the same names and shapes."""
+    found, expected = _shapes(found), _shapes(expected)
+    if found != expected:
+        odd = sorted(name for name in found | expected if found.get(name) != expected.get(name))
+        shown = "; ".join(f"{name}: {found.get(name)} -> {expected.get(name)}" for name in odd[:4])
+        raise AnotherModel(
+            f"{where} is of another model than the one configured ({shown}{'; ...' if odd[4:] else ''}); give the "
+            "settings it was trained with, or another output_dir."
+        )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(x.shape) for path, x in flat}
 
 
 class _Failures:
@@ -189,7 +213,7 @@ def complete_steps(directory: Path) -> list[int]:
 
 
 def digests(tree: Any) -> dict[str, int]:
-    """Return a number for every array, that does not depend on how it is spread: a sum of its bits times odd weights."""
+    """Return a number for every array, however it is spread: the sum of its words times odd weights."""
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in flat]
     sums = jax.device_get(_digests([x for _, x in flat]))

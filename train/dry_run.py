@@ -38,8 +38,8 @@ def show(config: Config, mesh: Mesh, source: Any) -> None:
         memory = program.lower(config, mesh, name).compile().memory_analysis()
         held, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
         out.print(
-            f"memory      {name} ({encoder.name}): {(held + temporary) / 1e6:,.0f} MB a device, {held / 1e6:,.0f} of them "
-            f"parameters, moments, encoder and batch, {temporary / 1e6:,.0f} MB while a step runs"
+            f"memory      {name} ({encoder.name}): {(held + temporary) / 1e6:,.0f} MB a device, {held / 1e6:,.0f} "
+            f"of it parameters, moments, encoder and batch, {temporary / 1e6:,.0f} MB while a step runs"
         )
 
 

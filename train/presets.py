@@ -34,7 +34,7 @@ ENCODERS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 DATASETS: dict[str, dict[str, Any]] = {
-    "skimage": dict(kind="skimage", crop_size=[224, 224], img_size=[112, 112], num_local_crops=2),
+    "skimage": dict(kind="skimage", crop_size=[128, 128], img_size=[64, 64], num_local_crops=4),
     "folder": dict(kind="folder", root="data/imagenet/train"),
     "imagenet2012": dict(kind="tfds", name="imagenet2012"),
     "tfds": dict(kind="tfds"),
@@ -42,7 +42,7 @@ DATASETS: dict[str, dict[str, Any]] = {
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "adamw_cosine": dict(schedule="cosine", warmup_steps=1000, clip_norm=1.0),
-    "adamw_fast": dict(learning_rate=1e-3),
+    "adamw_fast": dict(learning_rate=2e-3),
 }
 MESHES: dict[str, dict[str, Any]] = {
     "replicated": {},
@@ -52,7 +52,7 @@ EXPERIMENTS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "smoke": (
         dict(encoders="efficientnet_lite0", dataset="skimage", optimizer="adamw_fast"),
         dict(
-            dtype="float32", batch_size=2, max_steps=40, checkpoint=dict(every=20),
+            dtype="float32", batch_size=4, max_steps=40, checkpoint=dict(every=20),
             log=dict(every=5, pictures_every=40), output_dir="outputs/smoke",
         ),
     ),
@@ -93,11 +93,9 @@ def register() -> None:
 def _root() -> dict[str, Any]:
     """The preset `smoke`, with the groups as defaults."""
     groups, changes = EXPERIMENTS["smoke"]
-    hydra = {
-        "run": {"dir": "."}, "sweep": {"dir": ".", "subdir": "."}, "output_subdir": None, "job": {"chdir": False},
-        "job_logging": {"handlers": {"file": None}, "root": {"handlers": ["console"]}},
-    }  # fmt: skip
-    defaults = [{group: choice} for group, choice in (GROUPS | groups).items()] + ["_self_"]
+    quiet = [{f"override hydra/{name}": "none"} for name in ("job_logging", "hydra_logging")]
+    hydra = dict(run=dict(dir="."), sweep=dict(dir=".", subdir="."), output_subdir=None, job=dict(chdir=False))
+    defaults = [{group: choice} for group, choice in (GROUPS | groups).items()] + quiet + ["_self_"]
     return {"defaults": defaults, **_others(changes), "hydra": hydra}
 
 

@@ -26,7 +26,7 @@ def launch(settings: DictConfig) -> None:
     values = OmegaConf.to_container(settings, resolve=True)
     dry = bool(values.pop("dry_run", False))
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        values["output_dir"] = str(Path(values["output_dir"]) / (HydraConfig.get().job.override_dirname or "0"))
+        values["output_dir"] = str(Path(values["output_dir"]) / str(HydraConfig.get().job.num))
     try:
         config = from_dict(Config, values)
         from train import loop  # jax comes after the configuration

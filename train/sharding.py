@@ -51,11 +51,13 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         raise ValueError(f"mesh.slices={config.slices} must divide the {data} devices of the axis data.")
     if config.slices > 1:
         shape = (data // config.slices, model)
-        arranged = mesh_utils.create_hybrid_device_mesh(shape, (config.slices, 1), devices)
+        arranged = mesh_utils.create_hybrid_device_mesh(
+            shape, (config.slices, 1), devices, allow_split_physical_axes=True
+        )
     elif devices[0].platform == "cpu":  # in the order of the processes
         arranged = np.array(devices).reshape(data, model)
     else:
-        arranged = mesh_utils.create_device_mesh((data, model), devices)
+        arranged = mesh_utils.create_device_mesh((data, model), devices, allow_split_physical_axes=True)
     return Mesh(arranged, AXES)
 
 

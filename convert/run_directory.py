@@ -1,0 +1,36 @@
+"""A run of `train` as a checkpoint: its newest step, and what of it is the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+PARAMS, EMA = "params", "ema"
+
+
+def step_directory(path: Path) -> Path | None:
+    """Return the newest complete step of a run, of its folder `checkpoints`, or the step that `path` itself is.
+
+    None for anything else. Orbax gives a folder the number of its step once everything is written.
+    """
+    if _is_step(path):
+        return path
+    for parent in (path / "checkpoints", path):
+        steps = [x for x in (parent.iterdir() if parent.is_dir() else ()) if x.name.isdecimal() and _is_step(x)]
+        if steps:
+            return max(steps, key=lambda x: int(x.name))
+    return None
+
+
+def config(step: Path) -> dict[str, Any]:
+    """Return the fields of `AnyUpConfig` that the run says; where the computation runs is not part of them."""
+    for item in ("config", "progress"):
+        record = step / item / "metadata"
+        if record.is_file() and (model := json.loads(record.read_text()).get("model")):
+            return {name: value for name, value in model.items() if name != "backend"}
+    return {}
+
+
+def _is_step(path: Path) -> bool:
+    return (path / PARAMS).is_dir() and (path / "progress" / "metadata").is_file()

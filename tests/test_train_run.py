@@ -1,0 +1,165 @@
+"""`python -m train.run` as a user types it: a run, the same command again, what is stopped, killed, damaged or refused."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import anyup_jax
+import convert
+from tests.training import command, environment, losses, metrics, same, train, weights
+from train import config as settings
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps without interruption, with an average and a checkpoint of every step."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(folder, "output_dir=run", "max_steps=4", *OPTIONS)
+    return folder / "run"
+
+
+OPTIONS = ("optimizer.ema_decay=0.9", "checkpoint.every=1", "checkpoint.keep=2")
+
+
+def test_a_run_leaves_what_it_should(whole: Path) -> None:
+    assert len(losses(whole)) == 4
+    first = metrics(whole)[0]
+    assert {"loss", "reconstruction", "consistency", "input", "gradient_norm", "learning_rate"} <= set(first)
+    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["3", "4"]
+    saved = settings.from_dict(settings.Config, yaml.safe_load((whole / "config.yaml").read_text()))
+    assert saved.model.qk_dim == 16
+    assert saved.encoders["lite0"].layer == (2,)
+    assert not (whole / ".hydra").exists()
+
+
+def test_from_pretrained_takes_the_newest_or_the_average(whole: Path) -> None:
+    newest, average = anyup_jax.from_pretrained(whole), anyup_jax.from_pretrained(whole, ema=True)
+    assert newest.config.qk_dim == 16
+    assert newest.config.num_heads == 2
+    assert not same(convert.load(whole).tensors, convert.load(whole, ema=True).tensors)
+    assert newest.cross_decode.query.kernel.shape == average.cross_decode.query.kernel.shape
+    older = anyup_jax.from_pretrained(whole / "checkpoints" / "3")
+    assert (older.cross_decode.query.kernel[...] != newest.cross_decode.query.kernel[...]).any()
+
+
+def test_the_same_command_again_has_nothing_to_do(whole: Path) -> None:
+    before = weights(whole)
+    run = train(whole.parent, "output_dir=run", "max_steps=4", *OPTIONS)
+    assert "resuming after step 4" in run.stdout
+    assert same(weights(whole), before)
+
+
+def test_two_and_two_are_four(whole: Path, tmp_path: Path) -> None:
+    train(tmp_path, "output_dir=run", "max_steps=2", *OPTIONS)
+    train(tmp_path, "output_dir=run", "max_steps=4", *OPTIONS)
+    assert losses(tmp_path / "run") == losses(whole)
+    assert same(weights(tmp_path / "run"), weights(whole))
+    assert same(convert.load(tmp_path / "run", ema=True).tensors, convert.load(whole, ema=True).tensors)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(whole: Path, tmp_path: Path) -> None:
+    words = command("output_dir=run", "max_steps=1000", *OPTIONS, "checkpoint.every=1000")
+    process = subprocess.Popen(words, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
+    lines = tmp_path / "run" / "metrics.jsonl"
+    while not (lines.exists() and lines.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    done = int(max((tmp_path / "run" / "checkpoints").iterdir(), key=lambda path: int(path.name)).name)
+    assert f"stopped after step {done}" in output
+    assert done >= 1
+    train(tmp_path, "output_dir=run", f"max_steps={done + 1}", *OPTIONS)
+    assert len(losses(tmp_path / "run")) == done + 1
+    assert losses(tmp_path / "run")[:4] == losses(whole)[: done + 1]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(whole: Path, tmp_path: Path) -> None:
+    """SIGKILL, often in the middle of a save, as every step is saved; then the run is finished."""
+    moments, kills = random.Random(0), 0
+    for _ in range(6):
+        process = subprocess.Popen(
+            command("output_dir=run", "max_steps=4", *OPTIONS), cwd=tmp_path, env=environment(),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        checkpoints = tmp_path / "run" / "checkpoints"
+        before = set(checkpoints.iterdir()) if checkpoints.exists() else set()
+        while process.poll() is None and not (checkpoints.exists() and set(checkpoints.iterdir()) - before):
+            time.sleep(0.002)  # a save has begun
+        time.sleep(moments.uniform(0, 0.15))
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= 3
+    train(tmp_path, "output_dir=run", "max_steps=4", *OPTIONS)
+    assert same(weights(tmp_path / "run"), weights(whole))
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(whole: Path, tmp_path: Path) -> None:
+    train(tmp_path, "output_dir=run", "max_steps=2", *OPTIONS)
+    files = [path for path in (tmp_path / "run/checkpoints/2/params").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    largest.write_bytes(bytes(content))
+    run = train(tmp_path, "output_dir=run", "max_steps=4", *OPTIONS)
+    assert "checkpoint of step 2 is damaged" in " ".join(run.stdout.split())
+    assert "resuming after step 1" in run.stdout
+    assert (tmp_path / "run/damaged/2").is_dir()
+    assert same(weights(tmp_path / "run"), weights(whole))
+
+
+def test_a_disk_that_is_full_loses_nothing(tmp_path: Path) -> None:
+    """Files may not grow beyond a limit, which for a program looks like a full disk."""
+    train(tmp_path, "output_dir=run", "max_steps=1", *OPTIONS)
+    before = weights(tmp_path / "run")
+    words = " ".join(f"'{word}'" for word in command("output_dir=run", "max_steps=3", *OPTIONS))
+    run = subprocess.run(
+        ["bash", "-c", f"trap '' XFSZ; ulimit -f 8; exec {words}"], cwd=tmp_path, env=environment(),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 74, run.stdout + run.stderr[-3000:]
+    said = " ".join(run.stdout.split())
+    assert "The checkpoint of step 2 could not be written" in said
+    assert "that of step 1 is intact" in said
+    assert same(convert.read(tmp_path / "run").tensors, before)
+    train(tmp_path, "output_dir=run", "max_steps=2", *OPTIONS)
+
+
+def test_what_is_not_finite_ends_the_run_with_names_and_the_last_good_state(tmp_path: Path) -> None:
+    run = train(tmp_path, "output_dir=run", "max_steps=9", "optimizer.learning_rate=1e30", status=3)
+    said = " ".join(run.stdout.split())
+    assert "is not finite" in said
+    assert "astronaut.png" in said or "retina.jpg" in said or ".png" in said
+    good = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert len(good) == 1
+    assert f"the state after step {good[0]} is kept" in said
+
+
+def test_another_configuration_is_refused_with_the_differences(whole: Path) -> None:
+    words = ("output_dir=run", "max_steps=4", *OPTIONS, "optimizer.learning_rate=0.5", "model.window_ratio=0.2")
+    run = train(whole.parent, *words, status=2)
+    assert "optimizer.learning_rate: 0.002 -> 0.5" in run.stderr
+    assert "model.window_ratio: 0.1 -> 0.2" in run.stderr
+    assert run.stderr.count("error:") == 1
+
+
+def test_cfg_and_dry_run_and_multirun(tmp_path: Path) -> None:
+    shown = train(tmp_path, "--cfg", "job").stdout
+    assert yaml.safe_load(shown)["model"]["qk_dim"] == 16
+    dry = train(tmp_path, "--dry-run").stdout
+    for word in ("parameters", "devices", "photographs", "memory", "batch       image 2 x 64 x 64 x 3 uint8"):
+        assert word in dry
+    assert list(tmp_path.iterdir()) == []
+    train(tmp_path, "-m", "max_steps=1", "output_dir=sweep", "seed=1,2")
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["0", "1"]
+    assert losses(tmp_path / "sweep" / "0") != losses(tmp_path / "sweep" / "1")

@@ -1,0 +1,63 @@
+"""Runs small enough for tests: the command line, what to type, and what a run left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import convert
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = (
+    "model.qk_dim=16", "model.num_heads=2", "dataset.crop_size=64", "dataset.img_size=32", "dataset.num_local_crops=2",
+    "encoders.lite0.layer=[2]", "batch_size=2", "log.every=1", "log.pictures_every=0", "log.tensorboard=false",
+)  # fmt: skip
+"""Stride 8 of EfficientNet-Lite0 on 64 pixels."""
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "train.run", *TINY, *words]
+
+
+CACHE = tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_errors=True)
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Of a process that compiles what no process before it has compiled."""
+    cache = dict(JAX_COMPILATION_CACHE_DIR=CACHE.name, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.3")
+    quiet = dict(TPU_SKIP_MDS_QUERY="1", TPU_LOG_DIR="disabled", JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
+    return os.environ | cache | quiet | changes
+
+
+def train(folder: Path, *words: str, status: int = 0, **changes: str) -> subprocess.CompletedProcess[str]:
+    """Run the command from an empty folder until it ends, which it must do with this status."""
+    options = dict(capture_output=True, text=True, check=False, cwd=folder, env=environment(**changes))
+    run = subprocess.run(command(*words), **options)
+    assert run.returncode == status, run.stdout[-1500:] + run.stderr[-3000:]
+    return run
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    lines = metrics(run)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def weights(run: Path) -> dict[str, np.ndarray]:
+    return convert.read(run).tensors
+
+
+def same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool:
+    """Whether the weights are equal bit for bit."""
+    return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)

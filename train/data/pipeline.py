@@ -1,0 +1,127 @@
+"""In what order photographs come, and the batches they make, on grain.
+
+Everything follows from the seed and the position: element i of the run is the same photograph with the same views,
+whichever process makes it. A batch of one process is the contiguous share it has of the global batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from train.augment import augment
+from train.config import Config, DatasetConfig
+from train.data.images import read_crop
+from train.data.sources import Source
+
+GIVE_UP = 1000  # photographs in a row that cannot be used
+
+
+@dataclasses.dataclass(frozen=True)
+class Indices:
+    """The indices of a source, which grain shuffles."""
+
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare(grain.transforms.MapWithIndex):
+    """Reads the photograph of an index and makes its views."""
+
+    source: Source
+    config: DatasetConfig
+    seed: int
+
+    def map_with_index(self, position: int, index: int) -> dict[str, Any]:
+        """Return the element at a position of the run; a photograph that cannot be used gives way to the next one."""
+        skipped = []
+        for attempt in range(min(GIVE_UP, len(self.source))):
+            number = (index + attempt) % len(self.source)
+            name = self.source.name(number)
+            try:
+                with self.source.open(number) as file:
+                    image = read_crop(file, name, self.config.crop_size)
+                break
+            except (OSError, ValueError) as error:
+                skipped.append((name, " ".join(str(error).split())))
+        else:
+            raise ValueError(f"{len(skipped)} photographs in a row cannot be used, the last because: {skipped[-1][1]}")
+        random = np.random.default_rng((self.seed, position))
+        crops = random.random((self.config.num_local_crops, 2), np.float32)
+        augmented = augment(image, self.config.augmentation_strength, random)
+        return dict(image=image, augmented=augmented, crops=crops, name=name, skipped=skipped)
+
+
+def collate(elements: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack the arrays of elements; names and skipped files become lists."""
+    batch: dict[str, Any] = {name: np.stack([x[name] for x in elements]) for name in ("image", "augmented", "crops")}
+    return batch | dict(name=[x["name"] for x in elements], skipped=[pair for x in elements for pair in x["skipped"]])
+
+
+class Batches(Iterator[dict[str, Any]]):
+    """The batches of one process, without end.
+
+    Each has `image` and `augmented` (b, Hc, Wc, 3) uint8, `crops` (b, n, 2) float32 in [0, 1), the `name` of every
+    photograph, and `skipped`, pairs of a name and a reason.
+
+    Args:
+        source: the photographs.
+        config: the run.
+        process_index, process_count: which of how many processes this one is; each reads its own share only.
+        start: batches of the run that have been used already.
+    """
+
+    def __init__(self, source: Source, config: Config, process_index: int = 0, process_count: int = 1, start: int = 0):
+        self.source, self.config = source, config
+        self.process_index, self.process_count = process_index, process_count
+        self._begin(start)
+
+    def _begin(self, start: int) -> None:
+        data, seed = self.config.dataset, self.config.seed
+        share = self.config.batch_size // self.process_count
+        order = grain.MapDataset.source(Indices(len(self.source))).seed(seed).shuffle().repeat()
+        elements = order.map_with_index(Prepare(self.source, data, seed))
+        batches = elements.batch(share, batch_fn=collate)[
+            start * self.process_count + self.process_index :: self.process_count
+        ]
+        options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=max(data.threads, data.prefetch))
+        stream = batches.to_iter_dataset(options)
+        if data.workers:
+            stream = stream.mp_prefetch(grain.MultiprocessingOptions(data.workers, data.prefetch))
+        self.position, self.iterator = start, iter(stream)
+
+    def __next__(self) -> dict[str, Any]:
+        batch = next(self.iterator)
+        self.position += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the position in the run, which is the same for any number of processes."""
+        return dict(step=self.position, images=len(self.source), digest=self.source.digest)
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from a position. Raises ValueError if it is one in other photographs."""
+        here = self.get_state()
+        if (state["images"], state["digest"]) != (here["images"], here["digest"]):
+            raise ValueError(
+                f"The run was trained on {state['images']} photographs and there are {here['images']} now, or others; "
+                "restore the data set, or start anew in another output_dir."
+            )
+        if state["step"] != self.position:
+            self._begin(state["step"])
+
+    def close(self) -> None:
+        """Stop preparing batches."""
+        close = getattr(self.iterator, "close", None)
+        if close is not None:
+            close()

@@ -1,0 +1,80 @@
+"""`python -m train.data.tfds_from_folder ROOT DATA_DIR NAME`: a folder of images as a TFDS data set.
+
+The files are stored as they are, in array_record, which grain reads at random; `dataset=tfds dataset.name=NAME
+dataset.root=DATA_DIR` trains on it. DATA_DIR may be a bucket.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+
+def write_tfds(root: Path, data_dir: str, name: str, split: str = "train") -> int:
+    """Write the images of root/class/file as the data set `name` and return how many there are.
+
+    Raises:
+        FileNotFoundError: if there are none.
+        ValueError: if the name is not one TFDS takes.
+    """
+    import tensorflow_datasets as tfds
+
+    if not (name.isidentifier() and name.islower()):
+        raise ValueError(f"NAME={name!r} must be of lower-case letters, digits and underscores.")
+    suffixes = Image.registered_extensions()
+    paths = sorted(p for p in Path(root).glob("*/*") if p.suffix.lower() in suffixes and p.is_file())
+    if not paths:
+        raise FileNotFoundError(f"ROOT={root} holds no images in subfolders; it must be root/class/file.")
+    classes = sorted({path.parent.name for path in paths})
+
+    class Folder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        """A folder of images."""
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def __init__(self, **options: Any):
+            self.name = name
+            super().__init__(**options)
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            features = dict(image=tfds.features.Image(), label=tfds.features.ClassLabel(names=classes))
+            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, _manager: Any) -> dict[str, Any]:
+            return {split: self._generate_examples()}
+
+        def _generate_examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
+            for path in paths:
+                key = path.relative_to(root).as_posix()
+                yield key, dict(image=io.BytesIO(path.read_bytes()), label=path.parent.name)
+
+    Folder(data_dir=data_dir, file_format="array_record").download_and_prepare()
+    return len(paths)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, or 2 after a sentence that says what was wrong."""
+    parser = argparse.ArgumentParser(prog="python -m train.data.tfds_from_folder", description=__doc__.splitlines()[0])
+    parser.add_argument("root", metavar="ROOT", type=Path, help="root/class/file")
+    parser.add_argument("data_dir", metavar="DATA_DIR", help="where TFDS keeps data sets")
+    parser.add_argument("name", metavar="NAME", help="of the data set")
+    parser.add_argument("--split", default="train", help="default: %(default)s")
+    args = parser.parse_args(arguments)
+    try:
+        count = write_tfds(args.root, args.data_dir, args.name, args.split)
+    except (ValueError, OSError, ImportError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    print(f"{args.name}: {count} images in {args.data_dir}; train with dataset=tfds dataset.name={args.name} "
+          f"dataset.root={args.data_dir}")  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
