@@ -1,4 +1,4 @@
-"""`python -m train.run` as a user types it: a run, the same command again, what is stopped, killed, damaged or refused."""
+"""`python -m train.run` as a user types it: a run, the same command again, runs that are stopped, killed or refused."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(whole: Path, tmp_path: Path)
 def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(whole: Path, tmp_path: Path) -> None:
     """SIGKILL, often in the middle of a save, as every step is saved; then the run is finished."""
     moments, kills = random.Random(0), 0
-    for _ in range(6):
+    for _ in range(4):
         process = subprocess.Popen(
             command("output_dir=run", "max_steps=4", *OPTIONS), cwd=tmp_path, env=environment(),
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -98,7 +98,7 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(whole: Path, tm
         time.sleep(moments.uniform(0, 0.15))
         process.kill()
         kills += process.wait() == -signal.SIGKILL
-    assert kills >= 3
+    assert kills >= 2
     train(tmp_path, "output_dir=run", "max_steps=4", *OPTIONS)
     assert same(weights(tmp_path / "run"), weights(whole))
     assert losses(tmp_path / "run") == losses(whole)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from statistics import NormalDist
 
 import numpy as np
-from jaxtyping import Int8, UInt8
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from jaxtyping import Float64, UInt8, UInt16
+from PIL import Image, ImageEnhance, ImageOps
 
 Operation = Callable[[Image.Image, np.random.Generator], Image.Image]
 
@@ -69,19 +69,141 @@ def _colours(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def _shift_hue(image: Image.Image, turns: float) -> Image.Image:
-    hue, saturation, value = image.convert("HSV").split()
-    shifted = hue.point([(level + round(turns * 255)) % 256 for level in range(256)])
-    return Image.merge("HSV", (shifted, saturation, value)).convert("RGB")
+    """Turn the hue in HSV by at most a sixth of a turn, without computing it.
+
+    Each channel rises from the pixel's least level to its greatest, and falls again, as the hue moves around. It rises
+    once the channel that is one third of a turn further on is down at the least level, and falls once that is up at
+    the greatest, both by as much as the hue moves on after that.
+    """
+    planes = [np.asarray(plane).astype(np.int16) for plane in image.split()]
+    greatest = np.maximum(np.maximum(planes[0], planes[1]), planes[2])
+    least = np.minimum(np.minimum(planes[0], planes[1]), planes[2])
+    step = greatest - least
+    step *= round(abs(6 * turns) * 128)  # chroma at most 255, so that 16 bits hold it
+    step += 64
+    step >>= 7
+    rises, falls = least + step, step - greatest
+    shifted = []
+    for index, plane in enumerate(planes):
+        further = planes[(index + 1 if turns > 0 else index - 1) % 3]
+        level = plane + np.maximum(rises - further, 0)
+        level -= np.maximum(falls + further, 0)
+        level = np.maximum(np.minimum(level, greatest), least)
+        shifted.append(Image.fromarray(level.astype(np.uint8)))
+    return Image.merge("RGB", shifted)
 
 
 def _blur(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """A 5x5 Gaussian; the border is mirrored."""
-    weights = np.exp(-0.5 * (np.arange(-2, 3) / rng.uniform(*BLUR_SIGMA)) ** 2)
-    weights = np.outer(weights, weights) / weights.sum() ** 2
-    padded = Image.fromarray(np.pad(np.asarray(image), ((2, 2), (2, 2), (0, 0)), "symmetric"))
-    return padded.filter(ImageFilter.Kernel((5, 5), weights.ravel().tolist(), 1)).crop(
-        (2, 2, 2 + image.width, 2 + image.height)
-    )
+    """A 5x5 Gaussian; the border is mirrored, as torchvision does."""
+    weights = np.exp(-0.5 * (np.arange(3) / rng.uniform(*BLUR_SIGMA)) ** 2)
+    weights /= weights[0] + 2 * weights[1:].sum()
+    padded = np.pad(np.asarray(image), ((2, 2), (2, 2), (0, 0)), "reflect").astype(np.uint16)
+    return Image.fromarray(_smooth(_smooth(padded, weights).swapaxes(0, 1), weights).swapaxes(0, 1).astype(np.uint8))
+
+
+def _smooth(levels: UInt16[np.ndarray, "h w 3"], weights: Float64[np.ndarray, "3"]) -> UInt16[np.ndarray, "h-4 w 3"]:
+    """Weigh each row and its neighbours at distances 1 and 2, in units of 1/256, which 16 bits hold."""
+    one, two = (round(256 * weight) for weight in weights[1:])
+    total = levels[1:-3] + levels[3:-1]
+    total *= one
+    outer = levels[:-4] + levels[4:]
+    outer *= two
+    total += outer
+    total += levels[2:-2] * np.uint16(256 - 2 * (one + two))
+    total += 128
+    total >>= 8
+    return total
+
+
+def _compress(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=int(rng.choice(QUALITIES, p=QUALITY_WEIGHTS)))
+    with Image.open(file) as decoded:
+        decoded.load()
+        return decoded
+
+
+def _noise(image: UInt8[np.ndarray, "H W 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "H W 3"]:
+    """Gaussian noise: for each level the sum of two draws from 256 equally likely quantiles."""
+    draws = rng.integers(2**64, size=(image.size + 3) // 4, dtype=np.uint64).tobytes().translate(_quantiles())
+    first, second = np.frombuffer(draws, np.int8)[: 2 * image.size].reshape(2, *image.shape)
+    noisy = image.astype(np.int16)
+    noisy += first + second  # at most 32
+    return np.minimum(np.maximum(noisy, 0), 255).astype(np.uint8)
+
+
+@functools.cache
+def _quantiles() -> bytes:
+    """Half the variance of the noise in grey levels, rounded, as signed bytes."""
+    normal = NormalDist(0, 255 * NOISE / 2**0.5)
+    return np.array([round(normal.inv_cdf((index + 0.5) / 256)) for index in range(256)], np.int8).tobytes()
+
+
+_JITTER[part]
+            image = enhance(image).enhance(rng.uniform(1 - spread, 1 + spread))
+    happens = rng.random(5) < DISTORTION
+    contrast_first = rng.random() < 0.5
+    if happens[0]:
+        image = ImageEnhance.Brightness(image).enhance(rng.uniform(0.875, 1.125))
+    if happens[1] and contrast_first:
+        image = ImageEnhance.Contrast(image).enhance(rng.uniform(0.5, 1.5))
+    if happens[2]:
+        image = ImageEnhance.Color(image).enhance(rng.uniform(0.5, 1.5))
+    if happens[3]:
+        image = _shift_hue(image, rng.uniform(-0.05, 0.05))
+    if happens[1] and not contrast_first:
+        image = ImageEnhance.Contrast(image).enhance(rng.uniform(0.5, 1.5))
+    if happens[4]:
+        bands = image.split()
+        image = Image.merge("RGB", [bands[band] for band in rng.permutation(3)])
+    return image
+
+
+def _shift_hue(image: Image.Image, turns: float) -> Image.Image:
+    """Turn the hue in HSV by at most a sixth of a turn, without computing it.
+
+    Each channel rises from the pixel's least level to its greatest, and falls again, as the hue moves around. It rises
+    once the channel that is one third of a turn further on is down at the least level, and falls once that is up at
+    the greatest, both by as much as the hue moves on after that.
+    """
+    planes = [np.asarray(plane).astype(np.int16) for plane in image.split()]
+    greatest = np.maximum(np.maximum(planes[0], planes[1]), planes[2])
+    least = np.minimum(np.minimum(planes[0], planes[1]), planes[2])
+    step = greatest - least
+    step *= round(abs(6 * turns) * 128)  # chroma at most 255, so that 16 bits hold it
+    step += 64
+    step >>= 7
+    rises, falls = least + step, step - greatest
+    shifted = []
+    for index, plane in enumerate(planes):
+        further = planes[(index + 1 if turns > 0 else index - 1) % 3]
+        level = plane + np.maximum(rises - further, 0)
+        level -= np.maximum(falls + further, 0)
+        level = np.maximum(np.minimum(level, greatest), least)
+        shifted.append(Image.fromarray(level.astype(np.uint8)))
+    return Image.merge("RGB", shifted)
+
+
+def _blur(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """A 5x5 Gaussian; the border is mirrored, as torchvision does."""
+    weights = np.exp(-0.5 * (np.arange(3) / rng.uniform(*BLUR_SIGMA)) ** 2)
+    weights /= weights[0] + 2 * weights[1:].sum()
+    padded = np.pad(np.asarray(image), ((2, 2), (2, 2), (0, 0)), "reflect").astype(np.uint16)
+    return Image.fromarray(_smooth(_smooth(padded, weights).swapaxes(0, 1), weights).swapaxes(0, 1).astype(np.uint8))
+
+
+def _smooth(levels: UInt16[np.ndarray, "h w 3"], weights: Float64[np.ndarray, "3"]) -> UInt16[np.ndarray, "h-4 w 3"]:
+    """Weigh each row and its neighbours at distances 1 and 2, in units of 1/256, which 16 bits hold."""
+    one, two = (round(256 * weight) for weight in weights[1:])
+    total = levels[1:-3] + levels[3:-1]
+    total *= one
+    outer = levels[:-4] + levels[4:]
+    outer *= two
+    total += outer
+    total += levels[2:-2] * np.uint16(256 - 2 * (one + two))
+    total += 128
+    total >>= 8
+    return total
 
 
 def _compress(image: Image.Image, rng: np.random.Generator) -> Image.Image:

@@ -14,12 +14,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 
 ARRAYS = ("params", "optimizer", "ema")
 RECORDS = ("data", "config", "progress")
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError)
+"""What Orbax and TensorStore raise for what is missing or cannot be decoded; anything else is not the file's fault."""
 DAMAGED = "damaged"  # the folder, beside `checkpoints`, that damaged ones are moved to
 
 
@@ -56,7 +59,7 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(self.directory, options=self.options, item_names=ARRAYS + RECORDS)
 
     def steps(self) -> list[int]:
-        """Return the steps there are complete checkpoints of."""
+        """Return the steps there are checkpoints of; the newest may still be being written."""
         return sorted(self.manager.all_steps())
 
     def save(
@@ -75,6 +78,7 @@ class Checkpoints:
         """
         trees = dict(params=params, optimizer=optimizer) | ({} if ema is None else dict(ema=ema))
         progress = dict(step=step, digests={name: digests(tree) for name, tree in trees.items()})
+        progress["items"] = [*trees, "data", "config"]
         records = dict(data=data, config=config, progress=progress)
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
         items |= {name: ocp.args.JsonSave(record) for name, record in records.items()}
@@ -108,19 +112,17 @@ class Checkpoints:
         Raises:
             ValueError: if there are checkpoints, but all are damaged, or the newest is of another model.
         """
+        self.wait()
+        wanted = {name: _structs(tree) for name, tree in template.items() if tree is not None}
         steps = self.steps()
         for step in reversed(steps):
-            try:
-                return self._read(step, template)
-            except AnotherModel:
-                raise
-            except Exception as error:  # Orbax reports damage in many types
-                before = [other for other in steps if other < step]
-                then = f"going back to step {before[-1]}" if before else "there is none before it"
-                moved = self._set_aside(step)
-                say(
-                    f"The checkpoint of step {step} is damaged ({_first_line(error)}) and was moved to {moved}; {then}."
-                )
+            found, fault = self._attempt(step, wanted)
+            if found is not None:
+                return found
+            before = [other for other in steps if other < step]
+            then = f"going back to step {before[-1]}" if before else "there is none before it"
+            moved = self._set_aside(step)
+            say(f"The checkpoint of step {step} is damaged ({fault}) and was moved to {moved}; {then}.")
         if steps:
             raise ValueError(
                 f"All checkpoints in {self.directory} were damaged and are in {self.directory.parent / DAMAGED}; start "
@@ -128,25 +130,47 @@ class Checkpoints:
             )
         return None
 
-    def _read(self, step: int, template: Mapping[str, Any]) -> Restored:
+    def _attempt(self, step: int, wanted: Mapping[str, Any]) -> tuple[Restored | None, str]:
+        """Return a checkpoint, or what is wrong with it; all processes come to the same verdict."""
+        found, fault = None, ""
+        try:
+            found, expected = self._read(step, wanted)
+        except Exception as error:
+            cause = error.__cause__ if type(error) is Exception else error  # as Orbax wraps what TensorStore says
+            if isinstance(error, AnotherModel) or not isinstance(cause, DAMAGE):
+                raise
+            fault = _shortened(cause)
+        if jax.process_count() > 1 and not multihost_utils.process_allgather(np.array(found is not None)).all():
+            return None, fault or "as another process found"
+        if found is None:
+            return None, fault
+        for name in set(wanted) & set(expected):
+            if digests(getattr(found, name)) != expected[name]:
+                return None, f"the numbers of {name} are not those that were saved"
+        return found, ""
+
+    def _read(self, step: int, wanted: Mapping[str, Any]) -> tuple[Restored, dict[str, Any]]:
+        """Return what a checkpoint holds, and the digests it should have."""
         folder = self.directory / str(step)
-        expected = json.loads((folder / "progress" / "metadata").read_text()).get("digests", {})
+        progress = json.loads((folder / "progress" / "metadata").read_text())
+        for name in progress.get("items", ()):
+            if not (folder / name).is_dir():
+                raise ValueError(f"{name} is missing")
         trees: dict[str, Any] = dict.fromkeys(ARRAYS)
-        for name in ARRAYS:
-            if template.get(name) is None:
-                continue
-            if name == "ema" and not (folder / name).is_dir():
+        for name in wanted:
+            if name == "ema" and not (folder / name).is_dir():  # of a run that kept none so far
                 trees[name] = jax.tree.map(jnp.copy, trees["params"])
                 continue
-            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template[name])
-            arguments = ocp.checkpoint_utils.construct_restore_args(shapes)
             with ocp.PyTreeCheckpointer() as reader:
-                check_shapes(reader.metadata(folder / name).item_metadata.tree, shapes, folder / name)
-                trees[name] = reader.restore(folder / name, item=shapes, restore_args=arguments)
-            if name in expected and digests(trees[name]) != expected[name]:
-                raise ValueError(f"the digests of {name} differ")
+                metadata = reader.metadata(folder / name).item_metadata
+                if metadata is None:
+                    raise ValueError(f"{name} is missing")
+                check_shapes(metadata.tree, wanted[name], folder / name)
+                arguments = ocp.checkpoint_utils.construct_restore_args(wanted[name])
+                trees[name] = reader.restore(folder / name, item=wanted[name], restore_args=arguments)
         found = {name: _record(folder / name / "metadata") for name in ("data", "config")}
-        return Restored(step, *(trees[name] for name in ARRAYS), found["data"], found["config"])
+        restored = Restored(step, *(trees[name] for name in ARRAYS), found["data"], found["config"])
+        return restored, progress.get("digests", {})
 
     def _set_aside(self, step: int) -> Path:
         """Move a damaged checkpoint out of the manager's sight."""
@@ -179,6 +203,10 @@ def check_shapes(found: Any, expected: Any, where: Path) -> None:
         )
 
 
+def _structs(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(x.shape) for path, x in flat}
@@ -200,7 +228,7 @@ class _Failures:
         kept = [number for number in complete_steps(self.checkpoints.directory) if number != step]
         intact = f"that of step {kept[-1]} is intact" if kept else "there is none before it"
         raise OSError(
-            f"The checkpoint of step {step} could not be written ({_first_line(error)}); {intact}. Make room, then run "
+            f"The checkpoint of step {step} could not be written ({_shortened(error)}); {intact}. Make room, then run "
             "the same command."
         ) from error
 
@@ -213,7 +241,7 @@ def complete_steps(directory: Path) -> list[int]:
 
 
 def digests(tree: Any) -> dict[str, int]:
-    """Return a number for every array, however it is spread: the sum of its words times odd weights."""
+    """Return a number for every array, however it is spread: the sum of its words, each mixed with its place."""
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in flat]
     sums = jax.device_get(_digests([x for _, x in flat]))
@@ -224,8 +252,10 @@ def digests(tree: Any) -> dict[str, int]:
 def _digests(arrays: list[Array]) -> list[UInt32[Array, ""]]:
     def digest(x):
         bits = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
-        weights = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
-        return (bits * weights).sum(dtype=jnp.uint32)
+        mixed = bits + jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the finaliser of MurmurHash3
+            mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+        return (mixed ^ (mixed >> 16)).sum(dtype=jnp.uint32)
 
     return [digest(x) for x in arrays]
 
@@ -234,6 +264,7 @@ def _record(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip().rstrip(".")[:200] if lines else type(error).__name__
+def _shortened(error: BaseException) -> str:
+    """An error in at most 240 characters, which keep its beginning and its end, where the cause is."""
+    text = " ".join(str(error).partition("[source locations")[0].split()).rstrip(".") or type(error).__name__
+    return text if len(text) <= 240 else f"{text[:80]} ... {text[-150:]}"

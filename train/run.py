@@ -6,6 +6,7 @@ Exit status: 0 finished, 2 impossible as configured, 3 a loss that is not finite
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def launch(settings: DictConfig) -> None:
     dry = bool(values.pop("dry_run", False))
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         values["output_dir"] = str(Path(values["output_dir"]) / str(HydraConfig.get().job.num))
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax's notes on its own workings
     try:
         config = from_dict(Config, values)
         from train import loop  # jax comes after the configuration

@@ -12,6 +12,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from train.augment import augment
 from train.config import Config, DatasetConfig
@@ -97,6 +98,8 @@ class Batches(Iterator[dict[str, Any]]):
         options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=max(data.threads, data.prefetch))
         stream = batches.to_iter_dataset(options)
         if data.workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # grain's own, which its processes inherit; they keep their defaults
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(data.workers, data.prefetch))
         self.position, self.iterator = start, iter(stream)
 

@@ -21,6 +21,7 @@ def write_tfds(root: Path, data_dir: str, name: str, split: str = "train") -> in
 
     Raises:
         FileNotFoundError: if there are none.
+        FileExistsError: if there is a data set of this name.
         ValueError: if the name is not one TFDS takes.
     """
     import tensorflow_datasets as tfds
@@ -44,7 +45,7 @@ def write_tfds(root: Path, data_dir: str, name: str, split: str = "train") -> in
 
         def _info(self) -> tfds.core.DatasetInfo:
             features = dict(image=tfds.features.Image(), label=tfds.features.ClassLabel(names=classes))
-            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
         def _split_generators(self, _manager: Any) -> dict[str, Any]:
             return {split: self._generate_examples()}
@@ -54,7 +55,10 @@ def write_tfds(root: Path, data_dir: str, name: str, split: str = "train") -> in
                 key = path.relative_to(root).as_posix()
                 yield key, dict(image=io.BytesIO(path.read_bytes()), label=path.parent.name)
 
-    Folder(data_dir=data_dir, file_format="array_record").download_and_prepare()
+    builder = Folder(data_dir=data_dir, file_format="array_record")
+    if builder.is_prepared():
+        raise FileExistsError(f"{builder.data_path} exists already; choose another NAME or remove it.")
+    builder.download_and_prepare()
     return len(paths)
 
 

@@ -1,0 +1,203 @@
+"""`python -m train.size_index ROOT [--out FILE] [--workers N]`: the size of every image in root/class/file, as a TSV.
+
+Lines that start with "# " are comments, the others hold the fields of `Row`, separated by tabs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from anyup_jax.files import check_output, open_image, replacing
+from train.config import Size
+from train.data.images import upright_size
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as ImageFolder's
+LAYOUT = "it must be root/class/file, as ImageNet's train/n01440764/n01440764_10026.JPEG"
+TEXT = dict(encoding="utf-8", errors="surrogateescape")  # a file name may be any bytes
+CHUNK = 32  # images a process is handed at once
+REPORTED = 10_000  # images between two lines about progress
+
+
+class Row(NamedTuple):
+    """An image: path below the root, index of its class folder, pixels once upright; -1 where it is unreadable."""
+
+    rel_path: str
+    label: int
+    width: int
+    height: int
+    min_side: int
+
+
+def read_index(path: str | os.PathLike) -> list[Row]:
+    """Return the rows of a size index, in its order, without comments and a line of column names.
+
+    Raises OSError if it cannot be read, ValueError for a damaged line.
+    """
+    rows = []
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                rows.append(_parse(line))
+            except ValueError as error:
+                if line.strip() and not line.startswith(("#", f"{Row._fields[0]}\t")):
+                    raise ValueError(
+                        f"Line {number} of {path} is {line.rstrip()!r}, but must be {', '.join(Row._fields)}, separated by "
+                        "tabs; delete the file and make it again with python -m train.size_index ROOT."
+                    ) from error
+    return rows
+
+
+def write_index(path: str | os.PathLike, rows: Iterable[Row]) -> None:
+    """Write a size index, sorted by `rel_path`, in place of an existing one once it is complete. Raises OSError."""
+    with replacing(path) as temporary, temporary.open("w", **TEXT) as file:
+        file.write("# Pixels of each image once upright, -1 where it cannot be read\n")
+        file.write("# " + "\t".join(Row._fields) + "\n")
+        file.writelines(map(_format, sorted(rows)))
+
+
+def build(root: Path, out: Path | None, workers: int, say: Callable[[str], None]) -> list[Row]:
+    """Measure every image below `root`, write the index and return its rows.
+
+    What is measured is appended to `out` + ".partial" at once; an interrupted run goes on from there, and measures
+    again what could not be read.
+
+    Args:
+        root: the folder whose subfolders are the classes.
+        out: the index; `root/size_index.tsv` if None.
+        workers: processes.
+        say: takes a line of text.
+
+    Raises:
+        FileNotFoundError: if `root` does not exist or holds no images in subfolders.
+        ValueError: if `workers` is below 1, or a file name holds a line break.
+        OSError: if the index cannot be written.
+        BrokenProcessPool: if a process was killed, for lack of memory for one.
+    """
+    if workers < 1:
+        raise ValueError(f"workers={workers} must be at least 1.")
+    labels = _list_images(root)
+    out = check_output(out, (Path(out).suffix,)) if out else check_output(root / "size_index.tsv", (".tsv",))
+    partial = out.with_name(out.name + ".partial")
+    rows = {row.rel_path: row for row in _resume(partial, root) if labels.get(row.rel_path) == row.label}
+    if rows:
+        say(f"{partial}: going on after {len(rows)} of {len(labels)} images")
+    todo = [path for path in labels if path not in rows]
+    with partial.open("a", buffering=1, **TEXT) as file:
+        for path, (height, width) in zip(todo, _measure_all([str(root / path) for path in todo], workers)):
+            rows[path] = Row(path, labels[path], width, height, min(height, width))
+            file.write(_format(rows[path]))
+            if len(rows) % REPORTED == 0:
+                say(f"{len(rows)} of {len(labels)} images")
+    done = sorted(rows.values())
+    write_index(out, done)
+    partial.unlink(missing_ok=True)
+    say(f"{out}: {len(done)} images, {sum(row.min_side < 0 for row in done)} of them unreadable")
+    return done
+
+
+def _list_images(root: Path) -> dict[str, int]:
+    """Return the class of every image, however deep in its class folder, by path."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"ROOT={root} is no folder; {LAYOUT}.")
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    labels = {}
+    for label, name in enumerate(classes):
+        for folder, _, files in os.walk(root / name, followlinks=True):
+            below = Path(folder).relative_to(root)
+            labels |= {(below / file).as_posix(): label for file in files if file.lower().endswith(SUFFIXES)}
+    if not labels:
+        raise FileNotFoundError(f"ROOT={root} holds no images in subfolders; {LAYOUT}.")
+    if broken := [path for path in labels if "\n" in path or "\r" in path]:
+        raise ValueError(f"{broken[0]!r} in {root} has a line break in its name; rename it.")
+    return dict(sorted(labels.items()))
+
+
+def _resume(partial: Path, root: Path) -> list[Row]:
+    """Return what an interrupted run could read; leave `partial` such that lines can be appended to it."""
+    first = f"# {root.resolve()}"
+    text = partial.read_bytes() if partial.is_file() else b""
+    whole = text[: text.rfind(b"\n") + 1]
+    lines = whole.decode(**TEXT).split("\n")
+    if lines[0] != first:  # none, or of another folder
+        partial.write_text(f"{first}\n", **TEXT)
+        return []
+    os.truncate(partial, len(whole))
+    rows = []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # the first and the last line, or damage: the image is measured again
+            rows.append(_parse(line))
+    return [row for row in rows if row.min_side > 0]
+
+
+def _measure_all(paths: Sequence[str], workers: int) -> Iterator[Size]:
+    workers = min(workers, -(-len(paths) // CHUNK))
+    if workers <= 1:
+        return (yield from map(_measure, paths))
+    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+    try:
+        yield from executor.map(_measure, paths, chunksize=CHUNK)
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _measure(path: str) -> Size:
+    try:
+        with warnings.catch_warnings(action="ignore"), open_image(path, path) as image:
+            return upright_size(image)
+    except Exception:  # damaged EXIF makes Pillow raise nearly anything; one file must not end the run
+        return -1, -1
+
+
+def _format(row: Row) -> str:
+    return "\t".join(map(str, row)) + "\n"
+
+
+def _parse(line: str) -> Row:
+    """Return the row of a line. Raises ValueError if it is none."""
+    rel_path, *numbers = line.rstrip("\n").rsplit("\t", 4)
+    label, width, height, min_side = map(int, numbers)
+    if min_side < 0:
+        return Row(rel_path, label, -1, -1, -1)
+    if not rel_path or min_side != min(width, height):
+        raise ValueError(line)
+    return Row(rel_path, label, width, height, min_side)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, or 2 after a sentence that says what was wrong."""
+    parser = argparse.ArgumentParser(prog="python -m train.size_index", description=__doc__.splitlines()[0])
+    parser.add_argument("root", metavar="ROOT", type=Path, help="root/class/file")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="default: ROOT/size_index.tsv")
+    parser.add_argument("--workers", metavar="N", type=int, default=os.cpu_count() or 1, help="default: %(default)s")
+    args = parser.parse_args(arguments)
+    try:
+        build(args.root, args.out, args.workers, print)
+    except (ValueError, OSError, RuntimeError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
