@@ -24,6 +24,6 @@ bench: $(STAMP)  ## print the benchmarks' tables
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[torch,viz,lite,tpu,dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[torch,train,viz,lite,tpu,dev]'
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation natten
 	@touch $@

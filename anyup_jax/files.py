@@ -49,7 +49,7 @@ def open_image(file: str | os.PathLike | IO[bytes], name: str | os.PathLike) -> 
         raise OSError(f"{name} is not an image that Pillow can read.") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large: {error}") from error
-    except (OSError, SyntaxError, EOFError) as error:  # Pillow reports damage in any of these
+    except (OSError, SyntaxError, EOFError, RuntimeError) as error:  # Pillow reports damage in any of these
         if isinstance(error, OSError) and error.filename:
             raise
         raise OSError(f"{name} is damaged: {error}.") from error

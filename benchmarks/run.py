@@ -9,6 +9,7 @@ from rich.console import Console
 from benchmarks.accuracy import accuracy
 from benchmarks.attention import attention
 from benchmarks.bands import bands
+from benchmarks.data import data
 from benchmarks.encoders import encoders, encoders_tpu
 from benchmarks.forward import forward, large, scaling
 from benchmarks.gpu import gpu
@@ -35,6 +36,7 @@ TABLES = {
         tpu_rows,
         gpu,
         train,
+        data,
         pod,
     )
 }

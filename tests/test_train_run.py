@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -82,6 +83,15 @@ def test_sigterm_saves_and_the_same_command_goes_on(whole: Path, tmp_path: Path)
     assert losses(tmp_path / "run")[:4] == losses(whole)[: done + 1]
 
 
+def test_through_a_pth_of_the_published_trainer_and_back(whole: Path, tmp_path: Path) -> None:
+    """Weights, moments and step survive, and the photographs go on where they were."""
+    for source, destination in ((whole / "checkpoints" / "3", "there.pth"), ("there.pth", "back")):
+        words = [sys.executable, "-m", "convert", str(source), destination, "--training"]
+        subprocess.run(words, cwd=tmp_path, env=environment(), check=True, capture_output=True)
+    train(tmp_path, "output_dir=back", "max_steps=4", *OPTIONS)
+    assert same(weights(tmp_path / "back"), weights(whole))
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(whole: Path, tmp_path: Path) -> None:
     """SIGKILL, often in the middle of a save, as every step is saved; then the run is finished."""
@@ -151,6 +161,47 @@ def test_another_configuration_is_refused_with_the_differences(whole: Path) -> N
     assert "optimizer.learning_rate: 0.002 -> 0.5" in run.stderr
     assert "model.window_ratio: 0.1 -> 0.2" in run.stderr
     assert run.stderr.count("error:") == 1
+
+
+def test_an_encoder_of_timm_and_a_trace_and_a_picture(tmp_path: Path) -> None:
+    """The same network in PyTorch; its weights here are random."""
+    encoder = ("encoders.lite0.name=timm:tf_efficientnet_lite0", "encoders.lite0.pretrained=false")
+    train(
+        tmp_path,
+        "output_dir=run",
+        "max_steps=3",
+        *encoder,
+        "profile.steps=2:2",
+        "log.pictures_every=3",
+        "log.pictures=1",
+    )
+    assert len(losses(tmp_path / "run")) == 3
+    assert (tmp_path / "run/pictures/step_00000003.png").stat().st_size > 10_000
+    assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["dataset=folder", "dataset.root=nowhere"],
+            "dataset.root=nowhere does not exist; it must be a folder with one",
+        ),
+        (["dataset.crop_size=2048"], "None of the 6 images"),
+        (["dataset.crop_size=60"], "is not a multiple of the 8 pixels of a cell of the encoder lite0"),
+        (["encoders.lite0.name=efficientnet_lite9"], "efficientnet_lite0"),
+        (["mesh.data=3"], "do not fit 1 devices"),
+        (["output_dir=taken"], "output_dir=taken holds something that is no training run"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_impossible_runs_end_with_one_sentence(words: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("mine")
+    run = train(tmp_path, *words, status=2)
+    assert message in run.stderr
+    assert run.stderr.count("error:") == 1
+    assert "Traceback" not in run.stderr
 
 
 def test_cfg_and_dry_run_and_multirun(tmp_path: Path) -> None:

@@ -18,13 +18,14 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = (
     "model.qk_dim=16", "model.num_heads=2", "dataset.crop_size=64", "dataset.img_size=32", "dataset.num_local_crops=2",
     "dtype=float32", "encoders.lite0.layer=[2]", "log.every=1", "log.pictures_every=0", "log.tensorboard=false",
+    "batch_size=2",
 )  # fmt: skip
 """Stride 8 of EfficientNet-Lite0 on 64 pixels."""
 
 
 def command(*words: str) -> list[str]:
-    batch = () if any(word.startswith("batch_size=") for word in words) else ("batch_size=2",)
-    return [sys.executable, "-m", "train.run", *words, *TINY, *batch]
+    given = {word.partition("=")[0] for word in words}
+    return [sys.executable, "-m", "train.run", *words, *(x for x in TINY if x.partition("=")[0] not in given)]
 
 
 CACHE = tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_errors=True)

@@ -24,6 +24,7 @@ from train import encoders, pictures, sharding
 from train.checkpoint import Checkpoints
 from train.config import Config
 from train.data import Batches, open_source
+from train.data.sources import Source
 from train.metrics import Metrics
 from train.profile import Trace
 from train.step import TrainState, init_state, make_step, state_specs
@@ -47,7 +48,7 @@ def run(config: Config, *, dry: bool = False) -> int:
             encoders.check_sizes(name, patch, config)
     output = Path(config.output_dir)
     check_output(output, config)
-    source = open_source(config.dataset)
+    source = shared_source(config)
     if dry:
         from train import dry_run
 
@@ -63,7 +64,7 @@ def run(config: Config, *, dry: bool = False) -> int:
 class Run:
     """A run whose configuration has been checked."""
 
-    def __init__(self, config: Config, mesh: Mesh, source: Any, output: Path):
+    def __init__(self, config: Config, mesh: Mesh, source: Source, output: Path):
         self.config, self.mesh, self.source, self.output = config, mesh, source, output
         self.held_out = pictures.held_out(config) if config.log.pictures_every and jax.process_index() == 0 else []
         self.encoders = {name: encoders.load(encoder, config.dtype) for name, encoder in config.encoders.items()}
@@ -262,6 +263,19 @@ def filled(state: nnx.State, values: dict[str, Any]) -> nnx.State:
 
 def replicated(number: int, mesh: Mesh) -> jax.Array:
     return sharding.place(np.int32(number), PartitionSpec(), mesh)
+
+
+def shared_source(config: Config) -> Source:
+    """Open the photographs, process 0 first, which makes the size index where there is none."""
+    if jax.process_count() == 1:
+        return open_source(config.dataset)
+    if jax.process_index() != 0:
+        multihost_utils.sync_global_devices("photographs")
+        return open_source(config.dataset, say=lambda _: None)
+    try:
+        return open_source(config.dataset)
+    finally:
+        multihost_utils.sync_global_devices("photographs")
 
 
 def check_output(output: Path, config: Config) -> None:

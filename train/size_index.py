@@ -26,7 +26,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 LAYOUT = "it must be root/class/file, as ImageNet's train/n01440764/n01440764_10026.JPEG"
 TEXT = dict(encoding="utf-8", errors="surrogateescape")  # a file name may be any bytes
 CHUNK = 32  # images a process is handed at once
-REPORTED = 10_000  # images between two lines about progress
+REPORTED = 10_000  # images from one line about progress to the next
 
 
 class Row(NamedTuple):
@@ -40,10 +40,7 @@ class Row(NamedTuple):
 
 
 def read_index(path: str | os.PathLike) -> list[Row]:
-    """Return the rows of a size index, in its order, without comments and a line of column names.
-
-    Raises OSError if it cannot be read, ValueError for a damaged line.
-    """
+    """Return the rows of a size index, in its order. Raises OSError, and ValueError for a damaged line."""
     rows = []
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
@@ -52,8 +49,8 @@ def read_index(path: str | os.PathLike) -> list[Row]:
             except ValueError as error:
                 if line.strip() and not line.startswith(("#", f"{Row._fields[0]}\t")):
                     raise ValueError(
-                        f"Line {number} of {path} is {line.rstrip()!r}, but must be {', '.join(Row._fields)}, separated by "
-                        "tabs; delete the file and make it again with python -m train.size_index ROOT."
+                        f"Line {number} of {path} is {line.rstrip()!r}, but must be {', '.join(Row._fields)}, with "
+                        "tabs between; delete the file and make it again with python -m train.size_index ROOT."
                     ) from error
     return rows
 
@@ -61,21 +58,20 @@ def read_index(path: str | os.PathLike) -> list[Row]:
 def write_index(path: str | os.PathLike, rows: Iterable[Row]) -> None:
     """Write a size index, sorted by `rel_path`, in place of an existing one once it is complete. Raises OSError."""
     with replacing(path) as temporary, temporary.open("w", **TEXT) as file:
-        file.write("# Pixels of each image once upright, -1 where it cannot be read\n")
-        file.write("# " + "\t".join(Row._fields) + "\n")
+        columns = "\t".join(Row._fields)
+        file.write(f"# Pixels of each image once upright, -1 where it cannot be read\n# {columns}\n")
         file.writelines(map(_format, sorted(rows)))
 
 
 def build(root: Path, out: Path | None, workers: int, say: Callable[[str], None]) -> list[Row]:
     """Measure every image below `root`, write the index and return its rows.
 
-    What is measured is appended to `out` + ".partial" at once; an interrupted run goes on from there, and measures
-    again what could not be read.
+    What is measured is appended to `out`.partial; an interrupted run goes on from there and retries the unreadable.
 
     Args:
         root: the folder whose subfolders are the classes.
         out: the index; `root/size_index.tsv` if None.
-        workers: processes.
+        workers: how many processes measure.
         say: takes a line of text.
 
     Raises:

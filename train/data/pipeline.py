@@ -128,3 +128,4 @@ class Batches(Iterator[dict[str, Any]]):
         close = getattr(self.iterator, "close", None)
         if close is not None:
             close()
+        self.iterator = iter(())

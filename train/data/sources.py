@@ -146,7 +146,10 @@ def _tfds(config: DatasetConfig, _say: Callable[[str], None]) -> TFDS:
         if len(features) != 1:
             raise ValueError(f"The data set {config.name} has {len(features)} image features; it must have one.")
         decoders = {features[0]: tfds.decode.SkipDecoding()}
-        data = builder.as_data_source(config.split, decoders=decoders)
+        try:
+            data = builder.as_data_source(config.split, decoders=decoders)
+        except ValueError as error:
+            raise ValueError(f"dataset.split={config.split} of {config.name} cannot be read: {error}") from error
     except (tfds.core.DatasetNotFoundError, FileNotFoundError, NotImplementedError, AssertionError) as error:
         raise FileNotFoundError(
             f"The data set {config.name}, split {config.split}, is not prepared as array_record in "

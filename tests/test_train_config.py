@@ -1,0 +1,98 @@
+"""The configuration: presets, groups, types, and what cannot be written down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hydra import compose, initialize
+from omegaconf import OmegaConf
+
+from train import presets
+from train.config import Config, EncoderConfig, ProfileConfig, differences, from_dict, to_dict
+
+
+@pytest.fixture(autouse=True)
+def hydra() -> Iterator[None]:
+    presets.register()
+    with initialize(version_base="1.3", config_path=None):
+        yield
+
+
+def configured(*overrides: str) -> Config:
+    return from_dict(Config, OmegaConf.to_container(compose(presets.NAME, list(overrides)), resolve=True))
+
+
+@pytest.mark.parametrize("name", presets.EXPERIMENTS)
+def test_every_preset_is_a_run(name: str) -> None:
+    config = configured(f"+experiment={name}")
+    assert from_dict(Config, to_dict(config)) == config
+    assert differences(to_dict(config), to_dict(config)) == []
+
+
+def test_smoke_is_the_default() -> None:
+    assert configured() == configured("+experiment=smoke")
+
+
+def test_the_published_recipe() -> None:
+    config = configured("+experiment=paper")
+    assert (config.batch_size, config.max_steps, config.dtype) == (4, 100_000, "bfloat16")
+    assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (2e-4, 1e-5)
+    assert (config.optimizer.betas, config.optimizer.schedule) == ((0.9, 0.999), "constant")
+    assert (config.dataset.crop_size, config.dataset.img_size) == ((448, 448), (224, 224))
+    assert config.dataset.num_local_crops == 4
+    assert (config.loss.reconstruction, config.loss.consistency, config.loss.input) == (1, 0.1, 0.1)
+    assert [encoder.name for encoder in config.encoders.values()] == ["vit_small_patch14_dinov2.lvd142m"]
+    assert len(configured("+experiment=multi_backbone").encoders) == 5
+
+
+def test_the_command_line_has_the_last_word() -> None:
+    config = configured("+experiment=paper", "model.window_ratio=0.05", "optimizer=adamw_cosine", "mesh=fsdp", "seed=7")
+    assert config.model.window_ratio == 0.05
+    assert (config.optimizer.schedule, config.optimizer.learning_rate) == ("cosine", 2e-4)
+    assert (config.mesh.parameters, config.seed) == ("fsdp", 7)
+    assert configured("dataset.crop_size=[64,96]", "dataset.img_size=32").dataset.crop_size == (64, 96)
+    assert configured("dataset.img_size=32").dataset.img_size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.learning_rate=-1", r"optimizer\.learning_rate=-1\.0 cannot be: give a positive rate"),
+        ("optimizer.learning_rate=fast", "must be of type float"),
+        ("optimizer.schedule=linear", "choose one of constant, cosine"),
+        ("batch_size=1.5", r"batch_size=1\.5 must be of type int"),
+        ("dataset.img_size=[1,2,3]", "must have 2 entries"),
+        ("dataset.img_size=900", r"must fit into dataset\.crop_size"),
+        ("dataset.kind=folder", r"dataset\.root"),
+        ("dataset.global_view_random_resize=[0.9,0.5]", "least <= greatest"),
+        ("mesh.process_id=1", "go together"),
+        ("mesh.model=-1", "only one of"),
+        ("profile.steps=9:1", "give first:last, such as 10:15"),
+        ("model.window=square", "choose one of paper, natten"),
+        ("optimizer.accumulate=3", "must divide batch_size=4"),
+        ("optimizer.warmup_steps=1000", "must be below max_steps"),
+        ("log.pictures=0", "at least one"),
+        ("+model.depth=3", r"model\.depth is no setting"),
+    ],
+)
+def test_what_cannot_be_is_refused(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        configured(override)
+
+
+def test_a_missing_setting_is_named() -> None:
+    with pytest.raises(ValueError, match="encoders is missing"):
+        from_dict(Config, {})
+    with pytest.raises(ValueError, match=r"encoders\.x\.name is missing"):
+        from_dict(Config, dict(encoders=dict(x={})))
+
+
+def test_differences_leave_out_how_it_is_computed() -> None:
+    old = to_dict(Config(encoders={"x": EncoderConfig(name="a")}))
+    new = old | dict(max_steps=9, output_dir="b", batch_size=8, mesh=old["mesh"] | dict(model=2))
+    assert differences(old, new) == ["batch_size: 4 -> 8"]
+
+
+def test_profile_range() -> None:
+    assert ProfileConfig(steps="10:15").range() == configured("profile.steps=10:15").profile.range() == (10, 15)
