@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,11 +138,13 @@ def _for_ever(loader: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
+    """Keep PyTorch to one thread, and torchvision from saying that its JPEG coder has a successor."""
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            yield
     finally:
         torch.set_num_threads(threads)

@@ -86,15 +86,15 @@ def pod(rounds: int) -> Table:
         table.add_row(*first, str(parts), *megabytes, listed, *travels, f"{step.seconds:.0f}")
     sizes = ", a ".join(f"{name} chip has {size} GB" for name, size in GIGABYTES.items())
     table.caption = (
-        f"a {sizes}. Parameters are replicated unless FSDP is named. Exchanged: results of the collectives, one in a loop "
-        "counted once; with replicated parameters that is the gradients, less those of weights that never reach the "
-        "output, and the metrics."
+        f"a {sizes}. Parameters are replicated unless FSDP is named. Exchanged: results of the collectives, one in a "
+        "loop counted once; with replicated parameters that is the gradients, less those of weights that never reach "
+        "the output, and the metrics."
     )
     return table
 
 
 def cases() -> list[Case]:
-    """Every topology with every batch that gives each chip a photograph; the largest of each also with FSDP."""
+    """Every topology with every batch that gives each chip a photograph; and one with FSDP."""
     found = []
     for topology, chips in CHIPS.items():
         fitting = [batch for batch in BATCHES if batch >= chips]

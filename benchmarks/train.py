@@ -1,4 +1,4 @@
-"""A training step on this machine, ours and the published one's; each run has a process, and peak memory, of its own."""
+"""A training step on this machine, ours and the published one; each run has a process, and peak memory, of its own."""
 
 from __future__ import annotations
 
@@ -92,9 +92,9 @@ def train(rounds: int) -> Table:
         row = f"{seconds:.2f}", f"{faster:.2f} x", f"{peak:.0f}", f"{smaller:.2f}", f"{apart:.1e}", f"{first:.1f}"
         table.add_row(name, *row)
     table.caption = (
-        "ratios: how many times as fast as the published step, wanted 3 or more; and its share of the memory, wanted 0.5 "
-        "or less. The loss: largest difference over all steps, of about "
-        f"{theirs[0].losses[0]:.2f} at first. The peak holds the framework, the compiler and everything else."
+        "ratios: how many times as fast as the published step, wanted 3 or more; and the share of its memory, wanted "
+        f"0.5 or less. Loss: largest difference over all steps, of about {theirs[0].losses[0]:.2f}. The peak holds the "
+        "framework, the compiler and everything else."
     )
     return table
 

@@ -9,7 +9,7 @@ import torch
 
 import anyup_torch
 from anyup_torch.geometry import axis_window
-from benchmarks import attention, bands, encoders, pod, run, train, windows
+from benchmarks import attention, bands, data, encoders, pod, run, train, windows
 from benchmarks.published import with_published_attention
 from benchmarks.worker import Job, measure
 
@@ -154,3 +154,14 @@ def test_bytes_of_collectives() -> None:
   %add = f32[100]{0} add(%a, %all-reduce.1)
 """
     assert pod.exchanged(text) == 18 * 4 + 8 * 2 + 4 * 4
+
+
+def test_data_pipelines_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = dict(files=(60, 70), crop=48, view=32, crops=2, images=8)
+    monkeypatch.setattr(data, "SIZES", sizes)
+    threads = torch.get_num_threads()
+    columns = [list(column.cells) for column in data.data(1).columns]
+    assert columns[0] == ["torchvision, DataLoader", "the same, without views", "train.data"]
+    assert columns[2][0] == "1.00 x"
+    assert min(float(cell) for cell in columns[1] + columns[3]) > 0
+    assert torch.get_num_threads() == threads

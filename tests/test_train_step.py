@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from flax import nnx
 
 from anyup_jax.config import AnyUpConfig
 from anyup_jax.model import AnyUp
+from tests.training import environment
 from train import encoders, optim, sharding
 from train.config import Config, DatasetConfig, EncoderConfig, LossConfig, MeshConfig, OptimizerConfig
 from train.step import Geometry, init_state, make_step, state_specs
@@ -28,7 +28,7 @@ VIEWS = DatasetConfig(crop_size=(32, 32), img_size=(16, 16), num_local_crops=2)
 
 def tiny(**changes: Any) -> Config:
     fields = dict(
-        model=AnyUpConfig(qk_dim=16, num_heads=2),
+        model=AnyUpConfig(qk_dim=16, num_heads=2, backend="tiled"),  # compiles faster than auto
         encoders={"none": EncoderConfig(name="timm:none")},
         dataset=VIEWS,
         batch_size=8,
@@ -48,12 +48,18 @@ def batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
     return dict(image=image, augmented=augmented, crops=random.random((size, 2, 2), np.float32), **features)
 
 
+COMPILED: dict[str, Any] = {}
+
+
 def steps(config: Config, count: int = 2, spoil: int | None = None) -> tuple[Any, list[dict[str, float]]]:
+    """Return the state after some steps, and the metrics of each; `spoil` is a step whose features hold NaN."""
     mesh = sharding.make_mesh(config.mesh)
     graph, state = init_state(config, AnyUp(config.model, rngs=nnx.Rngs(0)))
     specs = state_specs(state, config.mesh.parameters, mesh)
     state = sharding.place(state, specs, mesh)
-    step = make_step(config, graph, specs, SIZES, mesh, None)
+    if repr(config) not in COMPILED:
+        COMPILED[repr(config)] = make_step(config, graph, specs, SIZES, mesh, None)
+    step = COMPILED[repr(config)]
     found = []
     for number in range(count):
         arrays = batch(config, number)
@@ -79,8 +85,8 @@ def test_terms_add_up_and_parameters_move() -> None:
     first = metrics[0]
     total = first["reconstruction"] + first["consistency"] + first["input"]
     assert first["loss"] == pytest.approx(total, rel=1e-6)
-    assert min(first["reconstruction"], first["input"]) > 0
-    assert first["consistency"] >= -1e-6  # nearly nothing before training
+    assert first["reconstruction"] > 0.1
+    assert min(first["consistency"], first["input"]) > -1e-6  # 0 but for rounding: an untrained model averages evenly
     assert first["learning_rate"] == pytest.approx(1e-2)
 
 
@@ -124,11 +130,13 @@ def test_what_is_not_finite_changes_nothing_and_stays_so() -> None:
     assert largest_difference(state.optimizer, good.optimizer) == 0
 
 
-@pytest.mark.parametrize("name", ["reconstruction", "consistency", "input"])
-def test_a_weight_of_zero_leaves_a_term_out(name: str) -> None:
-    _, metrics = steps(tiny(loss=dataclasses.replace(LossConfig(), **{name: 0.0})), 1)
-    assert metrics[0][name] == 0
-    assert metrics[0]["loss"] > 0
+@pytest.mark.parametrize("names", [("consistency",), ("reconstruction", "input")])
+def test_a_weight_of_zero_leaves_a_term_out(names: tuple[str, ...]) -> None:
+    _, metrics = steps(tiny(loss=dataclasses.replace(LossConfig(), **dict.fromkeys(names, 0.0))), 1)
+    _, whole = steps(tiny(), 1)
+    for name in ("reconstruction", "consistency", "input"):
+        expected = 0 if name in names else whole[0][name]
+        assert metrics[0][name] == pytest.approx(expected, rel=1e-5, abs=1e-8)
 
 
 def test_schedule() -> None:
@@ -187,18 +195,19 @@ import json
 import numpy as np
 from tests.test_train_step import largest_difference, steps, tiny
 from train.config import MeshConfig
-runs = [MeshConfig(), MeshConfig(data=4, model=2, parameters="fsdp"), MeshConfig(data=1, model=-1, parameters="fsdp")]
+runs = [MeshConfig(), MeshConfig(data=4, model=2, parameters="fsdp")]
 results = [steps(tiny(mesh=mesh), 3) for mesh in runs]
 print(json.dumps([[[m["loss"] for m in metrics], largest_difference(state.optimizer.mu, results[0][0].optimizer.mu)]
                   for state, metrics in results]))
 """
 
 
+@pytest.mark.slow
 def test_every_layout_trains_the_same() -> None:
     """Eight devices, parameters replicated or spread, against one device."""
     options = dict(capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    run = subprocess.run([sys.executable, "-c", LAYOUTS], env=environment, **options)
+    flags = environment(XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    run = subprocess.run([sys.executable, "-c", LAYOUTS], env=flags, **options)
     assert run.returncode == 0, run.stderr[-2000:]
     _, alone = steps(tiny(), 3)
     for losses, difference in json.loads(run.stdout.splitlines()[-1]):

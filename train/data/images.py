@@ -41,17 +41,27 @@ def read_crop(file: str | os.PathLike | IO[bytes], name: str, size: Size) -> UIn
         OSError: if it cannot be read.
         ValueError: if its pixels have no known range, or it is too large.
     """
-    with open_image(file, name) as image:
-        height, width = upright_size(image)
-        if height < size[0] or width < size[1]:
-            raise TooSmall(f"{name} has {height}x{width} pixels, fewer than dataset.crop_size={size[0]}x{size[1]}.")
-        scale = max(size[0] / height, size[1] / width)
-        whole = max(size[0], round(height * scale)), max(size[1], round(width * scale))
-        if image.format == "JPEG":
-            asked = whole if (height, width) == image.size[::-1] else whole[::-1]
-            image.draft(None, (2 * asked[1], 2 * asked[0]))
-        image = to_rgb(ImageOps.exif_transpose(image), name)
-        y, x = (round((full - part) / 2) for full, part in zip(whole, size))
-        down, across = image.height / whole[0], image.width / whole[1]
-        box = x * across, y * down, min((x + size[1]) * across, image.width), min((y + size[0]) * down, image.height)
-        return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR, box))
+    try:
+        with open_image(file, name) as image:
+            return _crop(image, name, size)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # damage makes Pillow raise nearly anything; one file must not end a run
+        raise OSError(f"{name} is damaged: {error!r}.") from error
+
+
+def _crop(image: Image.Image, name: str, size: Size) -> UInt8[np.ndarray, "Hc Wc 3"]:
+    height, width = upright_size(image)
+    if height < size[0] or width < size[1]:
+        raise TooSmall(f"{name} has {height}x{width} pixels, fewer than dataset.crop_size={size[0]}x{size[1]}.")
+    scale = max(size[0] / height, size[1] / width)
+    whole = max(size[0], round(height * scale)), max(size[1], round(width * scale))
+    if image.format == "JPEG":
+        asked = whole if (height, width) == image.size[::-1] else whole[::-1]
+        image.draft(None, (2 * asked[1], 2 * asked[0]))
+    ImageOps.exif_transpose(image, in_place=True)
+    image = to_rgb(image, name)
+    y, x = (round((full - part) / 2) for full, part in zip(whole, size))
+    down, across = image.height / whole[0], image.width / whole[1]
+    box = x * across, y * down, min((x + size[1]) * across, image.width), min((y + size[0]) * down, image.height)
+    return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR, box))

@@ -19,6 +19,7 @@ from train.config import Config, DatasetConfig
 from train.data.images import read_crop
 from train.data.sources import Source
 
+ENDLESS = 1 << 48  # photographs of a run at most; grain cannot slice what has no end into batches of one
 GIVE_UP = 1000  # photographs in a row that cannot be used
 
 
@@ -90,7 +91,12 @@ class Batches(Iterator[dict[str, Any]]):
     def _begin(self, start: int) -> None:
         data, seed = self.config.dataset, self.config.seed
         share = self.config.batch_size // self.process_count
-        order = grain.MapDataset.source(Indices(len(self.source))).seed(seed).shuffle().repeat()
+        order = (
+            grain.MapDataset.source(Indices(len(self.source)))
+            .seed(seed)
+            .shuffle()
+            .repeat(-(-ENDLESS // len(self.source)))
+        )
         elements = order.map_with_index(Prepare(self.source, data, seed))
         batches = elements.batch(share, batch_fn=collate)[
             start * self.process_count + self.process_index :: self.process_count
