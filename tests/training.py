@@ -16,9 +16,9 @@ import convert
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
-    "model.qk_dim=16", "model.num_heads=2", "model.backend=tiled", "dataset.crop_size=64", "dataset.img_size=32", "dataset.num_local_crops=2",
-    "dtype=float32", "encoders.lite0.layer=[2]", "log.every=1", "log.pictures_every=0", "log.tensorboard=false",
-    "batch_size=2",
+    "model.qk_dim=16", "model.num_heads=2", "model.backend=tiled", "dataset.crop_size=64", "dataset.img_size=32",
+    "dataset.num_local_crops=2", "dtype=float32", "encoders.lite0.layer=[2]", "log.every=1", "log.pictures_every=0",
+    "log.tensorboard=false", "batch_size=2",
 )  # fmt: skip
 """Stride 8 of EfficientNet-Lite0 on 64 pixels."""
 
