@@ -124,8 +124,9 @@ def compile_here(case: Case) -> Step:
     import jax
     from jax.experimental import topologies
 
+    from anyup_jax.settings import from_dict
     from train import program, sharding
-    from train.config import Config, from_dict
+    from train.config import Config
 
     config = from_dict(Config, case.settings)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices

@@ -29,6 +29,7 @@ class Job:
         framework: "jax" or "torch".
         weights: file with the weights to begin from.
         remat: compute the augmented branch again in the gradient (JAX).
+        parts: parts the batch is worked on in, one after the other (JAX).
         batch: photographs.
         image: side of the guidance, at which consistency is measured too.
         cells, channels: side of the feature map and of each crop's, and their channels.
@@ -40,6 +41,7 @@ class Job:
     framework: str
     weights: str
     remat: bool = False
+    parts: int = 1
     batch: int = 2
     image: int = 224
     cells: int = 16
@@ -64,6 +66,7 @@ CASES = {
     "PyTorch, as published": dict(framework="torch"),
     "JAX": dict(framework="jax"),
     "JAX, remat": dict(framework="jax", remat=True),
+    "JAX, accumulate=2": dict(framework="jax", parts=2),
 }
 
 
@@ -145,17 +148,21 @@ def jax_step(job: Job) -> Callable[[], float]:
     from train import optim
     from train.config import LossConfig, OptimizerConfig
     from train.loss import Views, objective
+    from train.step import in_parts
 
     config, weights = OptimizerConfig(learning_rate=RATE, weight_decay=DECAY), LossConfig()
     graph, parameters, carried = nnx.split(anyup_jax.from_pretrained(job.weights), nnx.Param, Carried)
     views, size = Views(*map(jax.numpy.asarray, inputs(job))), (job.size, job.size)
 
     def step(parameters, moments, views):
-        def total(parameters):
-            model = nnx.merge(graph, parameters, carried)
-            return sum(objective(model, views, size, (job.image, job.image), weights, remat=job.remat).values())
+        def part(views):
+            def total(parameters):
+                model = nnx.merge(graph, parameters, carried)
+                return sum(objective(model, views, size, (job.image, job.image), weights, remat=job.remat).values())
 
-        loss, gradients = jax.value_and_grad(total)(parameters)
+            return jax.value_and_grad(total)(parameters)
+
+        loss, gradients = in_parts(part, views, job.parts)
         norm = jax.numpy.ones(())  # nothing is clipped
         return *optim.update(config, config.learning_rate, gradients, norm, moments, parameters), loss
 

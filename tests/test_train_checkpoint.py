@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import subprocess
 import sys
@@ -117,6 +118,7 @@ def test_a_flipped_bit_in_any_file_never_gives_other_numbers(tmp_path: Path) -> 
         checkpoints.close()
         assert equal([found.params, found.optimizer, found.ema], list(state(found.step).values())), file
         steps.append(found.step)
+    gc.collect()  # while the warnings of what was dropped are ignored
     assert set(steps) == {2, 3}
 
 

@@ -8,8 +8,9 @@ import pytest
 from hydra import compose, initialize
 from omegaconf import OmegaConf
 
+from anyup_jax.settings import from_dict, to_dict
 from train import presets
-from train.config import Config, EncoderConfig, ProfileConfig, differences, from_dict, to_dict
+from train.config import Config, EncoderConfig, ProfileConfig, differences
 
 
 @pytest.fixture(autouse=True)

@@ -33,13 +33,12 @@ def pod(folder: Path, *words: str, processes: int = 2, devices: int = 4) -> list
 
 @pytest.mark.slow
 def test_two_processes_of_four_devices_train_what_one_device_trains(tmp_path: Path) -> None:
-    """Four steps alone; two in the pod, parameters spread, and two alone; the losses are the same."""
-    train(tmp_path, "output_dir=alone", "max_steps=4", *BATCH)
+    """Three steps alone; two in the pod, parameters spread, and one alone; the losses are the same."""
+    train(tmp_path, "output_dir=alone", "max_steps=3", *BATCH)
     outputs = pod(tmp_path, "output_dir=mixed", "max_steps=2", "mesh.model=2", "mesh.parameters=fsdp", *BATCH)
     assert "step 2/2" in outputs[0]
     assert "step" not in outputs[1]  # process 0 alone speaks
     train(tmp_path, "output_dir=mixed", "max_steps=3", *BATCH)
-    pod(tmp_path, "output_dir=mixed", "max_steps=4", *BATCH)
     assert losses(tmp_path / "mixed") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
     ours, theirs = weights(tmp_path / "mixed"), weights(tmp_path / "alone")
     assert max(abs(ours[name] - theirs[name]).max() for name in theirs) < 1e-3

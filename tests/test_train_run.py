@@ -14,6 +14,7 @@ import yaml
 
 import anyup_jax
 import convert
+from anyup_jax.settings import from_dict
 from tests.training import command, environment, losses, metrics, same, train, weights
 from train import config as settings
 
@@ -34,7 +35,7 @@ def test_a_run_leaves_what_it_should(whole: Path) -> None:
     first = metrics(whole)[0]
     assert {"loss", "reconstruction", "consistency", "input", "gradient_norm", "learning_rate"} <= set(first)
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["3", "4"]
-    saved = settings.from_dict(settings.Config, yaml.safe_load((whole / "config.yaml").read_text()))
+    saved = from_dict(settings.Config, yaml.safe_load((whole / "config.yaml").read_text()))
     assert saved.model.qk_dim == 16
     assert saved.encoders["lite0"].layer == (2,)
     assert not (whole / ".hydra").exists()
@@ -55,14 +56,6 @@ def test_the_same_command_again_has_nothing_to_do(whole: Path) -> None:
     run = train(whole.parent, "output_dir=run", "max_steps=4", *OPTIONS)
     assert "resuming after step 4" in run.stdout
     assert same(weights(whole), before)
-
-
-def test_two_and_two_are_four(whole: Path, tmp_path: Path) -> None:
-    train(tmp_path, "output_dir=run", "max_steps=2", *OPTIONS)
-    train(tmp_path, "output_dir=run", "max_steps=4", *OPTIONS)
-    assert losses(tmp_path / "run") == losses(whole)
-    assert same(weights(tmp_path / "run"), weights(whole))
-    assert same(convert.load(tmp_path / "run", ema=True).tensors, convert.load(whole, ema=True).tensors)
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(whole: Path, tmp_path: Path) -> None:
@@ -111,16 +104,17 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(whole: Path, tm
     assert kills >= 2
     train(tmp_path, "output_dir=run", "max_steps=4", *OPTIONS)
     assert same(weights(tmp_path / "run"), weights(whole))
+    assert same(convert.load(tmp_path / "run", ema=True).tensors, convert.load(whole, ema=True).tensors)
     assert losses(tmp_path / "run") == losses(whole)
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(whole: Path, tmp_path: Path) -> None:
     train(tmp_path, "output_dir=run", "max_steps=2", *OPTIONS)
-    files = [path for path in (tmp_path / "run/checkpoints/2/params").rglob("*") if path.is_file()]
-    largest = max(files, key=lambda path: path.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    largest.write_bytes(bytes(content))
+    for path in (tmp_path / "run/checkpoints/2/params").rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:  # Orbax leaves copies behind that are never read
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 0xFF
+            path.write_bytes(bytes(content))
     run = train(tmp_path, "output_dir=run", "max_steps=4", *OPTIONS)
     assert "checkpoint of step 2 is damaged" in " ".join(run.stdout.split())
     assert "resuming after step 1" in run.stdout
@@ -142,7 +136,6 @@ def test_a_disk_that_is_full_loses_nothing(tmp_path: Path) -> None:
     assert "The checkpoint of step 2 could not be written" in said
     assert "that of step 1 is intact" in said
     assert same(convert.read(tmp_path / "run").tensors, before)
-    train(tmp_path, "output_dir=run", "max_steps=2", *OPTIONS)
 
 
 def test_what_is_not_finite_ends_the_run_with_names_and_the_last_good_state(tmp_path: Path) -> None:

@@ -6,39 +6,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import types
-import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from anyup_jax.config import AnyUpConfig
+from anyup_jax.encoders.settings import EncoderConfig
+from anyup_jax.settings import require
 
 Size = tuple[int, int]
-
-
-def _require(condition: Any, name: str, value: Any, remedy: str) -> None:
-    if not condition:
-        raise ValueError(f"{name}={value!r} cannot be: {remedy}.")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
-    """One frozen encoder to learn from.
-
-    Attributes:
-        name: of `anyup_jax.encoders` (it runs within the compiled step), or `timm:NAME` (any timm model, in PyTorch).
-        weights: a file or directory with its weights; None for the published ones.
-        pretrained: False for a random initialisation, which only tests want.
-        layer: which block or stage gives the features; several are concatenated along the channels.
-        norm: apply the model's final norm.
-    """
-
-    name: str
-    weights: str | None = None
-    pretrained: bool = True
-    layer: tuple[int, ...] = (-1,)
-    norm: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,9 +27,13 @@ class DatasetConfig:
         index: the size index of a folder; `root/size_index.tsv` if None.
         crop_size: height and width that the photograph is resized and centre cropped to.
         img_size: height and width of every view: the crops, and the whole crop resized to be guidance and input.
+        guidance_size: height and width of the guidance; None for those of the view the encoder sees of the whole crop.
         num_local_crops: crops of `img_size` for each photograph.
-        global_view_random_resize: least and greatest scale of the guidance in units of `crop_size`, drawn for each
-            batch; None leaves it at `img_size`. Every size drawn is compiled once.
+        global_view_random_resize: least and greatest scale of the view the encoder sees of the whole crop, in units of
+            `crop_size`, drawn for each batch; None leaves it at `img_size`. Every size drawn is compiled once.
+        random_region: least share of the photograph's area that the crop is cut from, at a random place and with the
+            crop's proportions; None for the largest region, in the centre. No photograph is enlarged for it.
+        flip: mirror every other photograph, drawn at random.
         augmentation_strength: 0 for none, 1 for the published recipe.
         workers: processes that prepare batches; 0 for threads of this one.
         threads: threads of each of these.
@@ -68,30 +47,37 @@ class DatasetConfig:
     index: str | None = None
     crop_size: Size = (448, 448)
     img_size: Size = (224, 224)
+    guidance_size: Size | None = None
     num_local_crops: int = 4
     global_view_random_resize: tuple[float, float] | None = None
+    random_region: float | None = None
+    flip: bool = False
     augmentation_strength: float = 1.0
     workers: int = 0
     threads: int = 4
     prefetch: int = 2
 
     def __post_init__(self) -> None:
-        _require(self.kind != "folder" or self.root, "dataset.root", self.root,
+        require(self.kind != "folder" or self.root, "dataset.root", self.root,
                  "name the folder whose subfolders hold the images, dataset.root=FOLDER")  # fmt: skip
-        _require(self.kind != "tfds" or self.name, "dataset.name", self.name,
+        require(self.kind != "tfds" or self.name, "dataset.name", self.name,
                  "name a TFDS data set, dataset.name=imagenet2012")  # fmt: skip
-        for field in ("crop_size", "img_size"):
-            _require(min(getattr(self, field)) >= 1, f"dataset.{field}", getattr(self, field), "give positive sizes")
+        for field in ("crop_size", "img_size", "guidance_size"):
+            size = getattr(self, field)
+            require(size is None or min(size) >= 1, f"dataset.{field}", size, "give positive sizes")
         fits = all(view <= crop for view, crop in zip(self.img_size, self.crop_size))
-        _require(fits, "dataset.img_size", self.img_size, f"it must fit into dataset.crop_size={self.crop_size}")
-        _require(self.num_local_crops >= 1, "dataset.num_local_crops", self.num_local_crops, "give at least 1")
-        _require(self.augmentation_strength >= 0, "dataset.augmentation_strength", self.augmentation_strength,
+        require(fits, "dataset.img_size", self.img_size, f"it must fit into dataset.crop_size={self.crop_size}")
+        require(self.num_local_crops >= 1, "dataset.num_local_crops", self.num_local_crops, "give at least 1")
+        require(self.augmentation_strength >= 0, "dataset.augmentation_strength", self.augmentation_strength,
                  "give 0 for none, 1 for the published recipe")  # fmt: skip
-        _require(self.workers >= 0, "dataset.workers", self.workers, "give 0 or more processes")
-        _require(self.threads >= 1, "dataset.threads", self.threads, "give at least one thread")
-        _require(self.prefetch >= 1, "dataset.prefetch", self.prefetch, "give at least one batch")
+        require(self.workers >= 0, "dataset.workers", self.workers, "give 0 or more processes")
+        require(self.threads >= 1, "dataset.threads", self.threads, "give at least one thread")
+        require(self.prefetch >= 1, "dataset.prefetch", self.prefetch, "give at least one batch")
+        region = self.random_region
+        require(region is None or 0 < region <= 1, "dataset.random_region", region,
+                 "give a share of the area above 0 and at most 1, or null for the centre")  # fmt: skip
         if (scales := self.global_view_random_resize) is not None:
-            _require(0 < scales[0] <= scales[1] <= 1, "dataset.global_view_random_resize", scales,
+            require(0 < scales[0] <= scales[1] <= 1, "dataset.global_view_random_resize", scales,
                      "give two scales with 0 < least <= greatest <= 1")  # fmt: skip
 
 
@@ -113,7 +99,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         weights = self.reconstruction, self.consistency, self.input
-        _require(
+        require(
             min(weights) >= 0 < max(weights), "loss", weights, "no weight may be negative, and one must be positive"
         )
 
@@ -143,15 +129,15 @@ class OptimizerConfig:
     ema_decay: float | None = None
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "give a positive rate")
-        _require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", self.betas, "give two numbers in [0, 1)")
-        _require(self.eps > 0, "optimizer.eps", self.eps, "give a positive number")
-        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "give 0 or more")
-        _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "give 0 or more steps")
-        _require(self.accumulate >= 1, "optimizer.accumulate", self.accumulate, "give at least 1")
+        require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "give a positive rate")
+        require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", self.betas, "give two numbers in [0, 1)")
+        require(self.eps > 0, "optimizer.eps", self.eps, "give a positive number")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "give 0 or more")
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "give 0 or more steps")
+        require(self.accumulate >= 1, "optimizer.accumulate", self.accumulate, "give at least 1")
         clip, ema = self.clip_norm, self.ema_decay
-        _require(clip is None or clip > 0, "optimizer.clip_norm", clip, "give a positive norm, or null for none")
-        _require(ema is None or 0 < ema < 1, "optimizer.ema_decay", ema, "give a number between 0 and 1, or null")
+        require(clip is None or clip > 0, "optimizer.clip_norm", clip, "give a positive norm, or null for none")
+        require(ema is None or 0 < ema < 1, "optimizer.ema_decay", ema, "give a number between 0 and 1, or null")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,16 +165,14 @@ class MeshConfig:
     process_id: int | None = None
 
     def __post_init__(self) -> None:
-        _require(self.data == -1 or self.data >= 1, "mesh.data", self.data, "give a number of devices, or -1 for all")
-        _require(
+        require(self.data == -1 or self.data >= 1, "mesh.data", self.data, "give a number of devices, or -1 for all")
+        require(
             self.model == -1 or self.model >= 1, "mesh.model", self.model, "give a number of devices, or -1 for all"
         )
-        _require(
-            (self.data, self.model) != (-1, -1), "mesh.model", -1, "only one of mesh.data and mesh.model can be -1"
-        )
-        _require(self.slices >= 1, "mesh.slices", self.slices, "give a number of slices")
+        require((self.data, self.model) != (-1, -1), "mesh.model", -1, "only one of mesh.data and mesh.model can be -1")
+        require(self.slices >= 1, "mesh.slices", self.slices, "give a number of slices")
         given = [x is not None for x in (self.coordinator, self.num_processes, self.process_id)]
-        _require(all(given) or not any(given), "mesh.coordinator", self.coordinator,
+        require(all(given) or not any(given), "mesh.coordinator", self.coordinator,
                  "mesh.coordinator, mesh.num_processes and mesh.process_id go together")  # fmt: skip
 
 
@@ -209,10 +193,10 @@ class CheckpointConfig:
     init_from: str | None = None
 
     def __post_init__(self) -> None:
-        _require(self.every >= 1, "checkpoint.every", self.every, "give at least one step")
-        _require(self.keep >= 1, "checkpoint.keep", self.keep, "keep at least one")
+        require(self.every >= 1, "checkpoint.every", self.every, "give at least one step")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, "keep at least one")
         period = self.keep_period
-        _require(period is None or period >= 1, "checkpoint.keep_period", period, "give at least one step, or null")
+        require(period is None or period >= 1, "checkpoint.keep_period", period, "give at least one step, or null")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,9 +218,9 @@ class LogConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.every >= 1, "log.every", self.every, "give at least one step")
-        _require(self.pictures_every >= 0, "log.pictures_every", self.pictures_every, "give 0 for no pictures")
-        _require(self.pictures >= 1, "log.pictures", self.pictures, "give at least one; log.pictures_every=0 for none")
+        require(self.every >= 1, "log.every", self.every, "give at least one step")
+        require(self.pictures_every >= 0, "log.pictures_every", self.pictures_every, "give 0 for no pictures")
+        require(self.pictures >= 1, "log.pictures", self.pictures, "give at least one; log.pictures_every=0 for none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -258,7 +242,7 @@ class ProfileConfig:
             return None
         first, colon, last = self.steps.partition(":")
         valid = colon and first.isdecimal() and last.isdecimal() and int(first) <= int(last)
-        _require(valid, "profile.steps", self.steps, "give first:last, such as 10:15")
+        require(valid, "profile.steps", self.steps, "give first:last, such as 10:15")
         return int(first), int(last)
 
 
@@ -293,17 +277,17 @@ class Config:
     output_dir: str = "outputs/train"
 
     def __post_init__(self) -> None:
-        _require(len(self.encoders) >= 1, "encoders", dict(self.encoders), "name at least one encoder")
-        _require(self.batch_size >= 1, "batch_size", self.batch_size, "give at least 1")
-        _require(self.batch_size % self.optimizer.accumulate == 0, "optimizer.accumulate", self.optimizer.accumulate,
+        require(len(self.encoders) >= 1, "encoders", dict(self.encoders), "name at least one encoder")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "give at least 1")
+        require(self.batch_size % self.optimizer.accumulate == 0, "optimizer.accumulate", self.optimizer.accumulate,
                  f"it must divide batch_size={self.batch_size}")  # fmt: skip
-        _require(self.max_steps >= 1, "max_steps", self.max_steps, "give at least 1")
-        _require(self.seed >= 0, "seed", self.seed, "give a whole number of at least 0")
+        require(self.max_steps >= 1, "max_steps", self.max_steps, "give at least 1")
+        require(self.seed >= 0, "seed", self.seed, "give a whole number of at least 0")
         warmup = self.optimizer.warmup_steps
-        _require(
+        require(
             warmup < self.max_steps, "optimizer.warmup_steps", warmup, f"it must be below max_steps={self.max_steps}"
         )
-        _require(self.model.input_dim == 3, "model.input_dim", self.model.input_dim, "photographs have 3 channels")
+        require(self.model.input_dim == 3, "model.input_dim", self.model.input_dim, "photographs have 3 channels")
 
     @property
     def consistency_size(self) -> Size:
@@ -319,31 +303,6 @@ FREE_TO_CHANGE = (
 """What a run may change when it resumes: how and how long it is computed, never what."""
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """Return a configuration as plain dictionaries, lists, strings and numbers; `from_dict` reads it back."""
-    return _plain(dataclasses.asdict(config))
-
-
-def from_dict(kind: type, values: Mapping[str, Any], where: str = "") -> Any:
-    """Build a configuration dataclass from plain values.
-
-    Raises:
-        ValueError: for a field that does not exist, is missing, or has a value of another type or out of range.
-    """
-    hints = typing.get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    if unknown := sorted(set(values) - set(fields)):
-        raise ValueError(f"{where + unknown[0]} is no setting; {where or 'the configuration'} has {', '.join(fields)}.")
-    converted = {name: _convert(value, hints[name], where + name) for name, value in values.items()}
-    missing = [
-        name for name, field in fields.items()
-        if name not in converted and field.default is field.default_factory is dataclasses.MISSING
-    ]  # fmt: skip
-    if missing:
-        raise ValueError(f"{where + missing[0]} is missing; give it a value.")
-    return kind(**converted)
-
-
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return "name: old -> new" for every setting that differs and that a resumed run must not change."""
     before, after = _flat(old), _flat(new)
@@ -352,55 +311,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         if before.get(name) != after.get(name) and not any(_matches(name, free) for free in FREE_TO_CHANGE):
             found.append(f"{name}: {before.get(name)} -> {after.get(name)}")
     return found
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _convert(value, next(kind for kind in arguments if kind is not type(None)), where)
-    if origin is Literal:
-        if value not in arguments:
-            raise ValueError(f"{where}={value!r} is unknown; choose one of {', '.join(map(str, arguments))}.")
-        return value
-    if dataclasses.is_dataclass(hint):
-        if isinstance(value, hint):
-            return value
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{where}={value!r} must be a group of settings.")
-        return from_dict(hint, value, f"{where}.")
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{where}={value!r} must be a group of settings.")
-        return {str(name): _convert(item, arguments[1], f"{where}.{name}") for name, item in value.items()}
-    if origin is tuple:
-        return _tuple(value, arguments, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ValueError(f"{where}={value!r} must be of type {hint.__name__}.")
-    if hint is float and not math.isfinite(value):
-        raise ValueError(f"{where}={value!r} must be finite.")
-    return value
-
-
-def _tuple(value: Any, arguments: tuple[Any, ...], where: str) -> tuple[Any, ...]:
-    """A single number stands for as many of them as the tuple has."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = [value] * (1 if arguments[-1] is Ellipsis else len(arguments))
-    if not isinstance(value, tuple | list):
-        raise ValueError(f"{where}={value!r} must be a list.")
-    kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-    if len(kinds) != len(value):
-        raise ValueError(f"{where}={list(value)} must have {len(kinds)} entries.")
-    return tuple(_convert(item, kind, where) for item, kind in zip(value, kinds))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
-from train import config as settings
+from anyup_jax.settings import to_dict
 from train import program
 from train.config import Config
 
@@ -21,7 +21,7 @@ def show(config: Config, mesh: Mesh, source: Any) -> None:
     if jax.process_index() != 0:
         return
     out = Console(width=120, highlight=False, markup=False)
-    out.print(yaml.safe_dump(settings.to_dict(config), sort_keys=False).rstrip())
+    out.print(yaml.safe_dump(to_dict(config), sort_keys=False).rstrip())
     _, state = program.abstract_state(config)
     trained, carried = (_count(tree) for tree in (state.params, state.carried))
     out.print(f"\nparameters  {trained + carried:,}, of which {carried:,} are carried and never trained")

@@ -8,25 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from anyup_jax import encoders
-from anyup_jax.encoders import catalog, timm_bridge
-from anyup_jax.encoders.encoder import Encoder
-from train.config import Config, EncoderConfig, Size
+from train.config import Config, Size
 from train.step import Geometry
-
-
-def stride(config: EncoderConfig) -> int | None:
-    """Return an encoder's pixels a cell without its weights; None for a timm model, which tells once it is built.
-
-    Raises:
-        ValueError: for an unknown name or layer.
-    """
-    if config.name.startswith(timm_bridge.PREFIX):
-        return None
-    layers = config.layer if len(config.layer) > 1 else config.layer[0]
-    return Encoder(nnx.Module(), catalog.find(config.name), layer=layers, norm=config.norm).stride
 
 
 def check_sizes(name: str, patch: int, config: Config) -> None:
@@ -41,19 +25,6 @@ def check_sizes(name: str, patch: int, config: Config) -> None:
             )
 
 
-def load(config: EncoderConfig, dtype: str) -> Any:
-    """Return a loaded encoder, in Flax or a `timm:` model in PyTorch.
-
-    Raises:
-        OSError, ValueError, ImportError: as `anyup_jax.encoders.create` does.
-    """
-    layers = config.layer if len(config.layer) > 1 else config.layer[0]
-    options = dict(weights=config.weights, pretrained=config.pretrained, layer=layers, norm=config.norm)
-    if config.name.startswith(timm_bridge.PREFIX):
-        return timm_bridge.create(config.name.removeprefix(timm_bridge.PREFIX), **options)
-    return encoders.create(config.name, dtype=jnp.dtype(dtype), **options)
-
-
 def choose(seed: int, step: int, patches: dict[str, int]) -> str:
     """Return the encoder of a step: a patch size, every one as likely, then one of the encoders that have it."""
     random = np.random.default_rng((seed, step, 0))
@@ -62,12 +33,12 @@ def choose(seed: int, step: int, patches: dict[str, int]) -> str:
 
 
 def geometry(config: Config, patch: int, step: int) -> Geometry:
-    """Return the sizes of a step: the guidance's are drawn anew for each where the configuration says so."""
-    data, guidance = config.dataset, config.dataset.img_size
+    """Return the sizes of a step: the whole view's are drawn anew for each where the configuration says so."""
+    data, whole = config.dataset, config.dataset.img_size
     if data.global_view_random_resize is not None:
         scale = np.random.default_rng((config.seed, step, 1)).uniform(*data.global_view_random_resize)
-        guidance = tuple(max(2, round(side * scale / patch)) * patch for side in data.crop_size)
-    return Geometry(patch, data.crop_size, data.img_size, guidance, config.consistency_size)
+        whole = tuple(max(2, round(side * scale / patch)) * patch for side in data.crop_size)
+    return Geometry(patch, data.crop_size, data.img_size, whole, data.guidance_size or whole, config.consistency_size)
 
 
 def bridge_features(encoder: Any, batch: dict[str, np.ndarray], sizes: Geometry) -> dict[str, np.ndarray]:
@@ -85,6 +56,6 @@ def _bridge_views(sizes: Geometry):
 
     def views(image, uniform):
         crops = cut_crops(jnp.asarray(image), sizes.corners(uniform) * sizes.patch, sizes.view)
-        return lr_view(image, sizes.guidance), crops.astype(jnp.float32) / 255
+        return lr_view(image, sizes.whole), crops.astype(jnp.float32) / 255
 
     return jax.jit(views)

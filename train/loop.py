@@ -19,6 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from anyup_jax.encoders.encoder import Encoder
 from anyup_jax.files import replacing
 from anyup_jax.model import AnyUp
+from anyup_jax.settings import to_dict
 from train import config as settings
 from train import encoders, pictures, sharding
 from train.checkpoint import Checkpoints
@@ -44,7 +45,7 @@ def run(config: Config, *, dry: bool = False) -> int:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, config.optimizer.accumulate, mesh)
     for name, encoder in config.encoders.items():
-        if (patch := encoders.stride(encoder)) is not None:
+        if (patch := encoder.stride()) is not None:
             encoders.check_sizes(name, patch, config)
     output = Path(config.output_dir)
     check_output(output, config)
@@ -67,7 +68,7 @@ class Run:
     def __init__(self, config: Config, mesh: Mesh, source: Source, output: Path):
         self.config, self.mesh, self.source, self.output = config, mesh, source, output
         self.held_out = pictures.held_out(config) if config.log.pictures_every and jax.process_index() == 0 else []
-        self.encoders = {name: encoders.load(encoder, config.dtype) for name, encoder in config.encoders.items()}
+        self.encoders = {name: encoder.load(config.dtype) for name, encoder in config.encoders.items()}
         for name, encoder in self.encoders.items():
             encoders.check_sizes(name, encoder.stride, config)
         self.patches = {name: encoder.stride for name, encoder in self.encoders.items()}
@@ -181,7 +182,7 @@ class Run:
         step = int(state.step)
         data = batches.get_state() | {"step": step}
         params, optimizer, ema = pure(state)
-        saver.save(step, params, optimizer, ema, data, settings.to_dict(self.config))
+        saver.save(step, params, optimizer, ema, data, to_dict(self.config))
 
     def restore(self, saver: Checkpoints, say: Any) -> tuple[int, dict[str, Any] | None]:
         """Take the newest good checkpoint, if there is one; return its step and the position in the data."""
@@ -290,7 +291,7 @@ def check_output(output: Path, config: Config) -> None:
         if output.is_file() or (output.is_dir() and any(path.name != "checkpoints" for path in output.iterdir())):
             raise FileExistsError(f"output_dir={output} holds something that is no training run; name another folder.")
         return
-    changed = settings.differences(yaml.safe_load(saved.read_text()), settings.to_dict(config))
+    changed = settings.differences(yaml.safe_load(saved.read_text()), to_dict(config))
     if changed:
         raise ValueError(
             f"output_dir={output} holds a run with other settings ({'; '.join(changed)}): undo them to resume it, or "
@@ -300,7 +301,7 @@ def check_output(output: Path, config: Config) -> None:
 
 def write_config(output: Path, config: Config) -> None:
     with replacing(output / "config.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump(settings.to_dict(config), sort_keys=False))
+        temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 @contextlib.contextmanager

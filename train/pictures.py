@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from anyup_jax import AnyUp, figure, upsample, visualize
 from anyup_jax.cli import normalize
 from anyup_jax.files import read_image
 from train.config import Config, Size
+from train.data.sources import shipped
 
 Photograph = tuple[str, UInt8[np.ndarray, "Hc Wc 3"]]
 SHIPPED = ("chelsea.png", "coffee.png")  # of scikit-image; `train.data` leaves them out
@@ -116,13 +116,7 @@ def _features(model: AnyUp, encoder: Any, crop: UInt8[np.ndarray, "Hc Wc 3"], im
 
 
 def _shipped() -> list[tuple[str, Path]]:
-    try:
-        folder = Path(str(importlib.resources.files("skimage"))) / "data"
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            'The held-out photographs come with scikit-image, which is not installed: pip install "anyup-jax[viz]", or '
-            "name a folder of photographs as log.pictures_root, or set log.pictures_every=0."
-        ) from error
+    folder = shipped()
     return [(name, folder / name) for name in SHIPPED]
 
 

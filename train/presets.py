@@ -9,8 +9,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from anyup_jax.config import AnyUpConfig
+from anyup_jax.settings import to_dict
 from train import config as settings
-from train.config import Config, DatasetConfig, MeshConfig, OptimizerConfig, to_dict
+from train.config import Config, DatasetConfig, MeshConfig, OptimizerConfig
 
 NAME = "train"  # of the configuration that `train.run` starts from
 
@@ -107,7 +108,7 @@ def _others(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _schema(kind: type, changes: dict[str, Any]) -> dict[str, Any]:
-    """A dataclass's defaults with some changed; its types are checked by `train.config.from_dict`."""
+    """A dataclass's defaults with some changed; its types are checked by `anyup_jax.settings`."""
     values = {}
     for field in dataclasses.fields(kind):
         value = changes.get(field.name, field.default)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -54,9 +55,9 @@ def lower(config: Config, mesh: Mesh, name: str) -> jax.stages.Lowered:
 
     whole = jax.tree.map(lambda _: sharding.BATCH, batch := batch_shapes(config))
     if chosen.name.startswith(timm_bridge.PREFIX):
-        encoder = encoders.load(EncoderConfig(name=chosen.name, pretrained=False, layer=chosen.layer), config.dtype)
+        encoder = dataclasses.replace(chosen, weights=None, pretrained=False).load(config.dtype)
         sizes, structure, frozen = encoders.geometry(config, encoder.stride, 0), None, ()
-        cells = (side // encoder.stride for side in sizes.guidance)
+        cells = (side // encoder.stride for side in sizes.whole)
         maps = {
             "lr": (*cells, encoder.channels),
             "hr": (config.dataset.num_local_crops, *sizes.crop_cells, encoder.channels),

@@ -15,8 +15,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from anyup_jax.settings import from_dict
 from train import presets
-from train.config import Config, from_dict
+from train.config import Config
 
 IMPOSSIBLE = 2
 presets.register()

@@ -72,13 +72,15 @@ class Geometry:
         patch: pixels a cell.
         crop: height and width of the photograph.
         view: height and width of the crops.
-        guidance: height and width of the whole photograph as guidance and low-resolution input.
+        whole: height and width at which the encoder sees the whole photograph.
+        guidance: height and width of the whole photograph as guidance.
         consistency: height and width at which consistency is measured.
     """
 
     patch: int
     crop: Size
     view: Size
+    whole: Size
     guidance: Size
     consistency: Size
 
@@ -114,7 +116,7 @@ def features_of(
     """Return an encoder's features of the whole photographs and of their crops."""
     image, crops = batch["image"], geometry.corners(batch["crops"])
     cut = cut_crops(image, crops * geometry.patch, geometry.view).astype(jnp.float32) / 255
-    lr = encode(lr_view(image, geometry.guidance))
+    lr = encode(lr_view(image, geometry.whole))
     hr = encode(cut.reshape(-1, *cut.shape[2:]))
     return lr, hr.reshape(*crops.shape[:2], *hr.shape[1:])
 
@@ -147,7 +149,6 @@ def make_step(
         encoder: structure of a Flax encoder and how its state is kept; None where the batch brings "lr" and "hr".
     """
     rate_at = optim.schedule(config.optimizer, config.max_steps)
-    parts = config.optimizer.accumulate
 
     def loss(params, carried, batch, encode):
         model = nnx.merge(graph, sharding.gather(params, specs.params), carried)
@@ -168,15 +169,7 @@ def make_step(
             )
             return gradients, terms | dict(loss=value)
 
-        if parts == 1:
-            gradients, metrics = part(batch)
-        else:
-            pieces = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
-            sums = jax.tree.map(
-                lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, jax.tree.map(lambda x: x[0], pieces))
-            )
-            sums, _ = lax.scan(lambda sums, piece: (jax.tree.map(jnp.add, sums, part(piece)), None), sums, pieces)
-            gradients, metrics = jax.tree.map(lambda x: x / parts, sums)
+        gradients, metrics = in_parts(part, batch, config.optimizer.accumulate)
         gradients, norm = reduce(gradients, specs.params, mesh)
         metrics = lax.pmean(metrics, sharding.AXES)
         return advance(state, gradients, norm, metrics)
@@ -202,6 +195,17 @@ def make_step(
         check_vma=False,
     )
     return jax.jit(inside, donate_argnums=0)
+
+
+def in_parts(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
+    """Return the mean of a function over equal parts of a batch, one after the other, so that one is in memory."""
+    if parts == 1:
+        return function(batch)
+    pieces = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], pieces))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    sums, _ = lax.scan(lambda sums, piece: (jax.tree.map(jnp.add, sums, function(piece)), None), zeros, pieces)
+    return jax.tree.map(lambda x: x / parts, sums)
 
 
 def reduce(gradients: Any, specs: Any, mesh: Mesh) -> tuple[Any, Float[Array, ""]]:

@@ -16,7 +16,7 @@ from absl import flags
 
 from train.augment import augment
 from train.config import Config, DatasetConfig
-from train.data.images import read_crop
+from train.data.images import Region, read_crop
 from train.data.sources import Source
 
 ENDLESS = 1 << 48  # photographs of a run at most; grain cannot slice what has no end into batches of one
@@ -46,20 +46,24 @@ class Prepare(grain.transforms.MapWithIndex):
 
     def map_with_index(self, position: int, index: int) -> dict[str, Any]:
         """Return the element at a position of the run; a photograph that cannot be used gives way to the next one."""
+        random = np.random.default_rng((self.seed, position))
+        crops = random.random((self.config.num_local_crops, 2), np.float32)
+        views = np.random.default_rng((self.seed, position, 1)).random(4)
+        region = Region(*views[:3], self.config.random_region) if self.config.random_region else None
         skipped = []
         for attempt in range(min(GIVE_UP, len(self.source))):
             number = (index + attempt) % len(self.source)
             name = self.source.name(number)
             try:
                 with self.source.open(number) as file:
-                    image = read_crop(file, name, self.config.crop_size)
+                    image = read_crop(file, name, self.config.crop_size, region)
                 break
             except (OSError, ValueError) as error:
                 skipped.append((name, " ".join(str(error).split())))
         else:
             raise ValueError(f"{len(skipped)} photographs in a row cannot be used, the last because: {skipped[-1][1]}")
-        random = np.random.default_rng((self.seed, position))
-        crops = random.random((self.config.num_local_crops, 2), np.float32)
+        if self.config.flip and views[3] < 0.5:
+            image = np.ascontiguousarray(image[:, ::-1])
         augmented = augment(image, self.config.augmentation_strength, random)
         return dict(image=image, augmented=augmented, crops=crops, name=name, skipped=skipped)
 

@@ -99,14 +99,19 @@ def open_source(config: DatasetConfig, say: Callable[[str], None] = print) -> So
     return {"skimage": _skimage, "folder": _folder, "tfds": _tfds}[config.kind](config, say)
 
 
-def _skimage(config: DatasetConfig, _say: Callable[[str], None]) -> Files:
+def shipped() -> Path:
+    """Return the folder of photographs in the wheel of scikit-image. Raises ImportError if it is not installed."""
     try:
-        folder = Path(str(importlib.resources.files("skimage"))) / "data"
+        return Path(str(importlib.resources.files("skimage"))) / "data"
     except ModuleNotFoundError as error:
         raise ImportError(
-            "dataset.kind=skimage takes the photographs of scikit-image, which is not installed: "
-            'pip install "anyup-jax[viz]".'
+            'Photographs come with scikit-image, which is not installed: pip install "anyup-jax[viz]", or name '
+            "folders of your own as dataset.root (dataset=folder) and log.pictures_root."
         ) from error
+
+
+def _skimage(config: DatasetConfig, _say: Callable[[str], None]) -> Files:
+    folder = shipped()
     sizes = {}
     for name in SHIPPED:
         with Image.open(folder / name) as image:

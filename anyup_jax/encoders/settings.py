@@ -1,0 +1,61 @@
+"""An encoder as a setting of a training run or of an evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """One frozen encoder to learn from.
+
+    Attributes:
+        name: of `anyup_jax.encoders` (it runs within the compiled step), or `timm:NAME` (any timm model, in PyTorch).
+        weights: a file or directory with its weights; None for the published ones.
+        pretrained: False for a random initialisation, which only tests want.
+        layer: which block or stage gives the features; several are concatenated along the channels.
+        norm: apply the model's final norm.
+    """
+
+    name: str
+    weights: str | None = None
+    pretrained: bool = True
+    layer: tuple[int, ...] = (-1,)
+    norm: bool = True
+
+    @property
+    def layers(self) -> int | tuple[int, ...]:
+        """The layer as `encoders.create` takes it."""
+        return self.layer if len(self.layer) > 1 else self.layer[0]
+
+    def stride(self) -> int | None:
+        """Return its pixels a cell without its weights; None for a timm model, which tells once it is built.
+
+        Raises:
+            ValueError: for an unknown name or layer.
+        """
+        from anyup_jax.encoders import catalog  # jax comes after the configuration
+        from anyup_jax.encoders.encoder import common_stride, resolve_layers
+        from anyup_jax.encoders.timm_bridge import PREFIX
+
+        if self.name.startswith(PREFIX):
+            return None
+        strides = catalog.find(self.name).config.strides
+        return common_stride(self.name, resolve_layers(self.name, self.layers, len(strides)), strides)
+
+    def load(self, dtype: str = "float32") -> Any:
+        """Return the encoder, in Flax or a `timm:` model in PyTorch.
+
+        Raises:
+            OSError, ValueError, ImportError: as `encoders.create` does.
+        """
+        import jax.numpy as jnp
+
+        from anyup_jax import encoders
+        from anyup_jax.encoders import timm_bridge
+
+        options = dict(weights=self.weights, pretrained=self.pretrained, layer=self.layers, norm=self.norm)
+        if self.name.startswith(timm_bridge.PREFIX):
+            return timm_bridge.create(self.name.removeprefix(timm_bridge.PREFIX), **options)
+        return encoders.create(self.name, dtype=jnp.dtype(dtype), **options)

@@ -1,0 +1,90 @@
+"""Configurations as frozen dataclasses: built from plain values, checked by their type hints, and plain again."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+
+def require(condition: Any, name: str, value: Any, remedy: str) -> None:
+    """Raise ValueError that names a setting, its value and what to do, unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{name}={value!r} cannot be: {remedy}.")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a configuration as plain dictionaries, lists, strings and numbers; `from_dict` reads it back."""
+    return _plain(dataclasses.asdict(config))
+
+
+def from_dict(kind: type, values: Mapping[str, Any], where: str = "") -> Any:
+    """Build a configuration dataclass from plain values.
+
+    Raises:
+        ValueError: for a field that does not exist, is missing, or has a value of another type or out of range.
+    """
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    if unknown := sorted(set(values) - set(fields)):
+        raise ValueError(f"{where + unknown[0]} is no setting; {where or 'the configuration'} has {', '.join(fields)}.")
+    converted = {name: _convert(value, hints[name], where + name) for name, value in values.items()}
+    missing = [
+        name for name, field in fields.items()
+        if name not in converted and field.default is field.default_factory is dataclasses.MISSING
+    ]  # fmt: skip
+    if missing:
+        raise ValueError(f"{where + missing[0]} is missing; give it a value.")
+    return kind(**converted)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(value, next(kind for kind in arguments if kind is not type(None)), where)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{where}={value!r} is unknown; choose one of {', '.join(map(str, arguments))}.")
+        return value
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where}={value!r} must be a group of settings.")
+        return from_dict(hint, value, f"{where}.")
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where}={value!r} must be a group of settings.")
+        return {str(name): _convert(item, arguments[1], f"{where}.{name}") for name, item in value.items()}
+    if origin is tuple:
+        return _tuple(value, arguments, where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ValueError(f"{where}={value!r} must be of type {hint.__name__}.")
+    if hint is float and not math.isfinite(value):
+        raise ValueError(f"{where}={value!r} must be finite.")
+    return value
+
+
+def _tuple(value: Any, arguments: tuple[Any, ...], where: str) -> tuple[Any, ...]:
+    """A single number stands for as many of them as the tuple has."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = [value] * (1 if arguments[-1] is Ellipsis else len(arguments))
+    if not isinstance(value, tuple | list):
+        raise ValueError(f"{where}={value!r} must be a list.")
+    kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+    if len(kinds) != len(value):
+        raise ValueError(f"{where}={list(value)} must have {len(kinds)} entries.")
+    return tuple(_convert(item, kind, where) for item, kind in zip(value, kinds))

@@ -1,0 +1,158 @@
+"""The configuration of an evaluation: frozen dataclasses, in which an impossible one cannot be written down."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+from anyup_jax.encoders.settings import EncoderConfig
+from anyup_jax.settings import require
+
+Size = tuple[int, int]
+METHODS = ("nearest", "bilinear", "bicubic", "joint_bilateral", "anyup", "high_resolution")
+WINDOWS = ("paper", "natten")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """Images and what is to be predicted of them.
+
+    Attributes:
+        kind: how the files lie: "folder" (`root/SPLIT/images/NAME.jpg` and `root/SPLIT/labels/NAME.png`), the published
+            layout of "voc", "ade20k", "cityscapes", "cocostuff27" or "nyu", or "tfds" (TensorFlow Datasets).
+        root: the folder; for tfds its `data_dir`.
+        name: of a TFDS data set; in tables, of any.
+        train, val: the split that the probe is trained on, and the one it is scored on; None for the usual ones.
+        classes: number of classes; None where the layout or `root/classes.json` says it.
+        ignore: label that is neither trained on nor scored.
+        image, label: names of the features of a TFDS data set.
+        size: height and width that image and label are resized (short side) and centre cropped to.
+    """
+
+    kind: Literal["folder", "voc", "ade20k", "cityscapes", "cocostuff27", "nyu", "tfds"] = "folder"
+    root: str | None = None
+    name: str | None = None
+    train: str | None = None
+    val: str | None = None
+    classes: int | None = None
+    ignore: int = 255
+    image: str = "image"
+    label: str = "segmentation_label"
+    size: Size = (448, 448)
+
+    def __post_init__(self) -> None:
+        require(self.root or self.kind == "tfds", "dataset.root", self.root,
+                "name the folder with images and labels, dataset.root=FOLDER")  # fmt: skip
+        require(self.kind != "tfds" or self.name, "dataset.name", self.name,
+                "name a TFDS data set, dataset.name=NAME")  # fmt: skip
+        require(self.classes is None or self.classes >= 2, "dataset.classes", self.classes, "give at least 2, or null")
+        require(0 <= self.ignore <= 255, "dataset.ignore", self.ignore, "labels are from 0 to 255")
+        require(min(self.size) >= 1, "dataset.size", self.size, "give a positive height and width")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """A head that is trained on frozen features.
+
+    Attributes:
+        head: "linear", or "dpt" for depth and normals.
+        learning_rate, weight_decay: of AdamW.
+        schedule: "cosine_per_epoch" (segmentation), "cosine_per_iteration", "warmup_cosine" (depth and normals: linear
+            from 0.01 over `warmup_epochs`, then cosine to 0.01), "constant", or "per_iteration_bug": a cosine with a
+            period of twice the number of epochs that is stepped with every iteration, as JAFAR's published code does.
+        epochs: passes over the training split.
+        batch_size: images of a step.
+        flip: mirror whole batches, each with probability 1/2 (segmentation).
+        augment: colour jitter and random resized crops (depth and normals).
+        warmup_epochs: of "warmup_cosine".
+        pixel_stride: of every square of this many pixels a side, one is trained on, drawn once for each image; 1 for
+            all pixels. Scores are over all pixels either way.
+    """
+
+    head: Literal["linear", "dpt"] = "linear"
+    learning_rate: float = 5e-4
+    weight_decay: float = 1e-5
+    schedule: Literal["cosine_per_epoch", "cosine_per_iteration", "warmup_cosine", "constant", "per_iteration_bug"] = (
+        "cosine_per_epoch"
+    )
+    epochs: int = 20
+    batch_size: int = 4
+    flip: bool = True
+    augment: bool = True
+    warmup_epochs: float = 1.5
+    pixel_stride: int = 1
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, "probe.learning_rate", self.learning_rate, "give a positive rate")
+        require(self.weight_decay >= 0, "probe.weight_decay", self.weight_decay, "give 0 or more")
+        require(self.epochs >= 1, "probe.epochs", self.epochs, "give at least 1")
+        require(self.batch_size >= 1, "probe.batch_size", self.batch_size, "give at least 1")
+        require(self.warmup_epochs >= 0, "probe.warmup_epochs", self.warmup_epochs, "give 0 or more")
+        require(self.pixel_stride >= 1, "probe.pixel_stride", self.pixel_stride, "give at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UpsamplerConfig:
+    """AnyUp, as a method.
+
+    Attributes:
+        weights: what `anyup_jax.from_pretrained` takes: a published name, a file, a folder, a training run.
+        ema: of a training run, the moving average of the parameters.
+        window: "paper" or "natten"; None for the one the checkpoint says.
+        dtype: type of the computation.
+    """
+
+    weights: str = "anyup_multi_backbone"
+    ema: bool = False
+    window: Literal["paper", "natten"] | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """An evaluation: every encoder with every method.
+
+    Attributes:
+        task: what is measured.
+        encoders: a name of one's own for each -> the encoder.
+        methods: of `METHODS`; "anyup" with the window of `anyup.window`.
+        anyup: the upsampler behind "anyup".
+        high_resolution: how many times larger the image is that "high_resolution" shows to the encoder.
+        cache: where what a frozen method does to each image is kept, so that it is computed once instead of in every
+            epoch; None computes it anew, which is what large data sets need.
+        pictures: images of the validation split in the picture sheet; 0 for none.
+        limit: use only this many images of each split; None for all.
+        seed: of the probes' initial weights, the order of images and the flips.
+        output_dir: everything the evaluation writes; starting again with the same one resumes.
+    """
+
+    task: Literal["segmentation", "depth", "normals", "fidelity"] = "segmentation"
+    encoders: Mapping[str, EncoderConfig]
+    methods: tuple[str, ...] = ("bilinear", "anyup")
+    dataset: DatasetConfig
+    probe: ProbeConfig = ProbeConfig()
+    anyup: UpsamplerConfig = UpsamplerConfig()
+    high_resolution: int = 2
+    cache: str | None = None
+    pictures: int = 6
+    limit: int | None = None
+    seed: int = 0
+    output_dir: str = "outputs/evaluate"
+
+    def __post_init__(self) -> None:
+        require(len(self.encoders) >= 1, "encoders", dict(self.encoders), "name at least one encoder")
+        unknown = [name for name in self.methods if name not in METHODS]
+        require(not unknown, "methods", list(self.methods), f"choose of {', '.join(METHODS)}")
+        require(len(set(self.methods)) == len(self.methods) > 0, "methods", list(self.methods), "name each once")
+        require(self.high_resolution >= 2, "high_resolution", self.high_resolution, "give at least 2")
+        require(self.pictures >= 0, "pictures", self.pictures, "give 0 for none")
+        require(self.limit is None or self.limit >= 1, "limit", self.limit, "give at least 1, or null for all")
+        require(self.seed >= 0, "seed", self.seed, "give a whole number of at least 0")
+        geometric = self.task in ("depth", "normals")
+        require(not geometric or self.dataset.kind == "nyu", "dataset.kind", self.dataset.kind,
+                f"task={self.task} needs dataset.kind=nyu")  # fmt: skip
+        require(geometric or self.dataset.kind != "nyu", "dataset.kind", self.dataset.kind,
+                "nyu is for task=depth and task=normals")  # fmt: skip
+        require(geometric or self.probe.head == "linear", "probe.head", self.probe.head,
+                f"task={self.task} has a linear head only")  # fmt: skip

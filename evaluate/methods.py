@@ -1,0 +1,230 @@
+"""Upsamplers behind one interface: `method(image, features, size, values) -> features` at that size.
+
+Every method averages values with weights that depend on the image and on the features but not on the values. So a
+linear head may be applied before it, and what it does to an image can be kept, see `evaluate.operators`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+import anyup_jax
+from anyup_jax.attention import window_attention
+from anyup_jax.encoders.catalog import IMAGENET
+from anyup_jax.geometry import AxisWindow, axis_window
+from anyup_jax.layers import pooling
+from anyup_jax.strips import WHOLE
+from evaluate.config import Config, Size
+
+Maps = Mapping[str, tuple[Float[Array, "B h w C"], Float[Array, "B h w E"]]]
+
+
+class Method(Protocol):
+    """What is measured.
+
+    Attributes:
+        name: as the command line has it.
+        enlarge: how many times larger than for the other methods the image is that the encoder sees.
+    """
+
+    name: str
+    enlarge: int
+
+    def __call__(
+        self,
+        image: Float[Array, "B H W 3"],
+        features: Float[Array, "B h w C"],
+        size: Size,
+        values: Float[Array, "B h w E"] | None = None,
+    ) -> Float[Array, "B Ho Wo E"]:
+        """Return the features, or `values` instead of them, at another size; the image has values in [0, 1]."""
+        ...
+
+    def several(self, image: Float[Array, "B H W 3"], maps: Maps, size: Size) -> dict[str, Float[Array, "B Ho Wo E"]]:
+        """Do the same for several pairs of features and values of one image."""
+        ...
+
+    def windows(self, cells: Size, size: Size) -> tuple[AxisWindow, AxisWindow] | None:
+        """Which cells an output position averages; None where that does not depend on the image."""
+        ...
+
+
+def create(name: str, config: Config) -> Method:
+    """Return a method by its name.
+
+    Raises:
+        ValueError, OSError, ConnectionError: for weights that cannot be had, as `anyup_jax.from_pretrained` says it.
+    """
+    if name == "anyup":
+        settings = config.anyup
+        options: dict[str, Any] = {} if settings.window is None else dict(window=settings.window)
+        if settings.ema:
+            options["ema"] = True
+        return Upsampler(anyup_jax.from_pretrained(settings.weights, dtype=jnp.dtype(settings.dtype), **options))
+    if name == "joint_bilateral":
+        return JointBilateral()
+    if name == "high_resolution":
+        return Interpolation(name, "bilinear", config.high_resolution)
+    return Interpolation(name, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Interpolation:
+    """Separable interpolation with the conventions of PyTorch's `interpolate`, which the published tables use.
+
+    Attributes:
+        kernel: "nearest" (nearest-exact), "bilinear" or "bicubic" (a = -0.75), the last two without aligned corners.
+    """
+
+    name: str
+    kernel: str
+    enlarge: int = 1
+
+    def __call__(self, image, features, size, values=None):
+        values = features if values is None else values
+        rows, cols = (jnp.asarray(axis_weights(self.kernel, n, m)) for n, m in zip(values.shape[1:3], size))
+        return jnp.einsum("Hh,bhwc,Ww->bHWc", rows, values, cols, precision="highest")
+
+    def several(self, image, maps, size):
+        return {name: self(image, features, size, values) for name, (features, values) in maps.items()}
+
+    def windows(self, cells: Size, size: Size) -> None:
+        return None
+
+
+def axis_weights(kernel: str, cells: int, size: int) -> Float[np.ndarray, "size cells"]:
+    """Return what each of `size` positions takes of each of `cells`; positions beyond the edge repeat it."""
+    position = (np.arange(size) + 0.5) * cells / size - 0.5
+    if kernel == "nearest":
+        taps, weights = np.floor(position + 0.5)[:, None], np.ones((size, 1))
+    elif kernel == "bilinear":
+        position = position.clip(0, cells - 1)
+        taps = np.floor(position)[:, None] + np.arange(2)
+        weights = 1 - np.abs(position[:, None] - taps)
+    else:
+        taps = np.floor(position)[:, None] + np.arange(-1, 3)
+        weights = _cubic(np.abs(position[:, None] - taps))
+    matrix = np.zeros((size, cells))
+    np.add.at(matrix, (np.arange(size)[:, None], taps.clip(0, cells - 1).astype(int)), weights)
+    return matrix.astype(np.float32)
+
+
+def _cubic(distance: np.ndarray, a: float = -0.75) -> np.ndarray:
+    """The cubic convolution kernel of Keys, "Cubic convolution interpolation for digital image processing" (1981)."""
+    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+    return np.where(distance <= 1, near, np.where(distance < 2, far, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class JointBilateral:
+    """Joint bilateral upsampling (Kopf et al., 2007), which needs no training.
+
+    A position averages the cells around it, weighted by their distance and by how much its colour differs from the mean
+    colour of the cell.
+
+    Attributes:
+        radius: cells on either side.
+        spatial: standard deviation of the distance, in cells.
+        range: standard deviation of the difference of colours in [0, 1].
+    """
+
+    name: str = "joint_bilateral"
+    enlarge: int = 1
+    radius: int = 2
+    spatial: float = 1.0
+    range: float = 0.1
+
+    def __call__(self, image, features, size, values=None):
+        values = features if values is None else values
+        cells = values.shape[1:3]
+        guide = image if image.shape[1:3] == size else jax.image.resize(
+            image, (len(image), *size, 3), "bilinear", antialias=True
+        )  # fmt: skip
+        coarse = jax.image.resize(image, (len(image), *cells, 3), "bilinear", antialias=True)
+        rows, cols = ((np.arange(n) + 0.5) * m / n - 0.5 for n, m in zip(size, cells))
+        tall, wide = self.windows(cells, size)
+
+        def add(sums, offset):  # one cell of every position's window at a time: memory for one map of values
+            row, col = offset // wide.count.shape[1], offset % wide.count.shape[1]
+            i, j = jnp.asarray(tall.start) + row, jnp.asarray(wide.start) + col
+            distance = jnp.square(rows - i)[:, None] + jnp.square(cols - j)[None]
+            colour = jnp.square(guide - coarse[:, i][:, :, j]).sum(-1)
+            weight = jnp.exp(-0.5 * (distance / self.spatial**2 + colour / self.range**2))
+            total, weights = sums
+            return (total + weight[..., None] * values[:, i][:, :, j], weights + weight), None
+
+        total = jnp.zeros((len(values), *size, values.shape[-1]), values.dtype)
+        count = tall.count.shape[1] * wide.count.shape[1]
+        (total, weights), _ = jax.lax.scan(add, (total, jnp.full(total.shape[:3], 1e-30)), jnp.arange(count))
+        return total / weights[..., None]
+
+    def several(self, image, maps, size):
+        return {name: self(image, features, size, values) for name, (features, values) in maps.items()}
+
+    def windows(self, cells: Size, size: Size) -> tuple[AxisWindow, AxisWindow]:
+        """Cells within the radius, moved inwards at the edges."""
+        return tuple(self._axis(n, m) for n, m in zip(size, cells))
+
+    def _axis(self, size: int, cells: int) -> AxisWindow:
+        span = min(2 * self.radius + 1, cells)
+        nearest = np.floor((np.arange(size) + 0.5) * cells / size).astype(np.int32)
+        start = (nearest - self.radius).clip(0, cells - span).astype(np.int32)
+        return AxisWindow(cells, start, np.ones((size, span), np.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Upsampler:
+    """AnyUp."""
+
+    model: anyup_jax.AnyUp
+    name: str = "anyup"
+    enlarge: int = 1
+
+    def __call__(self, image, features, size, values=None):
+        return anyup_jax.upsample(self.model, self._guidance(image), features, size, values=values)
+
+    def several(self, image, maps, size):
+        """The guide and the queries are computed once for all."""
+        return _several(*nnx.split(self.model), self._guidance(image), dict(maps), size)
+
+    def _guidance(self, image):
+        mean, std = (jnp.asarray(x, jnp.float32) for x in IMAGENET)
+        return (image - mean) / std
+
+    def windows(self, cells: Size, size: Size) -> tuple[AxisWindow, AxisWindow]:
+        config = self.model.config
+        return tuple(axis_window(n, m, config.window_ratio, config.window) for n, m in zip(size, cells))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _several(graph, state, image, maps, size):
+    """`AnyUp.__call__` for several features of one image, all that the image alone decides being computed once."""
+    model = nnx.merge(graph, state)
+    guide, spare = model.image_encoder.overwrite(jnp.asarray(image, model.dtype))
+    guide = model.rope(guide)
+    grids = sorted({values.shape[1:3] for _, values in maps.values()})
+    keys, spare = model.key_encoder.overwrite(
+        guide, lambda x: tuple(WHOLE.pool_cells(x, grid) for grid in grids), spare
+    )
+    pool = None if size == guide.shape[1:3] else pooling(size)
+    query = model.cross_decode.project_query(model.query_encoder.overwrite(guide, pool, spare)[0])
+    results = {}
+    for name, (features, values) in maps.items():
+        grid, attention, config = values.shape[1:3], model.cross_decode, model.config
+        key = jnp.concatenate([keys[grids.index(grid)], model.key_features_encoder(features)], -1)
+        key = attention.key(attention.norm_k(model.aggregation(key)))
+        rows, cols = (axis_window(n, m, config.window_ratio, config.window) for n, m in zip(size, grid))
+        results[name] = window_attention(
+            query, key, values, rows, cols, num_heads=attention.num_heads, backend=config.backend
+        )
+    return results
