@@ -185,7 +185,7 @@ def start() -> TrainingState:
     checkpoint = convert.Checkpoint(tensors, CONFIG)
     none = dict.fromkeys(checkpoint.tensors)
     return TrainingState(
-        checkpoint, 0, none, none, {"lr": RATE, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": DECAY}
+        checkpoint, 0, none, none, {"lr": RATE, "betas": (0.9, 0.999), "eps": EPS, "weight_decay": DECAY}
     )
 
 

@@ -1,0 +1,137 @@
+"""`python -m evaluate.run` as a user types it, and the probe by itself."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from PIL import Image
+
+import anyup_jax
+import convert
+from evaluate import segmentation
+from evaluate.config import ProbeConfig
+from evaluate.frozen import Split
+from tests.training import environment
+
+OPTIONS = (
+    "encoders.lite0.layer=[2]", "dataset.root=data", "dataset.size=64", "dataset.classes=3", "probe.epochs=3",
+    "probe.learning_rate=0.02", "anyup.weights=weights.safetensors",
+)  # fmt: skip
+COLOURS = np.array([[40, 90, 60], [220, 60, 40], [60, 80, 230]])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of coloured rectangles, the colour being the class, and a small AnyUp."""
+    folder, random = tmp_path_factory.mktemp("evaluate"), np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 3)):
+        for kind in ("images", "labels"):
+            (folder / "data" / split / kind).mkdir(parents=True)
+        for number in range(count):
+            label = np.zeros((64, 64), np.uint8)
+            for which in (1, 2):
+                top, left = random.integers(0, 40, 2)
+                label[top : top + 24, left : left + 24] = which
+            image = np.array([[40, 90, 60], [220, 60, 40], [60, 80, 230]])[label] + random.integers(
+                -20, 20, (64, 64, 3)
+            )
+            Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / f"data/{split}/images/{number}.png")
+            Image.fromarray(label).save(folder / f"data/{split}/labels/{number}.png")
+    net = anyup_jax.AnyUp(anyup_jax.AnyUpConfig(qk_dim=16, num_heads=2), rngs=nnx.Rngs(0))
+    arrays = {".".join(map(str, path)): np.asarray(x[...]) for path, x in nnx.to_flat_state(nnx.state(net))}
+    convert.write(folder / "weights.safetensors", convert.Checkpoint.from_flax(arrays, dict(qk_dim=16, num_heads=2)))
+    return folder
+
+
+def evaluate(folder: Path, *words: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "evaluate.run", *OPTIONS, *words]
+    run = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    assert run.returncode == status, run.stdout[-1500:] + run.stderr[-3000:]
+    return run
+
+
+def scores(folder: Path) -> dict[str, dict[str, float]]:
+    return {row["method"]: row["scores"] for row in json.loads((folder / "results.json").read_text())}
+
+
+def test_what_is_kept_scores_as_what_is_computed_anew(folder: Path) -> None:
+    evaluate(folder, "output_dir=live")
+    run = evaluate(folder, "output_dir=kept", "cache=cache")
+    assert "anyup: 12 of 12 views of lite0 computed" in run.stdout
+    live, kept = scores(folder / "live"), scores(folder / "kept")
+    assert live.keys() == kept.keys() == {"bilinear", "anyup"}
+    for method, values in live.items():
+        for name in ("mIoU", "band_mIoU", "accuracy"):
+            assert kept[method][name] == pytest.approx(values[name], abs=0.01), (method, name)
+    assert live["bilinear"]["mIoU"] > 0.3  # the colours are learned
+    assert {"mIoU_bilinear_probe", "band_bilinear_probe"} <= set(live["anyup"])
+    rows = list(csv.DictReader((folder / "live/results.csv").read_text().splitlines()))
+    assert [row["method"] for row in rows] == ["bilinear", "anyup"]
+    assert (folder / "live/results.md").read_text().startswith("| encoder | stride | method | mIoU |")
+    again = evaluate(folder, "output_dir=live")
+    assert "epoch" not in again.stdout  # nothing is left to do
+    assert "lite0" in again.stdout
+    other = evaluate(folder, "output_dir=live", "probe.epochs=4", status=2)
+    assert "was made with other settings (probe.epochs: 3 -> 4)" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["methods=[bilinear,magic]"], "methods=['bilinear', 'magic'] cannot be: choose of nearest, bilinear"),
+        (["dataset.root=nowhere"], "nowhere"),
+        (["task=depth"], "task=depth needs dataset.kind=nyu"),
+    ],
+)
+def test_what_is_impossible_is_one_sentence(folder: Path, words: list[str], message: str) -> None:
+    run = evaluate(folder, *words, status=2)
+    assert message in run.stderr
+    assert run.stderr.count("error:") == 1
+    assert "Traceback" not in run.stderr
+
+
+def test_cross_entropy_is_that_of_pytorch() -> None:
+    random = np.random.default_rng(0)
+    logits, labels = random.standard_normal((2, 5, 6, 4), np.float32), random.integers(0, 4, (2, 5, 6)).astype(np.uint8)
+    labels[0, :2] = 255
+    expected = torch.nn.functional.cross_entropy(
+        torch.from_numpy(logits).permute(0, 3, 1, 2), torch.from_numpy(labels).long(), ignore_index=255
+    )
+    ours = segmentation.cross_entropy(jnp.asarray(logits), jnp.asarray(labels), 255)
+    assert float(ours) == pytest.approx(float(expected), rel=1e-6)
+    assert float(segmentation.cross_entropy(jnp.asarray(logits), jnp.full((2, 5, 6), 255, jnp.uint8), 255)) == 0
+
+
+def test_order_is_a_permutation_of_the_seed_and_flips_whole_batches() -> None:
+    probe = ProbeConfig(batch_size=4)
+    epochs = [list(segmentation.epoch_order(10, probe, 0, epoch)) for epoch in range(40)]
+    assert [len(batch) for batch, _ in epochs[0]] == [4, 4, 2]
+    assert sorted(np.concatenate([batch for batch, _ in epochs[3]])) == list(range(10))
+    flips = [flip for epoch in epochs for _, flip in epoch]
+    assert 40 < sum(flips) < 80
+    assert not any(flip for _, flip in segmentation.epoch_order(10, ProbeConfig(flip=False), 0, 0))
+
+
+def test_one_pixel_of_every_block_counts() -> None:
+    class Labels:
+        ignore = 255
+
+        def read(self, index: int):
+            return np.zeros((9, 12, 3), np.uint8), np.ones((9, 12), np.uint8)
+
+    split = Split(Labels(), (9, 12), True, 3, seed=1)
+    chosen = [split.chosen(0, mirror) for mirror in (False, True)]
+    assert all((mask.reshape(3, 3, 4, 3).sum((1, 3)) == 1).all() for mask in chosen)
+    assert (chosen[0] != chosen[1]).any()
+    label = split.view(0, False)[1]
+    assert np.array_equal(label == 1, chosen[0])
+    assert set(label[~chosen[0]]) == {255}
