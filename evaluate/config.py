@@ -114,20 +114,20 @@ class Config:
     """An evaluation: every encoder with every method.
 
     Attributes:
-        task: what is measured.
+        task: "segmentation" trains and scores linear probes; "fidelity" compares with what the encoder makes of a
+            larger image, and with the features themselves, on images of the validation split.
         encoders: a name of one's own for each -> the encoder.
         methods: of `METHODS`; "anyup" with the window of `anyup.window`.
         anyup: the upsampler behind "anyup".
-        high_resolution: how many times larger the image is that "high_resolution" shows to the encoder.
+        high_resolution: how many times larger the image is that "high_resolution", or "fidelity", shows to the encoder.
         cache: where what a frozen method does to each image is kept, so that it is computed once instead of in every
             epoch; None computes it anew, which is what large data sets need.
-        pictures: images of the validation split in the picture sheet; 0 for none.
         limit: use only this many images of each split; None for all.
         seed: of the probes' initial weights, the order of images and the flips.
         output_dir: everything the evaluation writes; starting again with the same one resumes.
     """
 
-    task: Literal["segmentation", "depth", "normals", "fidelity"] = "segmentation"
+    task: Literal["segmentation", "fidelity"] = "segmentation"
     encoders: Mapping[str, EncoderConfig]
     methods: tuple[str, ...] = ("bilinear", "anyup")
     dataset: DatasetConfig
@@ -135,7 +135,6 @@ class Config:
     anyup: UpsamplerConfig = UpsamplerConfig()
     high_resolution: int = 2
     cache: str | None = None
-    pictures: int = 6
     limit: int | None = None
     seed: int = 0
     output_dir: str = "outputs/evaluate"
@@ -146,13 +145,9 @@ class Config:
         require(not unknown, "methods", list(self.methods), f"choose of {', '.join(METHODS)}")
         require(len(set(self.methods)) == len(self.methods) > 0, "methods", list(self.methods), "name each once")
         require(self.high_resolution >= 2, "high_resolution", self.high_resolution, "give at least 2")
-        require(self.pictures >= 0, "pictures", self.pictures, "give 0 for none")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "give at least 1, or null for all")
         require(self.seed >= 0, "seed", self.seed, "give a whole number of at least 0")
-        geometric = self.task in ("depth", "normals")
-        require(not geometric or self.dataset.kind == "nyu", "dataset.kind", self.dataset.kind,
-                f"task={self.task} needs dataset.kind=nyu")  # fmt: skip
-        require(geometric or self.dataset.kind != "nyu", "dataset.kind", self.dataset.kind,
-                "nyu is for task=depth and task=normals")  # fmt: skip
-        require(geometric or self.probe.head == "linear", "probe.head", self.probe.head,
-                f"task={self.task} has a linear head only")  # fmt: skip
+        require(self.dataset.kind != "nyu", "dataset.kind", "nyu", "it has no labels for segmentation")
+        require(self.probe.head == "linear", "probe.head", self.probe.head, "segmentation has a linear head only")
+        enlarged = self.task == "fidelity" and "high_resolution" in self.methods
+        require(not enlarged, "methods", list(self.methods), "fidelity compares the others with high_resolution")

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from anyup_jax.settings import to_dict
-from evaluate import methods, results, segmentation
+from evaluate import fidelity, methods, results, segmentation
 from evaluate.config import Config
 from evaluate.data import open_segmentation
 from evaluate.frozen import Live, Split, Views, keep
@@ -30,7 +30,7 @@ def run(config: Config, say: Say = print) -> list[Result]:
     Raises:
         ValueError, OSError, ImportError: for what is impossible as configured; before anything is computed.
     """
-    return {"segmentation": probe_segmentation}[config.task](config, say)
+    return {"segmentation": probe_segmentation, "fidelity": compare_features}[config.task](config, say)
 
 
 def probe_segmentation(config: Config, say: Say) -> list[Result]:
@@ -90,6 +90,27 @@ def probe_segmentation(config: Config, say: Say) -> list[Result]:
     everything = [found[encoder, name] for encoder in config.encoders for name in config.methods]
     results.write_tables(folder, everything)
     return everything
+
+
+def compare_features(config: Config, say: Say) -> list[Result]:
+    """Score the fidelity of every method to every encoder on the validation split."""
+    folder, found = Path(config.output_dir), []
+    examples = _limited(open_segmentation(config.dataset, "val"), config.limit)
+    ready = {name: methods.create(name, config) for name in config.methods}
+    for key, settings in config.encoders.items():
+        encoder = settings.load()
+        for name, method in ready.items():
+            about = _settings(config, key, method) | dict(factor=config.high_resolution)
+            result = results.load(folder, key, name, about)
+            if result is None:
+                images = (examples.read(i)[0] for i in range(len(examples)))
+                table = fidelity.scores(encoder, method, images, config.high_resolution)
+                result = Result(key, name, encoder.stride, table, {}, about)
+                results.save(folder, result)
+                say(f"{key}, {name}: cosine {table['cosine_high']:.4f} at {config.high_resolution} times the size")
+            found.append(result)
+    results.write_tables(folder, found)
+    return found
 
 
 def _views(config: Config, split: Split, encoders: dict[str, Any], method: Method, settings: dict[Any, Any],

@@ -84,12 +84,21 @@ def test_what_is_kept_scores_as_what_is_computed_anew(folder: Path) -> None:
     assert "was made with other settings (probe.epochs: 3 -> 4)" in other.stderr
 
 
+def test_fidelity(folder: Path) -> None:
+    evaluate(folder, "task=fidelity", "output_dir=fidelity", "methods=[nearest,bilinear,anyup]")
+    found = scores(folder / "fidelity")
+    assert found["nearest"]["cosine_down"] == pytest.approx(1, abs=1e-5)  # averages of what was copied
+    for values in found.values():
+        assert 0.5 < values["cosine_high"] < 1
+        assert 0.5 < values["cosine_down"] <= 1.00001
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["methods=[bilinear,magic]"], "methods=['bilinear', 'magic'] cannot be: choose of nearest, bilinear"),
         (["dataset.root=nowhere"], "nowhere"),
-        (["task=depth"], "task=depth needs dataset.kind=nyu"),
+        (["task=depth"], "task='depth' is unknown; choose one of segmentation, fidelity"),
     ],
 )
 def test_what_is_impossible_is_one_sentence(folder: Path, words: list[str], message: str) -> None:
