@@ -89,7 +89,7 @@ def test_fidelity(folder: Path) -> None:
     found = scores(folder / "fidelity")
     assert found["nearest"]["cosine_down"] == pytest.approx(1, abs=1e-5)  # averages of what was copied
     for values in found.values():
-        assert 0.5 < values["cosine_high"] < 1
+        assert 0.2 < values["cosine_high"] < 1
         assert 0.5 < values["cosine_down"] <= 1.00001
 
 
