@@ -88,3 +88,26 @@ def _tuple(value: Any, arguments: tuple[Any, ...], where: str) -> tuple[Any, ...
     if len(kinds) != len(value):
         raise ValueError(f"{where}={list(value)} must have {len(kinds)} entries.")
     return tuple(_convert(item, kind, where) for item, kind in zip(value, kinds))
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """Return, for every setting that differs, its name with dots -> "name: old -> new"."""
+    before, after = _flat(old), _flat(new)
+    return {
+        name: f"{name}: {before.get(name)} -> {after.get(name)}"
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name) != after.get(name)
+    }
+
+
+def defaults(kind: type, /, **others: Any) -> dict[str, Any]:
+    """Return a dataclass's defaults, some of them changed, as plain values; fields without one are left out."""
+    values = {field.name: field.default for field in dataclasses.fields(kind)} | others
+    return {name: _plain(value) for name, value in values.items() if value is not dataclasses.MISSING}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

@@ -11,7 +11,6 @@ from anyup_jax.settings import require
 
 Size = tuple[int, int]
 METHODS = ("nearest", "bilinear", "bicubic", "joint_bilateral", "anyup", "high_resolution")
-WINDOWS = ("paper", "natten")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,24 +52,21 @@ class DatasetConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """A head that is trained on frozen features.
+    """A linear head that is trained on frozen features.
 
     Attributes:
-        head: "linear", or "dpt" for depth and normals.
         learning_rate, weight_decay: of AdamW.
-        schedule: "cosine_per_epoch" (segmentation), "cosine_per_iteration", "warmup_cosine" (depth and normals: linear
-            from 0.01 over `warmup_epochs`, then cosine to 0.01), "constant", or "per_iteration_bug": a cosine with a
-            period of twice the number of epochs that is stepped with every iteration, as JAFAR's published code does.
+        schedule: "cosine_per_epoch" (AnyUp's), "cosine_per_iteration", "warmup_cosine" (Probe3D's: linear from 0.01 of
+            the rate over `warmup_epochs`, then cosine to 0.01 of it), "constant", or "per_iteration_bug": a cosine with
+            a period of twice the number of epochs that is stepped with every iteration, as JAFAR's published code does.
         epochs: passes over the training split.
         batch_size: images of a step.
-        flip: mirror whole batches, each with probability 1/2 (segmentation).
-        augment: colour jitter and random resized crops (depth and normals).
+        flip: mirror whole batches, each with probability 1/2.
         warmup_epochs: of "warmup_cosine".
         pixel_stride: of every square of this many pixels a side, one is trained on, drawn once for each image; 1 for
             all pixels. Scores are over all pixels either way.
     """
 
-    head: Literal["linear", "dpt"] = "linear"
     learning_rate: float = 5e-4
     weight_decay: float = 1e-5
     schedule: Literal["cosine_per_epoch", "cosine_per_iteration", "warmup_cosine", "constant", "per_iteration_bug"] = (
@@ -79,7 +75,6 @@ class ProbeConfig:
     epochs: int = 20
     batch_size: int = 4
     flip: bool = True
-    augment: bool = True
     warmup_epochs: float = 1.5
     pixel_stride: int = 1
 
@@ -148,6 +143,5 @@ class Config:
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "give at least 1, or null for all")
         require(self.seed >= 0, "seed", self.seed, "give a whole number of at least 0")
         require(self.dataset.kind != "nyu", "dataset.kind", "nyu", "it has no labels for segmentation")
-        require(self.probe.head == "linear", "probe.head", self.probe.head, "segmentation has a linear head only")
         enlarged = self.task == "fidelity" and "high_resolution" in self.methods
         require(not enlarged, "methods", list(self.methods), "fidelity compares the others with high_resolution")

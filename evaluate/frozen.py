@@ -36,17 +36,30 @@ class Split:
 
     Attributes:
         examples: images and labels.
+        origin: data set, folder and split, so that those of others are not taken for these.
         size: of the images.
+        limit: use only the first ones; None for all.
         mirrored: whether mirrored views are wanted too.
         pixel_stride: of every square of this many pixels a side, one counts; the others have the label `ignore`.
         seed: of the choice of pixels.
     """
 
     examples: Examples
+    origin: tuple[str, ...]
     size: Size
+    limit: int | None = None
     mirrored: bool = False
     pixel_stride: int = 1
     seed: int = 0
+
+    def __len__(self) -> int:
+        """Images."""
+        return min(len(self.examples), self.limit or len(self.examples))
+
+    @property
+    def views(self) -> int:
+        """Images, and their mirrored ones."""
+        return len(self) * (1 + self.mirrored)
 
     def view(self, index: int, mirror: bool) -> tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W"]]:
         """Return image and label of a view."""
@@ -68,8 +81,8 @@ class Split:
 
     def digest(self) -> str:
         """The same for the same views of the same images."""
-        names = [self.examples.name(i) for i in range(len(self.examples))]
-        return _digest([names, self.size, self.mirrored, self.pixel_stride, self.seed])
+        names = [self.examples.name(i) for i in range(len(self))]
+        return _digest([self.origin, names, self.size, self.mirrored, self.pixel_stride, self.seed])
 
 
 class Views(Protocol):
@@ -166,26 +179,28 @@ def keep(
         ValueError: if the tiles cannot be divided by the split's `pixel_stride`.
         OSError: if the disk is full.
     """
-    image, _ = split.view(0, False)
-    shapes = {name: encode(encoder, image[None], method.enlarge).shape[1:] for name, encoder in encoders.items()}
+    shapes = {
+        name: (*(method.enlarge * side // encoder.stride for side in split.size), encoder.channels)
+        for name, encoder in encoders.items()
+    }
     plans = {name: Plan.of(method, shape[:2], split.size) for name, shape in shapes.items()}
     files = {name: folder / _digest([split.digest(), method.name, about[name]]) for name in encoders}
-    missing = {name: path for name, path in files.items() if _done(path) < _count(split)}
+    missing = {name: path for name, path in files.items() if _done(path) < split.views}
     if missing:
         arrays = {name: _arrays(path, split, shapes[name], plans[name]) for name, path in missing.items()}
         first = min(map(_done, missing.values()))
         chosen = {name: plans[name] for name in missing}
-        for number in range(first, _count(split)):
+        for number in range(first, split.views):
             views = _compute(split, number, {name: encoders[name] for name in missing}, method, chosen)
             for name, values in views.items():
                 for key, value in values.items():
                     arrays[name][key][number] = value
-            if (number + 1) % SAVED_EVERY == 0 or number + 1 == _count(split):
+            if (number + 1) % SAVED_EVERY == 0 or number + 1 == split.views:
                 for name, path in missing.items():
                     for array in arrays[name].values():
                         array.flush()
                     _write(path, number + 1)
-                say(f"{method.name}: {number + 1} of {_count(split)} views of {', '.join(missing)} computed")
+                say(f"{method.name}: {number + 1} of {split.views} views of {', '.join(missing)} computed")
     opened = {
         name: {key: np.load(path / f"{key}.npy", mmap_mode="r") for key in ("features", "labels", "tiles")
                if key != "tiles" or plans[name] is not None}
@@ -241,13 +256,9 @@ def _arrays(folder: Path, split: Split, shape: tuple[int, ...], plan: Plan | Non
         return {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in kinds}
     folder.mkdir(parents=True, exist_ok=True)
     return {
-        name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (_count(split), *shape))
+        name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (split.views, *shape))
         for name, (shape, dtype) in kinds.items()
     }
-
-
-def _count(split: Split) -> int:
-    return len(split.examples) * (1 + split.mirrored)
 
 
 def _done(folder: Path) -> int:

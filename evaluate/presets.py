@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
 from anyup_jax.encoders.settings import EncoderConfig
+from anyup_jax.settings import defaults
 from evaluate.config import Config, DatasetConfig, ProbeConfig, UpsamplerConfig
+from train.presets import HYDRA, QUIET
 
 NAME = "evaluate"  # of the configuration that `evaluate.run` starts from
 
@@ -22,10 +23,7 @@ ENCODERS: dict[str, dict[str, dict[str, Any]]] = {
     "efficientnet_lite": LITE,
     "dinov2_s": {"dinov2_s": dict(name="vit_small_patch14_dinov2.lvd142m")},
 }
-PROBES: dict[str, dict[str, Any]] = {
-    "segmentation": {},
-    "geometry": dict(weight_decay=0.01, epochs=10, batch_size=8, schedule="warmup_cosine", flip=False),
-}
+PROBES: dict[str, dict[str, Any]] = {"segmentation": {}}
 EXPERIMENTS: dict[str, dict[str, Any]] = {
     "cutouts": dict(encoders="efficientnet_lite", dataset=dict(kind="folder"), probe=dict(pixel_stride=2)),
     "voc": dict(encoders="dinov2_s", dataset=dict(kind="voc")),
@@ -39,23 +37,13 @@ def register() -> None:
     """Make groups and presets known to hydra."""
     store = ConfigStore.instance().store
     for name, members in ENCODERS.items():
-        store(name=name, group="encoders", node={k: _node(EncoderConfig, v) for k, v in members.items()})
+        store(name=name, group="encoders", node={k: defaults(EncoderConfig, **v) for k, v in members.items()})
     for name, changes in PROBES.items():
-        store(name=name, group="probe", node=_node(ProbeConfig, changes))
+        store(name=name, group="probe", node=defaults(ProbeConfig, **changes))
     for name, changes in EXPERIMENTS.items():
         rest = {key: value for key, value in changes.items() if key != "encoders"}
-        defaults = [{"override /encoders": changes["encoders"]}, "_self_"]
-        store(name=name, group="experiment", package="_global_", node={"defaults": defaults, **rest})
-    quiet = [{f"override hydra/{name}": "none"} for name in ("job_logging", "hydra_logging")]
-    hydra = dict(run=dict(dir="."), sweep=dict(dir=".", subdir="."), output_subdir=None, job=dict(chdir=False))
-    plain = {field.name: field.default for field in dataclasses.fields(Config)}
-    groups = dict(dataset=_node(DatasetConfig, {}), anyup=_node(UpsamplerConfig, {}))
-    rest = {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()
-            if name not in ("encoders", "probe", *groups)}  # fmt: skip
-    defaults = [{"encoders": "lite0"}, {"probe": "segmentation"}, *quiet, "_self_"]
-    store(name=NAME, node={"defaults": defaults, **rest, **groups, "hydra": hydra})
-
-
-def _node(kind: type, changes: dict[str, Any]) -> dict[str, Any]:
-    values = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING} | changes
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        choices = [{"override /encoders": changes["encoders"]}, "_self_"]
+        store(name=name, group="experiment", package="_global_", node={"defaults": choices, **rest})
+    rest = defaults(Config, dataset=defaults(DatasetConfig), anyup=defaults(UpsamplerConfig))
+    choices = [{"encoders": "lite0"}, {"probe": "segmentation"}, *QUIET, "_self_"]
+    store(name=NAME, node={"defaults": choices, **{k: v for k, v in rest.items() if k != "probe"}, "hydra": HYDRA})

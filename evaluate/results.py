@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from anyup_jax.files import replacing
+from anyup_jax.settings import changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +52,11 @@ def load(folder: Path, encoder: str, method: str, settings: Mapping[str, Any]) -
     if not path.is_file():
         return None
     result = Result(**json.loads(path.read_text()))
-    before, now = _flat(result.settings), _flat(json.loads(json.dumps(settings)))
-    changed = [f"{name}: {before.get(name)} -> {now.get(name)}" for name in dict.fromkeys([*before, *now])
-               if before.get(name) != now.get(name)]  # fmt: skip
+    changed = changes(result.settings, json.loads(json.dumps(settings)))
     if changed:
         raise ValueError(
-            f"{path} was made with other settings ({'; '.join(changed)}); choose another output_dir, or delete it."
+            f"{path} was made with other settings ({'; '.join(changed.values())}); choose another output_dir, or "
+            "delete the folder it is in."
         )
     return result
 
@@ -107,10 +107,3 @@ def _text(value: float | None) -> str:
     if value is None or math.isnan(value):
         return "-"
     return f"{value:.4f}"
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, UInt8
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from anyup_jax.files import replacing
+from evaluate.ahead import ahead
 from evaluate.config import Config, ProbeConfig
-from evaluate.frozen import Views
+from evaluate.frozen import Split, Views
 from evaluate.metrics.segmentation import Confusion, boundary_band
 from evaluate.schedules import schedule
 
@@ -56,26 +59,28 @@ def epoch_order(count: int, probe: ProbeConfig, seed: int, epoch: int) -> Iterat
 
 
 def train(
-    views: Views, count: int, channels: int, classes: int, ignore: int, config: Config, saved: Path,
+    views: Views, split: Split, channels: int, config: Config, saved: Path, about: Mapping[str, Any],
     say: Callable[[int, float], None],
 ) -> Head:  # fmt: skip
     """Train the probe and return it.
 
     Args:
-        views: the training split.
-        count: images in it.
+        views: of the training split.
+        split: the training split.
         channels: of the features.
-        classes, ignore: of the labels.
         config: the evaluation.
         saved: the file the state is written to after every epoch; training goes on from there if it exists.
+        about: all that the probe depends on, in terms of JSON.
         say: told the epoch and its mean loss.
+
+    Raises:
+        ValueError: if the file is of a probe that something else was said of.
     """
-    probe = config.probe
-    steps = -(-count // probe.batch_size)
+    probe, ignore = config.probe, split.examples.ignore
+    steps = -(-len(split) // probe.batch_size)
     optimizer = optax.adamw(schedule(probe, steps), weight_decay=probe.weight_decay)
-    head = init_head(channels, classes, config.seed)
-    state = dict(head=head, optimizer=optimizer.init(head))
-    first, state = restore(saved, state)
+    head = init_head(channels, len(split.examples.classes), config.seed)
+    first, state = restore(saved, dict(head=head, optimizer=optimizer.init(head)), about)
 
     @jax.jit
     def step(state, data, labels):
@@ -89,32 +94,41 @@ def train(
 
     for epoch in range(first, probe.epochs):
         losses = []
-        for indices, mirror in epoch_order(count, probe, config.seed, epoch):
-            state, value = step(state, *views.batch(indices, mirror))
+        order = epoch_order(len(split), probe, config.seed, epoch)
+        for data, labels in ahead(lambda batch: views.batch(*batch), order):
+            state, value = step(state, data, labels)
             losses.append(value)
         mean = float(np.mean(jax.device_get(losses)))
-        save(saved, epoch + 1, state)
+        save(saved, epoch + 1, state, about)
         say(epoch + 1, mean)
     return state["head"]
 
 
-def save(path: Path, epoch: int, state: Any) -> None:
+def save(path: Path, epoch: int, state: Any, about: Mapping[str, Any]) -> None:
     """Write the state after an epoch."""
-    leaves, _ = jax.tree.flatten(state)
-    arrays = {str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)} | {"epoch": np.asarray(epoch)}
+    leaves, _ = jax.tree.flatten_with_path(state)
+    arrays = {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in leaves}
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        save_file(arrays, temporary)
+        save_file(arrays, temporary, {"epoch": str(epoch), "about": json.dumps(about, sort_keys=True)})
 
 
-def restore(path: Path, state: Any) -> tuple[int, Any]:
-    """Return the epochs that are done and the state after them; the given state if there is none."""
+def restore(path: Path, state: Any, about: Mapping[str, Any]) -> tuple[int, Any]:
+    """Return the epochs that are done and the state after them; the given state if there is no file.
+
+    Raises:
+        ValueError: if something else was said of what is in the file.
+    """
     if not path.is_file():
         return 0, state
-    arrays = load_file(path)
-    leaves, structure = jax.tree.flatten(state)
-    loaded = [jnp.asarray(arrays[str(i)]) for i in range(len(leaves))]
-    return int(arrays["epoch"]), jax.tree.unflatten(structure, loaded)
+    with safe_open(path, "numpy") as file:
+        said = file.metadata()
+        if said["about"] != json.dumps(about, sort_keys=True):
+            raise ValueError(
+                f"{path} is a probe that was trained with other settings; choose another output_dir, or delete it."
+            )
+        loaded = jax.tree.map_with_path(lambda key, _: jnp.asarray(file.get_tensor(jax.tree_util.keystr(key))), state)
+    return int(said["epoch"]), loaded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,37 +138,39 @@ class Scores:
     Attributes:
         mean_iou, band_iou: mean over the classes that occur, of all pixels and of those within 4 pixels of an edge.
         accuracy: share of the pixels that are right.
-        classes, band_classes: intersection over union of each class; NaN for one that does not occur.
+        classes, band_classes: intersection over union of each class; None for one that does not occur.
     """
 
     mean_iou: float
     band_iou: float
     accuracy: float
-    classes: tuple[float, ...]
-    band_classes: tuple[float, ...]
+    classes: tuple[float | None, ...]
+    band_classes: tuple[float | None, ...]
+
+    @classmethod
+    def of(cls, whole: Confusion, band: Confusion) -> Scores:
+        """Return the scores of what was counted."""
+        rows = (tuple(None if np.isnan(x) else float(x) for x in counted.iou()) for counted in (whole, band))
+        return cls(whole.mean_iou(), band.mean_iou(), whole.pixel_accuracy(), *rows)
 
 
-Predict = Callable[[int], UInt8[np.ndarray, "H W"]]
-
-
-def predictor(views: Views, head: Head) -> Predict:
-    """Return a function from the number of an image to the class of each of its pixels."""
+def score(views: Views, split: Split, heads: Mapping[str, Head]) -> dict[str, Scores]:
+    """Score several heads on a whole split, which is gone through once; every pixel counts the same."""
+    classes, ignore = len(split.examples.classes), split.examples.ignore
+    weight = jnp.concatenate([head["weight"] for head in heads.values()], -1)
+    bias = jnp.concatenate([head["bias"] for head in heads.values()])
 
     @jax.jit
     def classify(data):
-        logits = views.logits(data, head["weight"]) + head["bias"]
-        return logits.argmax(-1).astype(jnp.uint8)
+        logits = views.logits(data, weight) + bias
+        return logits.reshape(*logits.shape[:-1], len(heads), classes).argmax(-1).astype(jnp.uint8)
 
-    return lambda index: views.arrange(np.asarray(classify(views.batch([index], False)[0])))[0]
-
-
-def score(predict: Predict, labels: Callable[[int], UInt8[np.ndarray, "H W"]], count: int, classes: int,
-          ignore: int) -> Scores:  # fmt: skip
-    """Score predictions of a whole split; every pixel counts the same, in whichever image it is."""
-    whole, band = Confusion(classes, ignore), Confusion(classes, ignore)
-    for index in range(count):
-        label, prediction = labels(index), predict(index)
-        whole.add(prediction, label)
-        band.add(prediction, label, boundary_band(label, BAND))
-    rows = (tuple(float(x) for x in confusion.iou()) for confusion in (whole, band))
-    return Scores(whole.mean_iou(), band.mean_iou(), whole.pixel_accuracy(), *rows)
+    counts = {name: (Confusion(classes, ignore), Confusion(classes, ignore)) for name in heads}
+    for data, labels in ahead(lambda index: views.batch([index], False), range(len(split))):
+        predictions, label = np.asarray(classify(data)), views.arrange(labels)[0]
+        band = boundary_band(label, BAND)
+        for number, (whole, edges) in enumerate(counts.values()):
+            prediction = views.arrange(predictions[..., number])[0]
+            whole.add(prediction, label)
+            edges.add(prediction, label, band)
+    return {name: Scores.of(whole, edges) for name, (whole, edges) in counts.items()}

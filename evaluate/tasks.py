@@ -7,12 +7,13 @@ import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from flax import nnx
 
+from anyup_jax.encoders.settings import check_cells
 from anyup_jax.settings import to_dict
 from evaluate import fidelity, methods, results, segmentation
 from evaluate.config import Config
@@ -22,6 +23,8 @@ from evaluate.methods import Method
 from evaluate.results import Result
 
 Say = Callable[[str], None]
+Key = tuple[str, str]  # an encoder and a method
+BORROWED = "bilinear"  # its probe is tried on what the other methods upsample, without training it again
 
 
 def run(config: Config, say: Say = print) -> list[Result]:
@@ -35,96 +38,95 @@ def run(config: Config, say: Say = print) -> list[Result]:
 
 def probe_segmentation(config: Config, say: Say) -> list[Result]:
     """Train and score linear probes for segmentation."""
-    folder, data, probe = Path(config.output_dir), config.dataset, config.probe
-    examples = {name: _limited(open_segmentation(data, name), config.limit) for name in ("train", "val")}
-    train = Split(examples["train"], data.size, probe.flip, probe.pixel_stride, config.seed)
-    val = Split(examples["val"], data.size)
-    classes = examples["train"].classes
-    found: dict[tuple[str, str], Result] = {}
-    order = sorted(config.methods, key=lambda name: name != "bilinear")  # whose probe the others borrow
-    ready = {name: methods.create(name, config) for name in order}
-    settings = {
-        (encoder, method): _settings(config, encoder, ready[method]) for encoder in config.encoders for method in order
-    }
-    for key, about in settings.items():
-        if (result := results.load(folder, *key, about)) is not None:
-            found[key] = result
-    encoders = {name: encoder.load() for name, encoder in config.encoders.items()}
-    heads: dict[str, Any] = {}
-    for name in order:
-        method = ready[name]
-        wanted = {key: encoder for key, encoder in encoders.items() if (key, name) not in found}
-        if name == "bilinear":
-            wanted = encoders if any((key, other) not in found for key in encoders for other in order) else {}
-        views = {
-            part: _views(config, split, wanted, method, settings, say)
-            for part, split in (("train", train), ("val", val))
-        } if wanted else {}  # fmt: skip
+    folder, probe = Path(config.output_dir), config.probe
+    train = _split(config, "train", mirrored=probe.flip, pixel_stride=probe.pixel_stride, seed=config.seed)
+    val = _split(config, "val")
+    ready, about, found = _begin(config, folder)
+    for name in sorted(config.methods, key=lambda name: name != BORROWED):  # whose probes the others try too
+        wanted = {key: config.encoders[key].load() for key in config.encoders if (key, name) not in found}
+        if not wanted:
+            continue
+        views = [_views(config, split, wanted, ready[name], about, say) for split in (train, val)]
         for key, encoder in wanted.items():
-            started, channels = time.perf_counter(), encoder.channels
-            saved = results.path_of(folder, key, name).with_name("probe.safetensors")
+            started = time.perf_counter()
             head = segmentation.train(
-                views["train"][key], len(examples["train"]), channels, len(classes), data.ignore, config, saved,
+                views[0][key], train, encoder.channels, config, _probe(folder, key, name), about[key, name],
                 lambda epoch, loss, key=key, name=name: say(f"{key}, {name}: epoch {epoch}, loss {loss:.4f}"),
             )  # fmt: skip
-            if name == "bilinear":
-                heads[key] = head
-                if (key, name) in found:
-                    continue
-            labels = lambda i: val.examples.read(i)[1]  # noqa: E731
-
-            def scores(head, key=key, views=views, labels=labels):
-                predict = segmentation.predictor(views["val"][key], head)
-                return segmentation.score(predict, labels, len(examples["val"]), len(classes), data.ignore)
-
-            own = scores(head)
+            heads = {name: head}
+            if BORROWED in config.methods:
+                heads[BORROWED] = segmentation.restore(
+                    _probe(folder, key, BORROWED), dict(head=head), about[key, BORROWED]
+                )[1]["head"]
+            scores = segmentation.score(views[1][key], val, heads)
+            own = scores[name]
             table = dict(mIoU=own.mean_iou, band_mIoU=own.band_iou, accuracy=own.accuracy)
-            if name != "bilinear" and key in heads:
-                borrowed = scores(heads[key])
-                table |= dict(mIoU_bilinear_probe=borrowed.mean_iou, band_bilinear_probe=borrowed.band_iou)
+            if name != BORROWED in scores:
+                table |= {f"mIoU_{BORROWED}_probe": scores[BORROWED].mean_iou}
+                table |= {f"band_{BORROWED}_probe": scores[BORROWED].band_iou}
             table["seconds"] = time.perf_counter() - started
-            details = dict(class_names=classes, iou=own.classes, band_iou=own.band_classes)
-            found[key, name] = Result(key, name, encoder.stride, table, details, settings[key, name])
+            details = dict(class_names=val.examples.classes, iou=own.classes, band_iou=own.band_classes)
+            found[key, name] = Result(key, name, encoder.stride, table, details, about[key, name])
             results.save(folder, found[key, name])
             say(f"{key}, {name}: mIoU {own.mean_iou:.4f}, band {own.band_iou:.4f}")
-    everything = [found[encoder, name] for encoder in config.encoders for name in config.methods]
-    results.write_tables(folder, everything)
-    return everything
+    return _finish(config, folder, found)
 
 
 def compare_features(config: Config, say: Say) -> list[Result]:
     """Score the fidelity of every method to every encoder on the validation split."""
-    folder, found = Path(config.output_dir), []
-    examples = _limited(open_segmentation(config.dataset, "val"), config.limit)
+    folder, val, factor = Path(config.output_dir), _split(config, "val"), config.high_resolution
+    ready, about, found = _begin(config, folder)
+    for key, name in about:
+        if (key, name) not in found:
+            encoder, images = config.encoders[key].load(), (val.view(i, False)[0] for i in range(len(val)))
+            table = fidelity.scores(encoder, ready[name], images, factor)
+            found[key, name] = Result(key, name, encoder.stride, table, {}, about[key, name])
+            results.save(folder, found[key, name])
+            say(f"{key}, {name}: cosine {table['cosine_high']:.4f} at {factor} times the size")
+    return _finish(config, folder, found)
+
+
+def _begin(config: Config, folder: Path) -> tuple[dict[str, Method], dict[Key, dict[str, Any]], dict[Key, Result]]:
+    """Check the encoders, and return the methods, what the results depend on, and the results that are there."""
+    for name, encoder in config.encoders.items():
+        if (patch := encoder.stride()) is not None:
+            check_cells("dataset.size", config.dataset.size, name, patch)
     ready = {name: methods.create(name, config) for name in config.methods}
-    for key, settings in config.encoders.items():
-        encoder = settings.load()
-        for name, method in ready.items():
-            about = _settings(config, key, method) | dict(factor=config.high_resolution)
-            result = results.load(folder, key, name, about)
-            if result is None:
-                images = (examples.read(i)[0] for i in range(len(examples)))
-                table = fidelity.scores(encoder, method, images, config.high_resolution)
-                result = Result(key, name, encoder.stride, table, {}, about)
-                results.save(folder, result)
-                say(f"{key}, {name}: cosine {table['cosine_high']:.4f} at {config.high_resolution} times the size")
-            found.append(result)
-    results.write_tables(folder, found)
-    return found
+    about = {(key, name): _settings(config, key, ready[name]) for key in config.encoders for name in config.methods}
+    there = {key: results.load(folder, *key, settings) for key, settings in about.items()}
+    return ready, about, {key: result for key, result in there.items() if result is not None}
 
 
-def _views(config: Config, split: Split, encoders: dict[str, Any], method: Method, settings: dict[Any, Any],
+def _finish(config: Config, folder: Path, found: dict[Key, Result]) -> list[Result]:
+    everything = [found[key, name] for key in config.encoders for name in config.methods]
+    results.write_tables(folder, everything)
+    return everything
+
+
+def _split(config: Config, part: Literal["train", "val"], **options: Any) -> Split:
+    data = config.dataset
+    origin = data.kind, str(data.name), str(data.root and Path(data.root).resolve()), str(getattr(data, part)), part
+    return Split(open_segmentation(data, part), origin, data.size, config.limit, **options)
+
+
+def _probe(folder: Path, encoder: str, method: str) -> Path:
+    return results.path_of(folder, encoder, method).with_name("probe.safetensors")
+
+
+def _views(config: Config, split: Split, encoders: dict[str, Any], method: Method, about: dict[Key, dict[str, Any]],
            say: Say) -> dict[str, Views]:  # fmt: skip
+    for name, encoder in encoders.items():
+        check_cells("dataset.size", split.size, name, encoder.stride)
     if config.cache is None:
         return {key: Live(split, encoder, method) for key, encoder in encoders.items()}
-    about = {key: {name: settings[key, method.name][name] for name in ("encoder", "method")} for key in encoders}
-    return dict(keep(split, encoders, method, Path(config.cache), about, say))
+    chosen = {key: {name: about[key, method.name][name] for name in ("encoder", "method")} for key in encoders}
+    return dict(keep(split, encoders, method, Path(config.cache), chosen, say))
 
 
 def _settings(config: Config, encoder: str, method: Method) -> dict[str, Any]:
     """All that the scores of an encoder with a method depend on."""
     values = to_dict(config)
-    chosen = {name: values[name] for name in ("task", "probe", "seed", "limit")}
+    chosen = {name: values[name] for name in ("task", "probe", "seed", "limit", "high_resolution")}
     data = {name: value for name, value in values["dataset"].items() if name != "root"}
     about: dict[str, Any] = dict(name=method.name, enlarge=method.enlarge)
     if isinstance(method, methods.Upsampler):
@@ -140,21 +142,3 @@ def digest(model: nnx.Module) -> str:
     for leaf in jax.tree.leaves(nnx.state(model)):
         found.update(np.ascontiguousarray(leaf).tobytes())
     return found.hexdigest()[:16]
-
-
-@dataclasses.dataclass(frozen=True)
-class _First:
-    """The first images of a split."""
-
-    examples: Any
-    count: int
-
-    def __len__(self) -> int:
-        return min(self.count, len(self.examples))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.examples, name)
-
-
-def _limited(examples: Any, limit: int | None) -> Any:
-    return examples if limit is None else _First(examples, limit)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
 from evaluate.config import DatasetConfig
-from evaluate.data import batches, open_nyu, open_segmentation, tables
+from evaluate.data import open_nyu, open_segmentation, tables
 from evaluate.data.geometry import centre, covering, crop_image, crop_nearest
 from parity_tests.golden import DATA, needs_photos
 
@@ -338,38 +337,3 @@ def test_tfds(prepared: tuple[Path, list[Image.Image]]) -> None:
         FileNotFoundError, match=r"The data set other, split validation, is not prepared as array_record"
     ):
         open_segmentation(config("tfds", folder, name="other"), "val")
-
-
-class Numbers:
-    """Examples whose arrays hold their index; number 7 cannot be read."""
-
-    def __init__(self) -> None:
-        self.lock, self.read_so_far = threading.Lock(), 0
-
-    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        with self.lock:
-            self.read_so_far += 1
-        if index == 7:
-            raise OSError("7 is damaged")
-        return np.full((2, 3, 3), index, np.uint8), np.full((2, 3), index, np.uint8)
-
-
-def test_batches_keep_the_order_and_read_no_more_than_one_ahead() -> None:
-    order = [5, 3, 9, 0, 4]
-    found = list(batches(Numbers(), order, 2, threads=3))
-    assert [indices.tolist() for *_, indices in found] == [[5, 3], [9, 0], [4]]
-    for images, labels, indices in found:
-        assert (images.shape, labels.shape) == ((len(indices), 2, 3, 3), (len(indices), 2, 3))
-        assert (images[:, 0, 0, 0] == indices).all()
-        assert (labels[:, 0, 0] == indices).all()
-    assert list(batches(Numbers(), [], 2)) == []
-
-    numbers = Numbers()
-    iterator = batches(numbers, range(8, 100), 2)
-    next(iterator)
-    iterator.close()
-    assert numbers.read_so_far <= 4
-    iterator = batches(Numbers(), range(6, 12), 1)
-    assert next(iterator)[-1].tolist() == [6]
-    with pytest.raises(OSError, match="7 is damaged"):
-        next(iterator)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,9 +18,11 @@ from PIL import Image
 
 import anyup_jax
 import convert
-from evaluate import segmentation
+from evaluate import fidelity, segmentation
+from evaluate.ahead import ahead
 from evaluate.config import ProbeConfig
 from evaluate.frozen import Split
+from evaluate.methods import Interpolation
 from tests.training import environment
 
 OPTIONS = (
@@ -82,15 +85,65 @@ def test_what_is_kept_scores_as_what_is_computed_anew(folder: Path) -> None:
     assert "lite0" in again.stdout
     other = evaluate(folder, "output_dir=live", "probe.epochs=4", status=2)
     assert "was made with other settings (probe.epochs: 3 -> 4)" in other.stderr
+    details = json.loads((folder / "live/lite0/anyup/result.json").read_text(), parse_constant=pytest.fail)["details"]
+    assert len(details["iou"]) == len(details["class_names"]) == 3
 
 
 def test_fidelity(folder: Path) -> None:
-    evaluate(folder, "task=fidelity", "output_dir=fidelity", "methods=[nearest,bilinear,anyup]")
+    evaluate(folder, "task=fidelity", "output_dir=fidelity", "methods=[nearest,bilinear,anyup]", "limit=2")
     found = scores(folder / "fidelity")
+    assert found.keys() == {"nearest", "bilinear", "anyup"}
     assert found["nearest"]["cosine_down"] == pytest.approx(1, abs=1e-5)  # averages of what was copied
-    for values in found.values():
-        assert 0.2 < values["cosine_high"] < 1
-        assert 0.5 < values["cosine_down"] <= 1.00001
+    assert found["bilinear"]["cosine_high"] > found["nearest"]["cosine_high"]
+
+
+class Means:
+    """An encoder whose features are the mean colours of cells of 4 x 4 pixels, less a constant."""
+
+    stride, channels = 4, 3
+
+    def normalize(self, image):
+        return image
+
+    def __call__(self, image):
+        batch, height, width, _ = image.shape
+        return image.reshape(batch, height // 4, 4, width // 4, 4, 3).mean((2, 4)) - 0.3
+
+
+def test_fidelity_by_its_definition() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (16, 24, 3)).astype(np.uint8)
+    found = fidelity.scores(Means(), Interpolation("nearest", "nearest"), [image], 2)
+    large = jax.image.resize(jnp.asarray(image[None], jnp.float32) / 255, (1, 32, 48, 3), "bilinear")
+    high, low = np.asarray(Means()(large))[0], np.asarray(Means()(jnp.asarray(image[None], jnp.float32) / 255))[0]
+    copied = low.repeat(2, 0).repeat(2, 1)
+    cosine = (copied * high).sum(-1) / np.linalg.norm(copied, axis=-1) / np.linalg.norm(high, axis=-1)
+    assert found["cosine_high"] == pytest.approx(cosine.mean(), abs=1e-5)
+    assert found["cosine_down"] == pytest.approx(1, abs=1e-5)
+
+
+def test_a_probe_goes_on_where_it_was_and_not_with_other_settings(tmp_path: Path) -> None:
+    state, path = dict(head=dict(weight=jnp.ones((2, 3)), bias=jnp.zeros(3))), tmp_path / "probe.safetensors"
+    assert segmentation.restore(path, state, dict(x=1))[0] == 0
+    segmentation.save(path, 5, dict(head=dict(weight=jnp.full((2, 3), 7.0), bias=jnp.ones(3))), dict(x=1))
+    epoch, found = segmentation.restore(path, state, dict(x=1))
+    assert (epoch, float(found["head"]["weight"][1, 2]), float(found["head"]["bias"][0])) == (5, 7, 1)
+    with pytest.raises(ValueError, match="a probe that was trained with other settings"):
+        segmentation.restore(path, state, dict(x=2))
+
+
+def test_work_ahead_keeps_the_order_and_stops() -> None:
+    done = []
+
+    def work(number: int) -> int:
+        done.append(number)
+        return 10 // (3 - number)
+
+    iterator = ahead(work, range(100))
+    assert [next(iterator) for _ in range(3)] == [3, 5, 10]
+    with pytest.raises(ZeroDivisionError):
+        next(iterator)
+    assert max(done) <= 4
+    assert list(ahead(work, [])) == []
 
 
 @pytest.mark.parametrize(
@@ -98,6 +151,7 @@ def test_fidelity(folder: Path) -> None:
     [
         (["methods=[bilinear,magic]"], "methods=['bilinear', 'magic'] cannot be: choose of nearest, bilinear"),
         (["dataset.root=nowhere"], "nowhere"),
+        (["dataset.size=60"], "dataset.size=(60, 60) is not a multiple of the 8 pixels of a cell of the encoder lite0"),
         (["task=depth"], "task='depth' is unknown; choose one of segmentation, fidelity"),
     ],
 )
@@ -137,7 +191,7 @@ def test_one_pixel_of_every_block_counts() -> None:
         def read(self, index: int):
             return np.zeros((9, 12, 3), np.uint8), np.ones((9, 12), np.uint8)
 
-    split = Split(Labels(), (9, 12), True, 3, seed=1)
+    split = Split(Labels(), ("here",), (9, 12), mirrored=True, pixel_stride=3, seed=1)
     chosen = [split.chosen(0, mirror) for mirror in (False, True)]
     assert all((mask.reshape(3, 3, 4, 3).sum((1, 3)) == 1).all() for mask in chosen)
     assert (chosen[0] != chosen[1]).any()

@@ -230,7 +230,7 @@ def test_tfds_round_trip(root: Path, tmp_path: Path) -> None:
 
     again = module("train.data.tfds_from_folder", *words, folder=tmp_path, status=2)
     assert "exists already; choose another NAME" in again.stderr
-    with pytest.raises(ValueError, match=r"dataset.split=test of mine cannot be read: Unknown split"):
+    with pytest.raises(ValueError, match=r"The split test of mine cannot be read: Unknown split"):
         open_source(config(kind="tfds", name="mine", root=str(tmp_path / "data"), split="test").dataset)
     with pytest.raises(ValueError, match="None of the first 11 images of mine/train is at least"):
         open_source(config(kind="tfds", name="mine", root=str(tmp_path / "data"), crop_size=(64, 64)).dataset)

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from anyup_jax import settings
 from anyup_jax.config import AnyUpConfig
 from anyup_jax.encoders.settings import EncoderConfig
 from anyup_jax.settings import require
@@ -305,19 +306,8 @@ FREE_TO_CHANGE = (
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return "name: old -> new" for every setting that differs and that a resumed run must not change."""
-    before, after = _flat(old), _flat(new)
-    found = []
-    for name in dict.fromkeys([*before, *after]):
-        if before.get(name) != after.get(name) and not any(_matches(name, free) for free in FREE_TO_CHANGE):
-            found.append(f"{name}: {before.get(name)} -> {after.get(name)}")
-    return found
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
+    changed = settings.changes(old, new)
+    return [text for name, text in changed.items() if not any(_matches(name, free) for free in FREE_TO_CHANGE)]
 
 
 def _matches(name: str, pattern: str) -> bool:

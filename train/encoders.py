@@ -9,20 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.config import Config, Size
+from anyup_jax.encoders.settings import check_cells
+from train.config import Config
 from train.step import Geometry
 
 
 def check_sizes(name: str, patch: int, config: Config) -> None:
     """Raise ValueError unless photographs and views of these sizes are whole cells of an encoder."""
     for field in ("crop_size", "img_size"):
-        size: Size = getattr(config.dataset, field)
-        if any(side % patch for side in size):
-            nearest = tuple(max(patch, round(side / patch) * patch) for side in size)
-            raise ValueError(
-                f"dataset.{field}={size} is not a multiple of the {patch} pixels of a cell of the encoder {name}; "
-                f"take {nearest}, or another encoder or layer."
-            )
+        check_cells(f"dataset.{field}", getattr(config.dataset, field), name, patch)
 
 
 def choose(seed: int, step: int, patches: dict[str, int]) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from anyup_jax.config import AnyUpConfig
-from anyup_jax.settings import to_dict
+from anyup_jax.settings import defaults, to_dict
 from train import config as settings
 from train.config import Config, DatasetConfig, MeshConfig, OptimizerConfig
 
@@ -71,33 +70,35 @@ EXPERIMENTS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
 GROUPS = dict(model="anyup", encoders="efficientnet_lite0", dataset="skimage", optimizer="adamw", mesh="replicated")
 """Each group and what a preset has of it unless it says otherwise."""
 
+QUIET = [{f"override hydra/{name}": "none"} for name in ("job_logging", "hydra_logging")]
+HYDRA = dict(run=dict(dir="."), sweep=dict(dir=".", subdir="."), output_subdir=None, job=dict(chdir=False))
+"""Hydra writes no files and no log of its own, and stays in the folder it was started in."""
+
 
 def register() -> None:
     """Make the groups and presets known to hydra."""
     store = ConfigStore.instance().store
-    store(name="anyup", group="model", node=_schema(AnyUpConfig, {}))
-    store(name="anyup_natten", group="model", node=_schema(AnyUpConfig, dict(window="natten")))
+    store(name="anyup", group="model", node=defaults(AnyUpConfig))
+    store(name="anyup_natten", group="model", node=defaults(AnyUpConfig, window="natten"))
     for name, members in ENCODERS.items():
-        node = {key: _schema(settings.EncoderConfig, fields) for key, fields in members.items()}
+        node = {key: defaults(settings.EncoderConfig, **fields) for key, fields in members.items()}
         store(name=name, group="encoders", node=node)
     for group, kind, options in (
         ("dataset", DatasetConfig, DATASETS), ("optimizer", OptimizerConfig, OPTIMIZERS), ("mesh", MeshConfig, MESHES),
     ):  # fmt: skip
         for name, fields in options.items():
-            store(name=name, group=group, node=_schema(kind, fields))
+            store(name=name, group=group, node=defaults(kind, **fields))
     for name, (groups, changes) in EXPERIMENTS.items():
-        defaults = [{f"override /{group}": choice} for group, choice in (GROUPS | groups).items()] + ["_self_"]
-        store(name=name, group="experiment", package="_global_", node={"defaults": defaults, **_others(changes)})
+        choices = [{f"override /{group}": choice} for group, choice in (GROUPS | groups).items()] + ["_self_"]
+        store(name=name, group="experiment", package="_global_", node={"defaults": choices, **_others(changes)})
     store(name=NAME, node=_root())
 
 
 def _root() -> dict[str, Any]:
     """The preset `smoke`, with the groups as defaults."""
     groups, changes = EXPERIMENTS["smoke"]
-    quiet = [{f"override hydra/{name}": "none"} for name in ("job_logging", "hydra_logging")]
-    hydra = dict(run=dict(dir="."), sweep=dict(dir=".", subdir="."), output_subdir=None, job=dict(chdir=False))
-    defaults = [{group: choice} for group, choice in (GROUPS | groups).items()] + quiet + ["_self_"]
-    return {"defaults": defaults, **_others(changes), "hydra": hydra}
+    choices = [{group: choice} for group, choice in (GROUPS | groups).items()] + QUIET + ["_self_"]
+    return {"defaults": choices, **_others(changes), "hydra": HYDRA}
 
 
 def _others(changes: dict[str, Any]) -> dict[str, Any]:
@@ -105,12 +106,3 @@ def _others(changes: dict[str, Any]) -> dict[str, Any]:
     plain = to_dict(Config(encoders={"none": settings.EncoderConfig(name="none")}))
     rest = {name: value for name, value in plain.items() if name not in GROUPS}
     return OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(rest), OmegaConf.create(changes)))
-
-
-def _schema(kind: type, changes: dict[str, Any]) -> dict[str, Any]:
-    """A dataclass's defaults with some changed; its types are checked by `anyup_jax.settings`."""
-    values = {}
-    for field in dataclasses.fields(kind):
-        value = changes.get(field.name, field.default)
-        values[field.name] = list(value) if isinstance(value, tuple) else value
-    return values

@@ -59,3 +59,13 @@ class EncoderConfig:
         if self.name.startswith(timm_bridge.PREFIX):
             return timm_bridge.create(self.name.removeprefix(timm_bridge.PREFIX), **options)
         return encoders.create(self.name, dtype=jnp.dtype(dtype), **options)
+
+
+def check_cells(setting: str, size: tuple[int, int], name: str, patch: int) -> None:
+    """Raise ValueError unless a height and width, the value of a setting, are whole cells of the encoder `name`."""
+    if any(side % patch for side in size):
+        nearest = tuple(max(patch, round(side / patch) * patch) for side in size)
+        raise ValueError(
+            f"{setting}={size} is not a multiple of the {patch} pixels of a cell of the encoder {name}; "
+            f"take {nearest}, or another encoder or layer."
+        )

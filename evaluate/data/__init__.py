@@ -1,7 +1,6 @@
-"""Labelled images in, arrays of one size out: segmentation in several layouts, depth and normals of NYUv2, batches."""
+"""Labelled images in, arrays of one size out: segmentation in several layouts, depth and normals of NYUv2."""
 
-from evaluate.data.batches import batches
 from evaluate.data.nyu import Scene, Scenes, open_nyu
 from evaluate.data.segmentation import Examples, open_segmentation
 
-__all__ = ["Examples", "Scene", "Scenes", "batches", "open_nyu", "open_segmentation"]
+__all__ = ["Examples", "Scene", "Scenes", "open_nyu", "open_segmentation"]

@@ -7,6 +7,7 @@ import io
 from typing import Any
 
 from evaluate.config import DatasetConfig
+from train.data.sources import open_tfds
 
 SPLITS = {"train": "train", "val": "validation"}
 
@@ -51,32 +52,13 @@ def open_records(config: DatasetConfig, split: str) -> Records:
         ValueError: if it has no such split, or no images of the names `config.image` and `config.label`.
         ImportError: if a package is missing.
     """
-    try:
-        import tensorflow_datasets as tfds
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f'dataset.kind=tfds needs {error.name}, which is not installed: pip install "anyup-jax[train]".'
-        ) from error
-    try:
-        builder = tfds.builder(config.name, data_dir=config.root)
-        features = builder.info.features
-        encoded = {name for name, kind in features.items() if isinstance(kind, tfds.features.Image)}
-        for setting, name in (("image", config.image), ("label", config.label)):
-            if name not in encoded:
-                raise ValueError(
-                    f"dataset.{setting}={name} is no image of {config.name}, whose features are "
-                    f"{', '.join(sorted(features))}."
-                )
-        try:
-            data = builder.as_data_source(split, decoders=dict.fromkeys(encoded, tfds.decode.SkipDecoding()))
-        except ValueError as error:
-            raise ValueError(f"The split {split} of {config.name} cannot be read: {error}") from error
-    except (tfds.core.DatasetNotFoundError, FileNotFoundError, NotImplementedError, AssertionError) as error:
-        raise FileNotFoundError(
-            f"The data set {config.name}, split {split}, is not prepared as array_record in "
-            f"{config.root or 'the default folder of TFDS'} ({' '.join(str(error).split())[:120]}); "
-            f"prepare it with tfds build {config.name} --file_format=array_record."
-        ) from error
+    data, features, images = open_tfds(str(config.name), config.root, split)
+    for setting, name in (("image", config.image), ("label", config.label)):
+        if name not in images:
+            raise ValueError(
+                f"dataset.{setting}={name} is no image of {config.name}, whose features are "
+                f"{', '.join(sorted(features))}."
+            )
     if not len(data):
         raise FileNotFoundError(f"The split {split} of {config.name} has no images.")
     label = features[config.label]

@@ -138,7 +138,16 @@ def _folder(config: DatasetConfig, say: Callable[[str], None]) -> Files:
     return Files(root, _some(paths, [(row.height, row.width) for row in rows], config, str(root)))
 
 
-def _tfds(config: DatasetConfig, _say: Callable[[str], None]) -> TFDS:
+def open_tfds(name: str, folder: str | None, split: str) -> tuple[Any, dict[str, Any], list[str]]:
+    """Return the records of a prepared data set of TensorFlow Datasets, its features, and which of them are images.
+
+    A record has its images as the bytes of their files. `folder` is the `data_dir`.
+
+    Raises:
+        ImportError: if a package is missing.
+        FileNotFoundError: if the data set is not prepared as array_record in the folder.
+        ValueError: if there is no such split.
+    """
     try:
         import tensorflow_datasets as tfds
     except ModuleNotFoundError as error:
@@ -146,23 +155,28 @@ def _tfds(config: DatasetConfig, _say: Callable[[str], None]) -> TFDS:
             f'dataset.kind=tfds needs {error.name}, which is not installed: pip install "anyup-jax[train]".'
         ) from error
     try:
-        builder = tfds.builder(config.name, data_dir=config.root)
-        features = [name for name, kind in builder.info.features.items() if isinstance(kind, tfds.features.Image)]
-        if len(features) != 1:
-            raise ValueError(f"The data set {config.name} has {len(features)} image features; it must have one.")
-        decoders = {features[0]: tfds.decode.SkipDecoding()}
+        builder = tfds.builder(name, data_dir=folder)
+        features = dict(builder.info.features)
+        images = [key for key, kind in features.items() if isinstance(kind, tfds.features.Image)]
         try:
-            data = builder.as_data_source(config.split, decoders=decoders)
+            data = builder.as_data_source(split, decoders=dict.fromkeys(images, tfds.decode.SkipDecoding()))
         except ValueError as error:
-            raise ValueError(f"dataset.split={config.split} of {config.name} cannot be read: {error}") from error
+            raise ValueError(f"The split {split} of {name} cannot be read: {error}") from error
     except (tfds.core.DatasetNotFoundError, FileNotFoundError, NotImplementedError, AssertionError) as error:
         raise FileNotFoundError(
-            f"The data set {config.name}, split {config.split}, is not prepared as array_record in "
-            f"{config.root or 'the default folder of TFDS'} ({str(error).strip().splitlines()[0][:120]}); "
-            f"prepare it with tfds build {config.name} --file_format=array_record, or make one of a folder with "
+            f"The data set {name}, split {split}, is not prepared as array_record in "
+            f"{folder or 'the default folder of TFDS'} ({' '.join(str(error).split())[:120]}); prepare it with tfds "
+            f"build {name} --file_format=array_record, or make one of a folder of photographs with "
             "python -m train.data.tfds_from_folder ROOT DATA_DIR NAME."
         ) from error
-    source = TFDS(data, features[0], f"{config.name}/{config.split}")
+    return data, features, images
+
+
+def _tfds(config: DatasetConfig, _say: Callable[[str], None]) -> TFDS:
+    data, _, images = open_tfds(str(config.name), config.root, config.split)
+    if len(images) != 1:
+        raise ValueError(f"The data set {config.name} has {len(images)} image features; it must have one.")
+    source = TFDS(data, images[0], f"{config.name}/{config.split}")
     for index in range(min(len(source), PROBED)):
         try:
             with source.open(index) as file:
