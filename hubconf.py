@@ -1,4 +1,4 @@
-"""Entry points of `torch.hub.load(REPO, "anyup" | "anyup_multi_backbone", ...)`; also with `source="local"`."""
+"""Entry points of `torch.hub.load(REPO, "anyup_multi_backbone", ...)`; also with `source="local"`."""
 
 import logging as _logging
 
@@ -28,6 +28,14 @@ def anyup(use_natten: bool = False, pretrained: bool = True, device: str = "cpu"
 def anyup_multi_backbone(use_natten: bool = False, pretrained: bool = True, device: str = "cpu") -> _AnyUp:
     """AnyUp trained on DINOv2 (with, without registers), CLIP, SigLIP2 and ViT-B features; arguments as for `anyup`."""
     return _load("anyup_multi_backbone", use_natten, pretrained, device)
+
+
+def anyup_efficientnet_lite(use_natten: bool = False, pretrained: bool = True, device: str = "cpu") -> _AnyUp:
+    """AnyUp trained on EfficientNet-Lite0 and -Lite1 features of a few hundred images; arguments as for `anyup`.
+
+    The weights lie in this repository, and nothing is fetched.
+    """
+    return _load("anyup_efficientnet_lite", use_natten, pretrained, device)
 
 
 def _load(name: str, use_natten: bool, pretrained: bool, device: str) -> _AnyUp:

@@ -11,7 +11,7 @@ import dataclasses
 import importlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ENCODER = "efficientnet_lite0"
-RANDOM = "random"
+WEIGHTS, RANDOM = "anyup_efficientnet_lite", "random"
 COMPUTED = ("float32", "bfloat16")  # types of the model
 CROP = 32  # the demo's image has sides that are multiples of it
 
@@ -76,6 +76,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="the image is resized to it (default: %(default)s)",
     )
 
+    demo_parser.add_argument(
+        "--torch", action="store_true", help="upsample with the PyTorch mirror too, and print the largest difference"
+    )
+
     up_parser = commands.add_parser("upsample", help="write upsampled features to a file", description=upsample.__doc__)
     up_parser.set_defaults(command=upsample)
     up_parser.add_argument("image", metavar="IMAGE", help="an image file")
@@ -109,7 +113,9 @@ def build_parser() -> argparse.ArgumentParser:
             "--encoder-weights", metavar="FILE", help="its state dict (default: the pretrained weights)"
         )
         model = command.add_argument_group("AnyUp")
-        model.add_argument("--weights", default=RANDOM, metavar="W", help='a name, a file, or "random" (default)')
+        model.add_argument(
+            "--weights", default=WEIGHTS, metavar="W", help='a name, a file, or "random" (default: %(default)s)'
+        )
         model.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights (default: 0)")
         model.add_argument("--window", choices=("paper", "natten"), help="which keys a query sees")
         model.add_argument("--backend", metavar="NAME", help="how attention is computed")
@@ -132,6 +138,7 @@ def demo(args: argparse.Namespace) -> None:
     figure.load_figure_class()
     Path(args.picture).parent.mkdir(parents=True, exist_ok=True)
     path = check_output(args.picture, (".png",))
+    mirror = _mirror(args) if args.torch else None
     image = _crop(read_image(args.image) if args.image else _shipped_photograph(), args.short_side)
     name, layers = args.encoder or ENCODER, args.layer or [-2, -1]
     _say("image", f"{args.image or 'astronaut (NASA, shipped with scikit-image)'}, {_times(image.shape[:2])}")
@@ -159,6 +166,8 @@ def demo(args: argparse.Namespace) -> None:
             (f"AnyUp attention{note}\nwhere each pixel looks", visualize.oklab_picture(looks_at)),
         ]
         _say(f"stride {stride}", f"{_times(features.shape)} -> {_times(upsampled.shape)}, {result.times}")
+        if mirror is not None:
+            _say("  PyTorch", mirror(image, features, upsampled))
     title = "AnyUp demo" + (", UNTRAINED weights" if args.weights == RANDOM else "")
     subtitle = f"Encoder: {name}. AnyUp weights: {describe_weights(args)}. Colours: one PCA and one range per row."
     figure.draw_panels(path, panels, columns=5, title=title, subtitle=subtitle)
@@ -273,17 +282,46 @@ def build_model(args: argparse.Namespace) -> Any:
     from anyup_jax import AnyUp, AnyUpConfig
 
     dtype = jnp.dtype(args.dtype if args.dtype in COMPUTED else "float32")
-    overrides = {name: getattr(args, name) for name in ("window", "backend") if getattr(args, name)}
     if args.weights == RANDOM:
-        return AnyUp(AnyUpConfig(**overrides), rngs=nnx.Rngs(args.seed), dtype=dtype)
+        return AnyUp(AnyUpConfig(**_overrides(args)), rngs=nnx.Rngs(args.seed), dtype=dtype)
     from anyup_jax.pretrained import from_pretrained
 
-    return from_pretrained(args.weights, dtype=dtype, **overrides)
+    return from_pretrained(args.weights, dtype=dtype, **_overrides(args))
+
+
+def _mirror(args: argparse.Namespace) -> Callable[..., str]:
+    """Return a function that does the same in PyTorch, and says how long it took and how far apart the outputs are."""
+    if args.weights == RANDOM:
+        raise ValueError("--torch compares the frameworks with the same weights; random ones differ, name --weights.")
+    try:
+        torch, anyup_torch = (importlib.import_module(name) for name in ("torch", "anyup_torch"))
+    except ModuleNotFoundError as error:
+        raise ImportError(f'--torch needs {error.name}: pip install "anyup-jax[torch]", or leave it out.') from error
+    model = anyup_torch.from_pretrained(args.weights, **_overrides(args))
+
+    def compare(
+        image: UInt8[np.ndarray, "H W 3"], features: Float[np.ndarray, "h w C"], ours: Float[np.ndarray, "H W C"]
+    ) -> str:
+        first = (torch.from_numpy(x.transpose(2, 0, 1).copy())[None] for x in (normalize(image), features))
+        start = time.perf_counter()
+        with torch.inference_mode():
+            theirs = model(*first, q_chunk_size=args.q_chunk_size)
+        seconds = time.perf_counter() - start
+        difference = np.abs(theirs[0].permute(1, 2, 0).numpy() - ours).max()
+        return f"ran in {seconds:.2f} s, largest difference {difference:.1e} (largest value {np.abs(ours).max():.1f})"
+
+    return compare
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, str]:
+    return {name: getattr(args, name) for name in ("window", "backend") if getattr(args, name)}
 
 
 def describe_weights(args: argparse.Namespace) -> str:
     """Return the weights in words; random ones are called untrained."""
-    return f"UNTRAINED, random initialisation with seed {args.seed}" if args.weights == RANDOM else args.weights
+    if args.weights == RANDOM:
+        return f"UNTRAINED, random initialisation with seed {args.seed}"
+    return args.weights
 
 
 def encode(encoder: Any, image: UInt8[np.ndarray, "H W 3"]) -> Float[Array, "h w C"]:

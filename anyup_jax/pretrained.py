@@ -20,7 +20,8 @@ def from_pretrained(
     """Return a model with the weights of a checkpoint.
 
     Args:
-        source: a published name ("anyup", "anyup_multi_backbone"), fetched once; or the path of a .pth, .pt or
+        source: a published name ("anyup", "anyup_multi_backbone"), fetched once; "anyup_efficientnet_lite", which comes
+            with this package (small data: see its card in `anyup_jax/weights`); or the path of a .pth, .pt or
             .safetensors file, of an Orbax directory, or of a training run, whose newest checkpoint is taken.
         dtype: type of the computation, float32 or bfloat16; parameters are float32 either way.
         ema: take a run's moving average of the parameters.

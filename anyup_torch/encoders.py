@@ -82,6 +82,7 @@ class Encoder(nn.Module):
         model: the timm model, with its classifier if it has one.
         stride: pixels per feature cell along either axis; `patch_size` is the same number.
         channels: channels C of the features.
+        widths: channels of each layer, whose sum is C.
         prefix_tokens: class and register tokens of the model; the features are without them.
         mean, std: the encoder's own normalisation, per RGB channel of an image in [0, 1].
     """
@@ -110,7 +111,8 @@ class Encoder(nn.Module):
         self.layers = _resolve_layers(name, layer, len(info))
         self.stride = _common_stride(name, self.layers, [entry["reduction"] for entry in info])
         width = "num_chs_norm" if norm else "num_chs"
-        self.channels = sum(info[i].get(width, info[i]["num_chs"]) for i in self.layers)
+        self.widths = tuple(info[i].get(width, info[i]["num_chs"]) for i in self.layers)
+        self.channels = sum(self.widths)
         self.prefix_tokens: int = getattr(model, "num_prefix_tokens", 0)
         self.mean: tuple[float, ...] = tuple(model.pretrained_cfg["mean"])
         self.std: tuple[float, ...] = tuple(model.pretrained_cfg["std"])

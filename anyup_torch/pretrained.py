@@ -19,7 +19,8 @@ def from_pretrained(
     """Return a model with the weights of a checkpoint, in evaluation mode.
 
     Args:
-        source: a published name ("anyup", "anyup_multi_backbone"), fetched once; or the path of a .pth, .pt or
+        source: a published name ("anyup", "anyup_multi_backbone"), fetched once; "anyup_efficientnet_lite", which comes
+            with this package (small data: see its card in `anyup_jax/weights`); or the path of a .pth, .pt or
             .safetensors file, of an Orbax directory (which needs jax and orbax-checkpoint to be installed), or of a
             training run, whose newest checkpoint is taken.
         device: where the parameters go; they are float32.

@@ -15,7 +15,7 @@ from convert.apply import Checkpoint
 
 SETTINGS = ("window_ratio", "num_heads", "window")  # that the weights do not tell
 EPILOG = """formats: .pth and .pt (PyTorch), .safetensors (PyTorch's layout), a directory (Orbax, Flax's layout).
-SRC may also be the name of a published checkpoint: """ + ", ".join(release.RELEASES)
+SRC may also be the name of a checkpoint: """ + ", ".join(release.NAMES)
 
 
 def parser() -> argparse.ArgumentParser:

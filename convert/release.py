@@ -1,4 +1,4 @@
-"""The published checkpoints: their names, and fetching them, or any other file, once into a cache."""
+"""The published and the shipped checkpoints: their names, and fetching a file once into a cache."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ RELEASES = {
 }
 """Name -> path below the base address."""
 
+SHIPPED = {
+    path.stem: path for path in sorted((Path(__file__).parents[1] / "anyup_jax" / "weights").glob("*.safetensors"))
+}
+"""Name -> file of the weights that come with this package; their model cards lie beside them."""
+
+NAMES = (*RELEASES, *SHIPPED)
+
 BASE_URL = "https://github.com/wimmerth/anyup/releases/download"  # or the environment variable ANYUP_RELEASES
 ATTEMPTS = 4
 DELAY = 1.0  # seconds before the second attempt; doubles each time
@@ -35,7 +42,7 @@ TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses worth another a
 
 
 def load(source: str | Path, *, ema: bool = False) -> Checkpoint:
-    """Read a published checkpoint by its name, or any checkpoint by its path; of a run, with `ema`, the average.
+    """Read a checkpoint that has a name, or any by its path; of a run, with `ema`, the average.
 
     Raises as `locate` and `io.read` do.
     """
@@ -43,7 +50,7 @@ def load(source: str | Path, *, ema: bool = False) -> Checkpoint:
 
 
 def locate(source: str | Path) -> Path:
-    """Return the path of a checkpoint, fetching a published one if need be. A published name goes before a path.
+    """Return the path of a checkpoint, fetching a published one if need be. A name goes before a path.
 
     Raises:
         ValueError: for an unknown name.
@@ -52,16 +59,18 @@ def locate(source: str | Path) -> Path:
     """
     if isinstance(source, str) and source in RELEASES:
         return fetch(source)
+    if isinstance(source, str) and source in SHIPPED:
+        return SHIPPED[source]
     path = Path(source).expanduser()
     if path.exists():
         return path
     if isinstance(source, Path) or path.suffix or "/" in source or os.sep in source:
         raise FileNotFoundError(f"{path} does not exist.")
-    near = difflib.get_close_matches(source, RELEASES, cutoff=0.5)
+    near = difflib.get_close_matches(source, NAMES, cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     raise ValueError(
-        f"{source!r} is neither a published checkpoint nor an existing path.{hint} "
-        f"Published are {', '.join(RELEASES)}; a path ends in {', '.join(io.SUFFIXES)} or is an Orbax directory."
+        f"{source!r} is neither the name of a checkpoint nor an existing path.{hint} "
+        f"The names are {', '.join(NAMES)}; a path ends in {', '.join(io.SUFFIXES)} or is an Orbax directory."
     )
 
 

@@ -10,6 +10,8 @@ from anyup_jax.encoders.settings import EncoderConfig
 from anyup_jax.settings import require
 
 Size = tuple[int, int]
+GEOMETRY = ("depth", "normals")  # tasks
+LEVELS = 4  # feature maps of the DPT head
 METHODS = ("nearest", "bilinear", "bicubic", "joint_bilateral", "anyup", "high_resolution")
 
 
@@ -52,21 +54,27 @@ class DatasetConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """A linear head that is trained on frozen features.
+    """A head that is trained on frozen features.
 
     Attributes:
+        head: "linear"; or "dpt", for depth and normals, which takes one layer of the encoder or four.
+        class_token: put the encoder's class token beside the features of every position; for depth and normals.
+        augment: change colours and take parts of the image, as Probe3D does; for depth and normals.
         learning_rate, weight_decay: of AdamW.
         schedule: "cosine_per_epoch" (AnyUp's), "cosine_per_iteration", "warmup_cosine" (Probe3D's: linear from 0.01 of
             the rate over `warmup_epochs`, then cosine to 0.01 of it), "constant", or "per_iteration_bug": a cosine with
             a period of twice the number of epochs that is stepped with every iteration, as JAFAR's published code does.
         epochs: passes over the training split.
         batch_size: images of a step.
-        flip: mirror whole batches, each with probability 1/2.
+        flip: mirror whole batches, each with probability 1/2; for segmentation.
         warmup_epochs: of "warmup_cosine".
         pixel_stride: of every square of this many pixels a side, one is trained on, drawn once for each image; 1 for
-            all pixels. Scores are over all pixels either way.
+            all pixels. Scores are over all pixels either way. For segmentation.
     """
 
+    head: Literal["linear", "dpt"] = "linear"
+    class_token: bool = False
+    augment: bool = False
     learning_rate: float = 5e-4
     weight_decay: float = 1e-5
     schedule: Literal["cosine_per_epoch", "cosine_per_iteration", "warmup_cosine", "constant", "per_iteration_bug"] = (
@@ -109,20 +117,21 @@ class Config:
     """An evaluation: every encoder with every method.
 
     Attributes:
-        task: "segmentation" trains and scores linear probes; "fidelity" compares with what the encoder makes of a
-            larger image, and with the features themselves, on images of the validation split.
+        task: "segmentation", "depth" and "normals" train and score probes; "fidelity" compares with what the encoder
+            makes of a larger image, and with the features themselves, on images of the validation split.
         encoders: a name of one's own for each -> the encoder.
         methods: of `METHODS`; "anyup" with the window of `anyup.window`.
         anyup: the upsampler behind "anyup".
         high_resolution: how many times larger the image is that "high_resolution", or "fidelity", shows to the encoder.
         cache: where what a frozen method does to each image is kept, so that it is computed once instead of in every
-            epoch; None computes it anew, which is what large data sets need.
+            epoch; None computes it anew, which is what large data sets need. For segmentation.
         limit: use only this many images of each split; None for all.
+        pictures: images of the validation split, evenly spread, in the sheet of predictions of each encoder.
         seed: of the probes' initial weights, the order of images and the flips.
         output_dir: everything the evaluation writes; starting again with the same one resumes.
     """
 
-    task: Literal["segmentation", "fidelity"] = "segmentation"
+    task: Literal["segmentation", "depth", "normals", "fidelity"] = "segmentation"
     encoders: Mapping[str, EncoderConfig]
     methods: tuple[str, ...] = ("bilinear", "anyup")
     dataset: DatasetConfig
@@ -131,6 +140,7 @@ class Config:
     high_resolution: int = 2
     cache: str | None = None
     limit: int | None = None
+    pictures: int = 6
     seed: int = 0
     output_dir: str = "outputs/evaluate"
 
@@ -142,6 +152,25 @@ class Config:
         require(self.high_resolution >= 2, "high_resolution", self.high_resolution, "give at least 2")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "give at least 1, or null for all")
         require(self.seed >= 0, "seed", self.seed, "give a whole number of at least 0")
-        require(self.dataset.kind != "nyu", "dataset.kind", "nyu", "it has no labels for segmentation")
+        require(self.pictures >= 0, "pictures", self.pictures, "give 0 or more")
         enlarged = self.task == "fidelity" and "high_resolution" in self.methods
         require(not enlarged, "methods", list(self.methods), "fidelity compares the others with high_resolution")
+        keeps = self.task == "segmentation" or self.cache is None
+        require(keeps, "cache", self.cache, f"{self.task} keeps nothing; leave it out")
+        self._check_geometry() if self.task in GEOMETRY else self._check_flat()
+
+    def _check_geometry(self) -> None:
+        probe, task = self.probe, self.task
+        require(self.dataset.kind == "nyu", "dataset.kind", self.dataset.kind, f"{task} is that of nyu")
+        require(not probe.flip, "probe.flip", True, f"{task} does not mirror; take probe=geometry")
+        require(probe.pixel_stride == 1, "probe.pixel_stride", probe.pixel_stride, f"{task} takes all pixels")
+        layers = {name: len(encoder.layer) for name, encoder in self.encoders.items()}
+        fitting = probe.head == "linear" or set(layers.values()) <= {1, LEVELS}
+        require(fitting, "encoders", layers, f"probe.head=dpt takes 1 layer or {LEVELS}")
+
+    def _check_flat(self) -> None:
+        probe, task = self.probe, self.task
+        require(self.dataset.kind != "nyu", "dataset.kind", "nyu", f"it has no labels for {task}")
+        require(probe.head == "linear", "probe.head", probe.head, f"{task} has linear probes")
+        for name in ("class_token", "augment"):
+            require(not getattr(probe, name), f"probe.{name}", True, "it is for depth and normals")

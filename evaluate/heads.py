@@ -20,14 +20,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from anyup_jax.layers import convolve, uniform
-from evaluate.config import Size
+from evaluate.config import LEVELS, Size
 from evaluate.methods import axis_weights
 
 BINS, NEAR, FAR = 256, 1e-3, 10.0  # the depths that a pixel chooses among, in metres
 FLOOR = 0.1  # added to the weight of every bin
 LEAST_KAPPA = 0.01
 DEPTH_OUTPUTS, NORMAL_OUTPUTS = BINS, 4
-LEVELS = 4
 
 Maps = Float[Array, "B h w _"] | Sequence[Float[Array, "B h w _"]]
 

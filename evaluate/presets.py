@@ -11,6 +11,7 @@ from anyup_jax.settings import defaults
 from evaluate.config import Config, DatasetConfig, ProbeConfig, UpsamplerConfig
 from train.presets import HYDRA, QUIET
 
+DINOV2_S = "vit_small_patch14_dinov2.lvd142m"
 NAME = "evaluate"  # of the configuration that `evaluate.run` starts from
 
 LITE = {
@@ -21,15 +22,25 @@ LITE = {
 ENCODERS: dict[str, dict[str, dict[str, Any]]] = {
     "lite0": {"lite0": dict(name="efficientnet_lite0")},
     "efficientnet_lite": LITE,
-    "dinov2_s": {"dinov2_s": dict(name="vit_small_patch14_dinov2.lvd142m")},
+    "dinov2_s": {"dinov2_s": dict(name=DINOV2_S)},
+    "dinov2_s_unnormed": {"dinov2_s": dict(name=DINOV2_S, norm=False)},
+    "dinov2_s_four_layers": {"dinov2_s": dict(name=DINOV2_S, norm=False, layer=[2, 5, 8, 11])},
 }
-PROBES: dict[str, dict[str, Any]] = {"segmentation": {}}
+PROBES: dict[str, dict[str, Any]] = {
+    "segmentation": {},
+    "geometry": dict(
+        weight_decay=0.01, schedule="warmup_cosine", epochs=10, batch_size=8, flip=False, class_token=True, augment=True
+    ),
+}
+NYU = dict(encoders="dinov2_s_unnormed", probe_group="geometry", dataset=dict(kind="nyu", size=[224, 224]))
 EXPERIMENTS: dict[str, dict[str, Any]] = {
     "cutouts": dict(encoders="efficientnet_lite", dataset=dict(kind="folder"), probe=dict(pixel_stride=2)),
     "voc": dict(encoders="dinov2_s", dataset=dict(kind="voc")),
     "ade20k": dict(encoders="dinov2_s", dataset=dict(kind="ade20k")),
     "cityscapes": dict(encoders="dinov2_s", dataset=dict(kind="cityscapes")),
     "cocostuff27": dict(encoders="dinov2_s", dataset=dict(kind="cocostuff27"), probe=dict(epochs=5)),
+    "nyu_depth": dict(task="depth", **NYU),
+    "nyu_normals": dict(task="normals", **NYU),
 }
 
 
@@ -41,8 +52,9 @@ def register() -> None:
     for name, changes in PROBES.items():
         store(name=name, group="probe", node=defaults(ProbeConfig, **changes))
     for name, changes in EXPERIMENTS.items():
-        rest = {key: value for key, value in changes.items() if key != "encoders"}
-        choices = [{"override /encoders": changes["encoders"]}, "_self_"]
+        rest = {key: value for key, value in changes.items() if key not in ("encoders", "probe_group")}
+        probe = changes.get("probe_group", "segmentation")
+        choices = [{"override /encoders": changes["encoders"]}, {"override /probe": probe}, "_self_"]
         store(name=name, group="experiment", package="_global_", node={"defaults": choices, **rest})
     rest = defaults(Config, dataset=defaults(DatasetConfig), anyup=defaults(UpsamplerConfig))
     choices = [{"encoders": "lite0"}, {"probe": "segmentation"}, *QUIET, "_self_"]

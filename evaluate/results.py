@@ -1,4 +1,4 @@
-"""What an evaluation found: one file for each encoder and method, and tables of all of them."""
+"""What an evaluation found: one file for each encoder and method, and tables of all of them, and of what papers say."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from rich.table import Table
 
 from anyup_jax.files import replacing
 from anyup_jax.settings import changes
+from evaluate.config import Config
+from evaluate.published import figures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,7 @@ def save(folder: Path, result: Result) -> None:
 
 
 def write_tables(folder: Path, results: Sequence[Result]) -> None:
-    """Write all results as `results.json`, `results.csv` and `results.md`."""
+    """Write all results as `results.json`, `results.csv` and `results.md`, and scores by class as `classes.csv`."""
     names = list(dict.fromkeys(name for result in results for name in result.scores))
     head = ["encoder", "stride", "method", *names]
     rows = [[r.encoder, r.stride, r.method, *(_text(r.scores.get(name)) for name in names)] for r in results]
@@ -80,6 +82,15 @@ def write_tables(folder: Path, results: Sequence[Result]) -> None:
         csv.writer(file).writerows([head, *rows])
     with replacing(folder / "results.md") as temporary:
         temporary.write_text(markdown(head, rows))
+    classes = [
+        [result.encoder, result.method, *row]
+        for result in results
+        if "class_names" in result.details
+        for row in zip(*(result.details[name] for name in ("class_names", "iou", "band_iou")))
+    ]
+    if classes:
+        with replacing(folder / "classes.csv") as temporary, temporary.open("w", newline="") as file:
+            csv.writer(file).writerows([["encoder", "method", "class", "IoU", "band_IoU"], *classes])
 
 
 def markdown(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
@@ -88,18 +99,22 @@ def markdown(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
-def show(results: Sequence[Result], title: str) -> None:
-    """Print all results."""
+def show(results: Sequence[Result], config: Config) -> None:
+    """Print all results, and after each encoder what papers say of the same data and encoder."""
+    title = f"{config.task} on {config.dataset.name or config.dataset.root}"
     names = list(dict.fromkeys(name for result in results for name in result.scores))
     table = Table(title=title, title_justify="left")
     for name in ("encoder", "stride", "method"):
         table.add_column(name)
     for name in names:
         table.add_column(name, justify="right")
-    for index, r in enumerate(results):
-        end = index + 1 == len(results) or results[index + 1].encoder != r.encoder
-        cells = (_text(r.scores.get(name)) for name in names)
-        table.add_row(r.encoder, str(r.stride), r.method, *cells, end_section=end)
+    for encoder in dict.fromkeys(r.encoder for r in results):
+        for r in (r for r in results if r.encoder == encoder):
+            table.add_row(encoder, str(r.stride), r.method, *(_text(r.scores.get(name)) for name in names))
+        for said in figures(config, config.encoders[encoder]):
+            cells = (_text(said.scores.get(name)) for name in names)
+            table.add_row(f"({said.source})", "", said.method, *cells, style="dim")
+        table.add_section()
     Console(width=max(100, Console().width)).print(table)
 
 

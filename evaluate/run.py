@@ -25,7 +25,7 @@ def launch(settings: DictConfig) -> None:
         from evaluate import results, tasks  # jax comes after the configuration
 
         found = tasks.run(config)
-        results.show(found, f"{config.task} on {config.dataset.name or config.dataset.root}")
+        results.show(found, config)
     except (ValueError, ImportError, FileNotFoundError, FileExistsError, ConnectionError, PermissionError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(IMPOSSIBLE)

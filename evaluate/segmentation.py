@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, UInt8
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
-from anyup_jax.files import replacing
 from evaluate.ahead import ahead
-from evaluate.config import Config, ProbeConfig
+from evaluate.config import Config
+from evaluate.fitting import Told, epoch_order, fit
 from evaluate.frozen import Split, Views
 from evaluate.metrics.segmentation import Confusion, boundary_band
-from evaluate.schedules import schedule
 
 BAND = 4  # pixels on either side of a label's edge
 
@@ -50,18 +46,9 @@ def cross_entropy(logits: Float[Array, "... K"], labels: UInt8[Array, ...], igno
     return jnp.where(valid, losses, 0).sum() / jnp.maximum(valid.sum(), 1)
 
 
-def epoch_order(count: int, probe: ProbeConfig, seed: int, epoch: int) -> Iterator[tuple[np.ndarray, bool]]:
-    """Yield the images of every batch of an epoch, and whether the batch is mirrored; the last one may be smaller."""
-    random = np.random.default_rng((seed, epoch))
-    order = random.permutation(count)
-    for start in range(0, count, probe.batch_size):
-        yield order[start : start + probe.batch_size], probe.flip and bool(random.random() < 0.5)
-
-
 def train(
-    views: Views, split: Split, channels: int, config: Config, saved: Path, about: Mapping[str, Any],
-    say: Callable[[int, float], None],
-) -> Head:  # fmt: skip
+    views: Views, split: Split, channels: int, config: Config, saved: Path, about: Mapping[str, Any], say: Told
+) -> Head:
     """Train the probe and return it.
 
     Args:
@@ -69,66 +56,20 @@ def train(
         split: the training split.
         channels: of the features.
         config: the evaluation.
-        saved: the file the state is written to after every epoch; training goes on from there if it exists.
-        about: all that the probe depends on, in terms of JSON.
-        say: told the epoch and its mean loss.
+        saved, about, say: as for `fitting.fit`.
 
     Raises:
-        ValueError: if the file is of a probe that something else was said of.
+        ValueError: if `saved` is of a probe that something else was said of.
     """
     probe, ignore = config.probe, split.examples.ignore
-    steps = -(-len(split) // probe.batch_size)
-    optimizer = optax.adamw(schedule(probe, steps), weight_decay=probe.weight_decay)
+
+    def loss(head, batch):
+        data, labels = batch
+        return cross_entropy(views.logits(data, head["weight"]) + head["bias"], labels, ignore)
+
     head = init_head(channels, len(split.examples.classes), config.seed)
-    first, state = restore(saved, dict(head=head, optimizer=optimizer.init(head)), about)
-
-    @jax.jit
-    def step(state, data, labels):
-        def loss(head):
-            logits = views.logits(data, head["weight"]) + head["bias"]
-            return cross_entropy(logits, labels, ignore)
-
-        value, gradient = jax.value_and_grad(loss)(state["head"])
-        updates, moments = optimizer.update(gradient, state["optimizer"], state["head"])
-        return dict(head=optax.apply_updates(state["head"], updates), optimizer=moments), value
-
-    for epoch in range(first, probe.epochs):
-        losses = []
-        order = epoch_order(len(split), probe, config.seed, epoch)
-        for data, labels in ahead(lambda batch: views.batch(*batch), order):
-            state, value = step(state, data, labels)
-            losses.append(value)
-        mean = float(np.mean(jax.device_get(losses)))
-        save(saved, epoch + 1, state, about)
-        say(epoch + 1, mean)
-    return state["head"]
-
-
-def save(path: Path, epoch: int, state: Any, about: Mapping[str, Any]) -> None:
-    """Write the state after an epoch."""
-    leaves, _ = jax.tree.flatten_with_path(state)
-    arrays = {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in leaves}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        save_file(arrays, temporary, {"epoch": str(epoch), "about": json.dumps(about, sort_keys=True)})
-
-
-def restore(path: Path, state: Any, about: Mapping[str, Any]) -> tuple[int, Any]:
-    """Return the epochs that are done and the state after them; the given state if there is no file.
-
-    Raises:
-        ValueError: if something else was said of what is in the file.
-    """
-    if not path.is_file():
-        return 0, state
-    with safe_open(path, "numpy") as file:
-        said = file.metadata()
-        if said["about"] != json.dumps(about, sort_keys=True):
-            raise ValueError(
-                f"{path} is a probe that was trained with other settings; choose another output_dir, or delete it."
-            )
-        loaded = jax.tree.map_with_path(lambda key, _: jnp.asarray(file.get_tensor(jax.tree_util.keystr(key))), state)
-    return int(said["epoch"]), loaded
+    order = functools.partial(epoch_order, len(split), probe, config.seed)
+    return fit(head, loss, lambda batch: views.batch(*batch), order, probe, len(split), saved, about, say)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,8 +95,20 @@ class Scores:
         return cls(whole.mean_iou(), band.mean_iou(), whole.pixel_accuracy(), *rows)
 
 
-def score(views: Views, split: Split, heads: Mapping[str, Head]) -> dict[str, Scores]:
-    """Score several heads on a whole split, which is gone through once; every pixel counts the same."""
+def score(
+    views: Views, split: Split, heads: Mapping[str, Head], shown: Sequence[int] = ()
+) -> tuple[dict[str, Scores], dict[str, UInt8[np.ndarray, "N H W"]]]:
+    """Score several heads on a whole split, which is gone through once; every pixel counts the same.
+
+    Args:
+        views: of the split.
+        split: the images.
+        heads: a name for each head.
+        shown: the images whose predictions are wanted too, in rising order.
+
+    Returns:
+        The scores, and the classes predicted of the images to be shown, of each head.
+    """
     classes, ignore = len(split.examples.classes), split.examples.ignore
     weight = jnp.concatenate([head["weight"] for head in heads.values()], -1)
     bias = jnp.concatenate([head["bias"] for head in heads.values()])
@@ -166,11 +119,15 @@ def score(views: Views, split: Split, heads: Mapping[str, Head]) -> dict[str, Sc
         return logits.reshape(*logits.shape[:-1], len(heads), classes).argmax(-1).astype(jnp.uint8)
 
     counts = {name: (Confusion(classes, ignore), Confusion(classes, ignore)) for name in heads}
-    for data, labels in ahead(lambda index: views.batch([index], False), range(len(split))):
+    pictures: dict[str, list[np.ndarray]] = {name: [] for name in heads}
+    for index, (data, labels) in enumerate(ahead(lambda index: views.batch([index], False), range(len(split)))):
         predictions, label = np.asarray(classify(data)), views.arrange(labels)[0]
         band = boundary_band(label, BAND)
-        for number, (whole, edges) in enumerate(counts.values()):
+        for number, (name, (whole, edges)) in enumerate(counts.items()):
             prediction = views.arrange(predictions[..., number])[0]
             whole.add(prediction, label)
             edges.add(prediction, label, band)
-    return {name: Scores.of(whole, edges) for name, (whole, edges) in counts.items()}
+            if index in shown:
+                pictures[name].append(prediction)
+    scores = {name: Scores.of(whole, edges) for name, (whole, edges) in counts.items()}
+    return scores, {name: np.stack(found) for name, found in pictures.items() if found}

@@ -15,9 +15,10 @@ from flax import nnx
 
 from anyup_jax.encoders.settings import check_cells
 from anyup_jax.settings import to_dict
-from evaluate import fidelity, methods, results, segmentation
+from evaluate import fidelity, geometry, methods, results, segmentation, sheet
 from evaluate.config import Config
-from evaluate.data import open_segmentation
+from evaluate.data import open_nyu, open_segmentation
+from evaluate.fitting import restore
 from evaluate.frozen import Live, Split, Views, keep
 from evaluate.methods import Method
 from evaluate.results import Result
@@ -33,7 +34,7 @@ def run(config: Config, say: Say = print) -> list[Result]:
     Raises:
         ValueError, OSError, ImportError: for what is impossible as configured; before anything is computed.
     """
-    return {"segmentation": probe_segmentation, "fidelity": compare_features}[config.task](config, say)
+    return TASKS[config.task](config, say)
 
 
 def probe_segmentation(config: Config, say: Say) -> list[Result]:
@@ -42,6 +43,7 @@ def probe_segmentation(config: Config, say: Say) -> list[Result]:
     train = _split(config, "train", mirrored=probe.flip, pixel_stride=probe.pixel_stride, seed=config.seed)
     val = _split(config, "val")
     ready, about, found = _begin(config, folder)
+    shown = sheet.shown(len(val), config.pictures)
     for name in sorted(config.methods, key=lambda name: name != BORROWED):  # whose probes the others try too
         wanted = {key: config.encoders[key].load() for key in config.encoders if (key, name) not in found}
         if not wanted:
@@ -55,10 +57,10 @@ def probe_segmentation(config: Config, say: Say) -> list[Result]:
             )  # fmt: skip
             heads = {name: head}
             if BORROWED in config.methods:
-                heads[BORROWED] = segmentation.restore(
-                    _probe(folder, key, BORROWED), dict(head=head), about[key, BORROWED]
-                )[1]["head"]
-            scores = segmentation.score(views[1][key], val, heads)
+                heads[BORROWED] = restore(_probe(folder, key, BORROWED), dict(head=head), about[key, BORROWED])[1][
+                    "head"
+                ]
+            scores, predictions = segmentation.score(views[1][key], val, heads, shown)
             own = scores[name]
             table = dict(mIoU=own.mean_iou, band_mIoU=own.band_iou, accuracy=own.accuracy)
             if name != BORROWED in scores:
@@ -66,9 +68,42 @@ def probe_segmentation(config: Config, say: Say) -> list[Result]:
                 table |= {f"band_{BORROWED}_probe": scores[BORROWED].band_iou}
             table["seconds"] = time.perf_counter() - started
             details = dict(class_names=val.examples.classes, iou=own.classes, band_iou=own.band_classes)
+            if shown:
+                sheet.write(results.path_of(folder, key, name).parent, predictions[name])
             found[key, name] = Result(key, name, encoder.stride, table, details, about[key, name])
             results.save(folder, found[key, name])
             say(f"{key}, {name}: mIoU {own.mean_iou:.4f}, band {own.band_iou:.4f}")
+    images = [(val.examples.name(i), *val.view(i, False)) for i in shown]
+    _draw(config, folder, images, sheet.paint_classes(val.examples.ignore), "label")
+    return _finish(config, folder, found)
+
+
+def probe_geometry(config: Config, say: Say) -> list[Result]:
+    """Train and score probes for depth or surface normals."""
+    folder, kind = Path(config.output_dir), geometry.KINDS[config.task]
+    train, val = (dataclasses.replace(open_nyu(config.dataset, part), limit=config.limit) for part in ("train", "val"))
+    ready, about, found = _begin(config, folder)
+    shown = sheet.shown(len(val), config.pictures)
+    for key, name in about:
+        if (key, name) in found:
+            continue
+        started, encoder = time.perf_counter(), config.encoders[key].load(class_token=config.probe.class_token)
+        check_cells("dataset.size", config.dataset.size, key, encoder.stride)
+        probe, head = geometry.Probe.create(encoder, ready[name], config)
+        head = geometry.train(
+            probe, head, train, _probe(folder, key, name), about[key, name],
+            lambda epoch, loss, key=key, name=name: say(f"{key}, {name}: epoch {epoch}, loss {loss:.4f}"),
+        )  # fmt: skip
+        table, predictions = geometry.score(probe, head, val, shown)
+        if predictions is not None:
+            sheet.write(results.path_of(folder, key, name).parent, predictions)
+        table["seconds"] = time.perf_counter() - started
+        found[key, name] = Result(key, name, encoder.stride, table, {}, about[key, name])
+        results.save(folder, found[key, name])
+        say(f"{key}, {name}: RMSE {table['rmse']:.4f}")
+    scenes = [val.read(i) for i in shown]
+    images = [(val.name(i), scene.image, kind.truth(scene)) for i, scene in zip(shown, scenes)]
+    _draw(config, folder, images, dict(depth=sheet.paint_depth, normals=sheet.paint_normals)[config.task], config.task)
     return _finish(config, folder, found)
 
 
@@ -86,6 +121,14 @@ def compare_features(config: Config, say: Say) -> list[Result]:
     return _finish(config, folder, found)
 
 
+TASKS = {
+    "segmentation": probe_segmentation,
+    "depth": probe_geometry,
+    "normals": probe_geometry,
+    "fidelity": compare_features,
+}
+
+
 def _begin(config: Config, folder: Path) -> tuple[dict[str, Method], dict[Key, dict[str, Any]], dict[Key, Result]]:
     """Check the encoders, and return the methods, what the results depend on, and the results that are there."""
     for name, encoder in config.encoders.items():
@@ -95,6 +138,17 @@ def _begin(config: Config, folder: Path) -> tuple[dict[str, Method], dict[Key, d
     about = {(key, name): _settings(config, key, ready[name]) for key in config.encoders for name in config.methods}
     there = {key: results.load(folder, *key, settings) for key, settings in about.items()}
     return ready, about, {key: result for key, result in there.items() if result is not None}
+
+
+def _draw(config: Config, folder: Path, images: list[Any], paint: sheet.Paint, truth: str) -> None:
+    """Draw the sheet of every encoder."""
+    for key in config.encoders if images else ():
+        chosen = {name: results.path_of(folder, key, name).parent for name in config.methods}
+        encoder, said = config.encoders[key], ""
+        if "anyup" in config.methods:
+            said = f" AnyUp weights: {config.anyup.weights}."
+        subtitle = f"Encoder: {encoder.name}, layer {', '.join(map(str, encoder.layer))}.{said}"
+        sheet.draw(folder / key / "sheet.png", images, chosen, paint, truth, f"{key}: {config.task}", subtitle)
 
 
 def _finish(config: Config, folder: Path, found: dict[Key, Result]) -> list[Result]:
@@ -126,7 +180,7 @@ def _views(config: Config, split: Split, encoders: dict[str, Any], method: Metho
 def _settings(config: Config, encoder: str, method: Method) -> dict[str, Any]:
     """All that the scores of an encoder with a method depend on."""
     values = to_dict(config)
-    chosen = {name: values[name] for name in ("task", "probe", "seed", "limit", "high_resolution")}
+    chosen = {name: values[name] for name in ("task", "probe", "seed", "limit", "pictures", "high_resolution")}
     data = {name: value for name, value in values["dataset"].items() if name != "root"}
     about: dict[str, Any] = dict(name=method.name, enlarge=method.enlarge)
     if isinstance(method, methods.Upsampler):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -18,17 +19,21 @@ from PIL import Image
 
 import anyup_jax
 import convert
-from evaluate import fidelity, segmentation
+from anyup_jax.encoders.settings import EncoderConfig
+from evaluate import fidelity, fitting, results, segmentation, sheet
 from evaluate.ahead import ahead
-from evaluate.config import ProbeConfig
+from evaluate.config import Config, DatasetConfig, ProbeConfig
 from evaluate.frozen import Split
 from evaluate.methods import Interpolation
+from evaluate.published import figures
+from evaluate.results import Result
 from tests.training import environment
 
 OPTIONS = (
     "encoders.lite0.layer=[2]", "dataset.root=data", "dataset.size=64", "dataset.classes=3", "probe.epochs=3",
     "probe.learning_rate=0.02", "anyup.weights=weights.safetensors",
 )  # fmt: skip
+OFFICIAL = "vit_small_patch14_dinov2.lvd142m"
 COLOURS = np.array([[40, 90, 60], [220, 60, 40], [60, 80, 230]])
 
 
@@ -80,6 +85,16 @@ def test_what_is_kept_scores_as_what_is_computed_anew(folder: Path) -> None:
     rows = list(csv.DictReader((folder / "live/results.csv").read_text().splitlines()))
     assert [row["method"] for row in rows] == ["bilinear", "anyup"]
     assert (folder / "live/results.md").read_text().startswith("| encoder | stride | method | mIoU |")
+    rows = list(csv.DictReader((folder / "live/classes.csv").read_text().splitlines()))
+    assert [(row["method"], row["class"]) for row in rows[:4]] == [
+        ("bilinear", "class 0"), ("bilinear", "class 1"), ("bilinear", "class 2"), ("anyup", "class 0"),
+    ]  # fmt: skip
+    assert np.mean([float(row["IoU"]) for row in rows[:3]]) == pytest.approx(live["bilinear"]["mIoU"], abs=1e-4)
+    shown = [np.load(folder / output / "lite0/anyup/predictions.npy") for output in ("live", "kept")]
+    assert shown[0].shape == (3, 64, 64)
+    assert np.mean(shown[0] == shown[1]) > 0.98  # the tiles are put back in their places
+    with Image.open(folder / "live/lite0/sheet.png") as picture:
+        assert abs(picture.width / picture.height - 4 / 3) < 0.3
     again = evaluate(folder, "output_dir=live")
     assert "epoch" not in again.stdout  # nothing is left to do
     assert "lite0" in again.stdout
@@ -87,6 +102,38 @@ def test_what_is_kept_scores_as_what_is_computed_anew(folder: Path) -> None:
     assert "was made with other settings (probe.epochs: 3 -> 4)" in other.stderr
     details = json.loads((folder / "live/lite0/anyup/result.json").read_text(), parse_constant=pytest.fail)["details"]
     assert len(details["iou"]) == len(details["class_names"]) == 3
+
+
+def test_published_figures_stand_beside_the_same_data_and_encoder(capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = DatasetConfig(kind="voc", root="VOC")
+    encoders = dict(mine=EncoderConfig(name=OFFICIAL), other=EncoderConfig(name="resnet50"))
+    config = Config(encoders=encoders, dataset=dataset)
+    found = [Result(key, "bilinear", 14, dict(mIoU=0.8, accuracy=0.9, seconds=3.0), {}, {}) for key in encoders]
+    results.show(found, config)
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+    assert [row[2] for row in rows] == [
+        "bilinear", *["bilinear", "FeatUp", "LoftUp", "JAFAR", "AnyUp"] * 2, "bilinear",
+    ]  # fmt: skip
+    assert rows[5] == ["(AnyUp, tab. 2)", "", "AnyUp", "0.8400", "0.9619", "-"]
+    for change in (dict(size=(224, 224)), dict(kind="folder")):
+        other = dataclasses.replace(config, dataset=dataclasses.replace(dataset, **change))
+        assert not figures(other, config.encoders["mine"])
+    nyu = DatasetConfig(kind="nyu", root="NYU", size=(224, 224))
+    options = dict(encoders=encoders, dataset=nyu, probe=ProbeConfig(flip=False))
+    said = {task: figures(Config(task=task, **options), encoders["mine"]) for task in ("depth", "normals")}
+    assert said["depth"][4].scores == dict(rmse=0.4755, d1=0.8216, aligned_rmse=0.3378, aligned_d1=0.9233)
+    assert said["normals"][0].scores == {"rmse": 32.7, "11.25": 0.26, "22.5": 0.53, "30": 0.66}
+
+
+def test_images_shown_are_spread_evenly() -> None:
+    assert sheet.shown(80, 4) == (10, 30, 50, 70)
+    assert sheet.shown(3, 6) == (0, 1, 2)
+    assert sheet.shown(5, 0) == ()
+    paint = sheet.paint_classes(255)
+    picture = paint(np.array([[0, 1, 2, 255]], np.uint8))[0]
+    assert picture[[0, 3]].tolist() == [[0, 0, 0], [255, 255, 255]]
+    assert len({tuple(colour) for colour in picture.tolist()}) == 4
 
 
 def test_fidelity(folder: Path) -> None:
@@ -123,12 +170,12 @@ def test_fidelity_by_its_definition() -> None:
 
 def test_a_probe_goes_on_where_it_was_and_not_with_other_settings(tmp_path: Path) -> None:
     state, path = dict(head=dict(weight=jnp.ones((2, 3)), bias=jnp.zeros(3))), tmp_path / "probe.safetensors"
-    assert segmentation.restore(path, state, dict(x=1))[0] == 0
-    segmentation.save(path, 5, dict(head=dict(weight=jnp.full((2, 3), 7.0), bias=jnp.ones(3))), dict(x=1))
-    epoch, found = segmentation.restore(path, state, dict(x=1))
+    assert fitting.restore(path, state, dict(x=1))[0] == 0
+    fitting.save(path, 5, dict(head=dict(weight=jnp.full((2, 3), 7.0), bias=jnp.ones(3))), dict(x=1))
+    epoch, found = fitting.restore(path, state, dict(x=1))
     assert (epoch, float(found["head"]["weight"][1, 2]), float(found["head"]["bias"][0])) == (5, 7, 1)
     with pytest.raises(ValueError, match="a probe that was trained with other settings"):
-        segmentation.restore(path, state, dict(x=2))
+        fitting.restore(path, state, dict(x=2))
 
 
 def test_work_ahead_keeps_the_order_and_stops() -> None:
@@ -152,7 +199,7 @@ def test_work_ahead_keeps_the_order_and_stops() -> None:
         (["methods=[bilinear,magic]"], "methods=['bilinear', 'magic'] cannot be: choose of nearest, bilinear"),
         (["dataset.root=nowhere"], "nowhere"),
         (["dataset.size=60"], "dataset.size=(60, 60) is not a multiple of the 8 pixels of a cell of the encoder lite0"),
-        (["task=depth"], "task='depth' is unknown; choose one of segmentation, fidelity"),
+        (["task=height"], "task='height' is unknown; choose one of segmentation, depth, normals, fidelity"),
     ],
 )
 def test_what_is_impossible_is_one_sentence(folder: Path, words: list[str], message: str) -> None:
@@ -176,12 +223,12 @@ def test_cross_entropy_is_that_of_pytorch() -> None:
 
 def test_order_is_a_permutation_of_the_seed_and_flips_whole_batches() -> None:
     probe = ProbeConfig(batch_size=4)
-    epochs = [list(segmentation.epoch_order(10, probe, 0, epoch)) for epoch in range(40)]
+    epochs = [list(fitting.epoch_order(10, probe, 0, epoch)) for epoch in range(40)]
     assert [len(batch) for batch, _ in epochs[0]] == [4, 4, 2]
     assert sorted(np.concatenate([batch for batch, _ in epochs[3]])) == list(range(10))
     flips = [flip for epoch in epochs for _, flip in epoch]
     assert 40 < sum(flips) < 80
-    assert not any(flip for _, flip in segmentation.epoch_order(10, ProbeConfig(flip=False), 0, 0))
+    assert not any(flip for _, flip in fitting.epoch_order(10, ProbeConfig(flip=False), 0, 0))
 
 
 def test_one_pixel_of_every_block_counts() -> None:

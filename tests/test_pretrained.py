@@ -119,8 +119,8 @@ def test_overrides_that_cannot_be(tmp_path, package):
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        ("anyup_multibackbone", ValueError, "neither a published.*Did you mean anyup_multi_backbone"),
-        ("resnet", ValueError, r"neither a published checkpoint nor an existing path\. Published are anyup, anyup_m"),
+        ("anyup_multibackbone", ValueError, "neither the name of a checkpoint.*Did you mean anyup_multi_backbone"),
+        ("resnet", ValueError, r"nor an existing path\. The names are anyup, anyup_multi_backbone, "),
         ("weights.pth", FileNotFoundError, r"weights\.pth does not exist"),
         ("./anyup", FileNotFoundError, "anyup does not exist"),
         (Path("folder/anyup"), FileNotFoundError, "folder.anyup does not exist"),

@@ -26,6 +26,7 @@ class Encoder(nnx.Module):
         name: timm's name.
         stride: pixels per feature cell along either axis; `patch_size` is the same number.
         channels: channels C of the features.
+        widths: channels of each layer, whose sum is C.
         prefix_tokens: class and register tokens of the backbone; the features are without them.
         mean, std: the encoder's own normalisation, per RGB channel of an image in [0, 1].
     """
@@ -45,7 +46,8 @@ class Encoder(nnx.Module):
         self.name = published.name
         self.layers = resolve_layers(self.name, layer, len(config.strides))
         self.stride = common_stride(self.name, self.layers, config.strides)
-        self.channels = sum(config.widths[i] for i in self.layers)
+        self.widths = tuple(config.widths[i] for i in self.layers)
+        self.channels = sum(self.widths)
         self.prefix_tokens = config.prefix_tokens
         self.mean, self.std = published.mean, published.std
         self.norm, self.class_token = norm, class_token

@@ -44,8 +44,8 @@ class EncoderConfig:
         strides = catalog.find(self.name).config.strides
         return common_stride(self.name, resolve_layers(self.name, self.layers, len(strides)), strides)
 
-    def load(self, dtype: str = "float32") -> Any:
-        """Return the encoder, in Flax or a `timm:` model in PyTorch.
+    def load(self, dtype: str = "float32", *, class_token: bool = False) -> Any:
+        """Return the encoder, in Flax or a `timm:` model in PyTorch; it gives its class token too on request.
 
         Raises:
             OSError, ValueError, ImportError: as `encoders.create` does.
@@ -55,7 +55,9 @@ class EncoderConfig:
         from anyup_jax import encoders
         from anyup_jax.encoders import timm_bridge
 
-        options = dict(weights=self.weights, pretrained=self.pretrained, layer=self.layers, norm=self.norm)
+        options = dict(
+            weights=self.weights, pretrained=self.pretrained, layer=self.layers, norm=self.norm, class_token=class_token
+        )
         if self.name.startswith(timm_bridge.PREFIX):
             return timm_bridge.create(self.name.removeprefix(timm_bridge.PREFIX), **options)
         return encoders.create(self.name, dtype=jnp.dtype(dtype), **options)

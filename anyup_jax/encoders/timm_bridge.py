@@ -45,21 +45,25 @@ class Bridge:
 
     Attributes:
         name: timm's name after `timm:`.
-        layers, stride, channels, mean, std: as of every encoder.
+        layers, stride, channels, widths, class_token, mean, std: as of every encoder.
     """
 
     def __init__(self, encoder: Any, torch: Any, device: jax.Device):
         self.encoder, self.torch, self.device = encoder, torch, device
         self.name = PREFIX + encoder.name
         self.layers, self.stride, self.channels = encoder.layers, encoder.stride, encoder.channels
+        self.widths, self.class_token = encoder.widths, encoder.class_token
         self.mean, self.std = encoder.mean, encoder.std
 
     def normalize(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
         """Return an image with values in [0, 1] as the encoder was trained to see it."""
         return (image - jnp.asarray(self.mean, image.dtype)) / jnp.asarray(self.std, image.dtype)
 
-    def __call__(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
-        """Return the features of a normalised image, h = H // stride, w = W // stride, where JAX computes by default.
+    def __call__(
+        self, image: Float[Array, "B H W 3"]
+    ) -> Float[Array, "B h w C"] | tuple[Float[Array, "B h w C"], Float[Array, "B C"]]:
+        """Return the features of a normalised image, h = H // stride, w = W // stride, where JAX computes by default;
+        and its class token on request.
 
         Raises:
             ValueError: if its shape is not (B, H, W, 3), a side is shorter than the stride, or the model refuses it.
@@ -67,6 +71,9 @@ class Bridge:
         if image.ndim != 4 or image.shape[3] != 3:
             raise ValueError(f"The image has shape {image.shape}; give (B, H, W, 3).")
         image = jax.block_until_ready(jax.device_put(image, self.device))
-        features = self.encoder(self.torch.from_dlpack(image).permute(0, 3, 1, 2))
-        features = jax.dlpack.from_dlpack(features.permute(0, 2, 3, 1).contiguous())
-        return jax.device_put(features, jax.devices()[0])
+        found = self.encoder(self.torch.from_dlpack(image).permute(0, 3, 1, 2))
+        features, *token = found if self.class_token else (found,)
+        tensors = (features.permute(0, 2, 3, 1), *token)
+        arrays = (jax.dlpack.from_dlpack(tensor.contiguous()) for tensor in tensors)
+        arrays = tuple(jax.device_put(array, jax.devices()[0]) for array in arrays)
+        return arrays if self.class_token else arrays[0]

@@ -35,6 +35,7 @@ CONTENTS = (
     "nyu_depth_v2_labeled.mat (from NYU) and nyuv2_surfacenormal_metadata.zip (from FAIR's self-supervision benchmark)"
 )
 
+Square = tuple[int, int, int]  # top, left, side
 Planes = tuple[Shaped[np.ndarray, "480 640 3"], Shaped[np.ndarray, "480 640"], Shaped[np.ndarray, "480 640 3"]]
 
 
@@ -124,27 +125,35 @@ class Scenes:
     Attributes:
         source: where they are.
         size: height and width that they are resized to.
+        limit: use only the first ones; None for all.
     """
 
     source: Source
     size: Size
+    limit: int | None = None
 
     def __len__(self) -> int:
-        return len(self.source)
+        return min(len(self.source), self.limit or len(self.source))
 
     def name(self, index: int) -> str:
         """Return what messages and pictures call a scene: its file, or its number in the labelled set from 0."""
         return self.source.name(index)
 
-    def read(self, index: int) -> Scene:
+    def read(self, index: int, part: Square | None = None) -> Scene:
         """Return the square centre of a scene, resized: the image bilinearly (antialiased), the rest to the nearest.
+
+        Args:
+            index: which scene.
+            part: top, left and side of a part of the centre, in its 480 x 480 pixels; None for the whole.
 
         Raises:
             OSError: if it cannot be read.
             ValueError: if it is not in Probe3D's layout.
         """
-        left = centre(NATIVE, (NATIVE[0], NATIVE[0]))[1]
-        image, depth, normals = (plane[:, left : left + NATIVE[0]] for plane in self.source.planes(index))
+        top, left, side = part or (0, 0, NATIVE[0])
+        left += centre(NATIVE, (NATIVE[0], NATIVE[0]))[1]
+        planes = (plane[top : top + side, left : left + side] for plane in self.source.planes(index))
+        image, depth, normals = planes
         depth, normals = (crop_nearest(plane, self.size).astype(np.float32) for plane in (depth, normals))
         known = np.isfinite(depth) & (depth > 0) & (depth <= MAX_DEPTH)
         length = np.sqrt(np.square(normals, dtype=np.float64).sum(-1))
