@@ -14,6 +14,7 @@ from benchmarks.encoders import encoders, encoders_tpu
 from benchmarks.forward import forward, large, scaling
 from benchmarks.gpu import gpu
 from benchmarks.pod import pod
+from benchmarks.probe import probe
 from benchmarks.stages import stages
 from benchmarks.tpu import tpu, tpu_rows
 from benchmarks.train import train
@@ -37,6 +38,7 @@ TABLES = {
         gpu,
         train,
         data,
+        probe,
         pod,
     )
 }

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 
+import numpy as np
 import pytest
 import torch
 
 import anyup_torch
 from anyup_torch.geometry import axis_window
-from benchmarks import attention, bands, data, encoders, pod, run, train, windows
+from benchmarks import attention, bands, data, encoders, pod, probe, run, train, windows
 from benchmarks.published import with_published_attention
 from benchmarks.worker import Job, measure
 
@@ -154,6 +155,19 @@ def test_bytes_of_collectives() -> None:
   %add = f32[100]{0} add(%a, %all-reduce.1)
 """
     assert pod.exchanged(text) == 18 * 4 + 8 * 2 + 4 * 4
+
+
+def test_a_probe_takes_the_same_step_at_low_resolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = dict(batch=1, image=32, cells=4, channels=24)
+    plain, ours = (probe.run(probe.Job(plain, 5, **small, steps=1)) for plain in (True, False))
+    assert plain.loss == pytest.approx(ours.loss, abs=1e-5)
+    np.testing.assert_allclose(plain.gradient, ours.gradient, atol=1e-5 * np.abs(plain.gradient).max())
+    monkeypatch.setattr(probe, "measure", probe.run)
+    monkeypatch.setattr(probe, "SIZES", small)
+    monkeypatch.setattr(probe, "CLASSES", (5,))
+    columns = [list(column.cells) for column in probe.probe(1).columns]
+    assert columns[0] == ["5, to upsampled features", "5, to features (values=)"]
+    assert float(columns[6][1]) < 1e-4
 
 
 def test_data_pipelines_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,202 @@
+"""`python -m evaluate.report OUT.md --attempt RUN EVALUATION ...`: training runs and their scores as one document.
+
+Of every attempt, a folder of `train.run` and one of `evaluate.run` that scored it: the curve of the objective, what
+was set otherwise than in the first attempt, and the scores of each encoder beside those of bilinear interpolation. The
+table and the sheets of predictions are those of the first attempt. All numbers are read from the folders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anyup_jax import figure
+from anyup_jax.files import replacing
+from anyup_jax.settings import changes
+from evaluate.results import Result, markdown
+
+LOCAL = ("output_dir", "dataset.root", "dataset.index", "log.", "checkpoint.", "profile.", "mesh.", "resume")
+SMOOTHED = 10  # points of the curve that are averaged
+GAINS = ("mIoU", "band_mIoU")
+HOUR = 3600
+PAUSE = 600  # seconds without a line after which a run counts as stopped
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """A training run and its scores.
+
+    Attributes:
+        name: of the run's folder.
+        settings: of the run.
+        metrics: what it logged, line by line.
+        results: of its evaluation; empty if it has not been scored.
+        evaluation: the folder they are from.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, float]]
+    results: Sequence[Result]
+    evaluation: Path
+
+    @classmethod
+    def read(cls, run: Path, evaluation: Path) -> Attempt:
+        """Read both folders. Raises FileNotFoundError if one is none of `train.run` or `evaluate.run`."""
+        import yaml
+
+        for path, maker in ((run / "config.yaml", "train.run"), (evaluation / "results.json", "evaluate.run")):
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing; give a folder that python -m {maker} has finished.")
+        lines = {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+        results = [Result(**found) for found in json.loads((evaluation / "results.json").read_text())]
+        settings = yaml.safe_load((run / "config.yaml").read_text())
+        return cls(run.name, settings, [lines[step] for step in sorted(lines)], results, evaluation)
+
+    @property
+    def steps(self) -> int:
+        """Steps done."""
+        return int(self.metrics[-1]["step"])
+
+    @property
+    def hours(self) -> float:
+        """Time between the lines of the log, without pauses."""
+        times = np.diff([row["time"] for row in self.metrics])
+        return float(times[times < PAUSE].sum()) / HOUR
+
+    def gains(self) -> dict[str, dict[str, float]]:
+        """Return, of each encoder, AnyUp's scores less those of bilinear interpolation."""
+        scores = {(r.encoder, r.method): r.scores for r in self.results}
+        return {
+            encoder: {name: scores[encoder, "anyup"][name] - scores[encoder, "bilinear"][name] for name in GAINS}
+            for encoder, method in scores
+            if method == "anyup" and (encoder, "bilinear") in scores
+        }
+
+
+def write(path: Path, attempts: Sequence[Attempt]) -> None:
+    """Write the document and its pictures, which lie beside it.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        OSError: if something cannot be written.
+    """
+    first = attempts[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_curves(path.with_name(f"{path.stem}_curves.png"), attempts)
+    sheets = []
+    for encoder in dict.fromkeys(r.encoder for r in first.results):
+        if (sheet := first.evaluation / encoder / "sheet.png").is_file():
+            sheets.append(path.with_name(f"{path.stem}_{encoder}.png"))
+            with replacing(sheets[-1]) as temporary:
+                shutil.copyfile(sheet, temporary)
+    with replacing(path) as temporary:
+        temporary.write_text("\n".join(document(path, attempts, sheets)))
+
+
+def document(path: Path, attempts: Sequence[Attempt], sheets: Sequence[Path]) -> list[str]:
+    """Return the lines of the document."""
+    first = attempts[0]
+    about = first.results[0].settings
+    names = list(dict.fromkeys(name for r in first.results for name in r.scores if name != "seconds"))
+    rows = [[r.encoder, r.stride, r.method, *(_text(r.scores.get(name)) for name in names)] for r in first.results]
+    size = " x ".join(map(str, about["dataset"]["size"]))
+    lines = [
+        "# Results",
+        "",
+        "This page was written by `python -m evaluate.report`; every number is read from the folders of the runs.",
+        "",
+        "## Training",
+        "",
+        f"![the objective by step]({path.stem}_curves.png)",
+        "",
+        f"Shown is the mean of {SMOOTHED} logged steps. The weights that ship are those of `{first.name}`.",
+        "",
+        markdown(["run", "steps", "hours", "objective at the end", "set otherwise than in the first"], [
+            [f"`{a.name}`", a.steps, f"{a.hours:.1f}", f"{smooth(a.metrics)[-1]:.4f}", _differences(first, a)]
+            for a in attempts
+        ]),
+        "## Probes",
+        "",
+        f"Linear probes for {about['task']} at {size}, {about['probe']['epochs']} epochs, seed {about['seed']}, all "
+        "trained in the same way on frozen features. *band*: pixels within 4 of an edge of the labels. "
+        "*bilinear_probe*: the probe of bilinear features on those of the method, without retraining.",
+        "",
+        markdown(["encoder", "stride", "method", *names], rows),
+        "AnyUp less bilinear, by run:",
+        "",
+        markdown(["run", "encoder", *GAINS], [
+            [f"`{a.name}`", encoder, *(f"{gain[name]:+.4f}" for name in GAINS)]
+            for a in attempts
+            for encoder, gain in a.gains().items()
+        ]),
+        "## Predictions",
+        "",
+    ]  # fmt: skip
+    for sheet in sheets:
+        lines += [f"![image, label and predictions]({sheet.name})", ""]
+    return lines
+
+
+def draw_curves(path: Path, attempts: Sequence[Attempt]) -> None:
+    """Draw the objective of every attempt by step."""
+    drawing = figure.load_figure_class()(figsize=(8, 3.6), dpi=150, facecolor="white", layout="constrained")
+    axes = drawing.add_subplot()
+    for attempt in attempts:
+        steps = [row["step"] for row in attempt.metrics]
+        axes.plot(steps, smooth(attempt.metrics), label=attempt.name, linewidth=1.4)
+    axes.set_xlabel("step")
+    axes.set_ylabel("objective")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, title="run")
+    with replacing(path) as temporary:
+        drawing.savefig(temporary)
+
+
+def smooth(metrics: Sequence[Mapping[str, float]]) -> np.ndarray:
+    """Return the objective, each value the mean of the last ones logged."""
+    losses = np.cumsum([0.0, *(row["loss"] for row in metrics)])
+    ends = np.arange(1, len(losses))
+    starts = np.maximum(ends - SMOOTHED, 0)
+    return (losses[ends] - losses[starts]) / (ends - starts)
+
+
+def _differences(first: Attempt, other: Attempt) -> str:
+    """What a run was set otherwise, but for where it reads and writes."""
+    found = changes(first.settings, other.settings)
+    return "; ".join(f"`{text}`" for name, text in found.items() if not name.startswith(LOCAL)) or "-"
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the document and return the exit status: 0, or 2 after one line that says what was wrong."""
+    parser = argparse.ArgumentParser(prog="python -m evaluate.report", description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, metavar="OUT.md", help="the document; its pictures are put beside it")
+    parser.add_argument(
+        "--attempt", nargs=2, type=Path, action="append", required=True, metavar=("RUN", "EVALUATION"),
+        help="folders of train.run and evaluate.run; may be repeated, the first one's weights are those that ship",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    try:
+        write(args.out, [Attempt.read(*folders) for folders in args.attempt])
+    except (OSError, ValueError, ImportError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    print(f"written: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

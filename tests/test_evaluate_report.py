@@ -1,0 +1,71 @@
+"""The document on training runs and their scores: every number in it is one of the folders'."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from evaluate import report, results
+from evaluate.results import Result
+from tests.training import environment
+
+ABOUT = dict(
+    task="segmentation", seed=3, dataset=dict(size=[64, 96]), probe=dict(epochs=7), encoder={}, method=dict(name="x")
+)
+
+
+def attempt(folder: Path, name: str, learning_rate: float, gain: float) -> tuple[Path, Path]:
+    run, evaluation = folder / name, folder / f"{name}_scores"
+    run.mkdir()
+    settings = dict(optimizer=dict(learning_rate=learning_rate), output_dir=name, dataset=dict(root=name))
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    rows = [dict(step=10 * i, loss=1 / i, time=1000.0 + 36 * i + 5000 * (i > 8)) for i in range(1, 21)]
+    rows.insert(5, dict(step=30, loss=9.0, time=1108.0))  # of a start that was lost; the later line counts
+    rows.append(rows.pop(2))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [
+        Result("lite0", method, 32, dict(mIoU=0.4 + more, band_mIoU=0.3 + 2 * more, seconds=9.0), {}, ABOUT)
+        for method, more in (("bilinear", 0.0), ("anyup", gain))
+    ]
+    (evaluation / "lite0").mkdir(parents=True)
+    results.write_tables(evaluation, found)
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(evaluation / "lite0" / "sheet.png")
+    return run, evaluation
+
+
+def test_the_document_holds_what_the_folders_say(tmp_path: Path) -> None:
+    words = []
+    for name, rate, gain in (("second", 1e-3, 0.05), ("early", 2e-3, -0.01)):
+        words += ["--attempt", *map(str, attempt(tmp_path, name, rate, gain))]
+    command = [sys.executable, "-m", "evaluate.report", "docs/results.md", *words]
+    run = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (0, "written: docs/results.md\n"), run.stderr
+    text = (tmp_path / "docs/results.md").read_text()
+    last = np.mean([1 / i for i in range(11, 21)])
+    assert f"| `second` | 200 | 0.2 | {last:.4f} | - |" in text
+    assert f"| `early` | 200 | 0.2 | {last:.4f} | `optimizer.learning_rate: 0.001 -> 0.002` |" in text
+    assert "| lite0 | 32 | anyup | 0.4500 | 0.4000 |" in text
+    assert "| `second` | lite0 | +0.0500 | +0.1000 |" in text
+    assert "| `early` | lite0 | -0.0100 | -0.0200 |" in text
+    assert "segmentation at 64 x 96, 7 epochs, seed 3" in text
+    pictures = [line.split("(")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
+    assert pictures == ["results_curves.png", "results_lite0.png"]
+    assert all((tmp_path / "docs" / name).stat().st_size > 50 for name in pictures)
+    assert sorted(path.name for path in (tmp_path / "docs").iterdir()) == ["results.md", *pictures]
+
+
+def test_folders_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, evaluation = attempt(tmp_path, "one", 1e-3, 0.1)
+    for folders, missing, maker in (((tmp_path, evaluation), tmp_path / "config.yaml", "train.run"),
+                                    ((run, run), run / "results.json", "evaluate.run")):  # fmt: skip
+        assert report.main([str(tmp_path / "x.md"), "--attempt", *map(str, folders)]) == 2
+        said = f"error: {missing} is missing; give a folder that python -m {maker} has finished.\n"
+        assert capsys.readouterr().err == said
+    assert not (tmp_path / "x.md").exists()
