@@ -11,7 +11,7 @@ from benchmarks.attention import attention
 from benchmarks.bands import bands
 from benchmarks.data import data
 from benchmarks.encoders import encoders, encoders_tpu
-from benchmarks.forward import forward, large, scaling
+from benchmarks.forward import forward, large, memory, scaling
 from benchmarks.gpu import gpu
 from benchmarks.pod import pod
 from benchmarks.probe import probe
@@ -26,6 +26,7 @@ TABLES = {
         forward,
         stages,
         scaling,
+        memory,
         large,
         bands,
         attention,

@@ -49,10 +49,10 @@ def test_each_nth_step_and_the_last_are_written(tmp_path):
     printed = run(tmp_path / "new" / "run", range(1, 8), every=3, total=7)
     found = lines(tmp_path / "new" / "run")
     assert [line["step"] for line in found] == [3, 6, 7]
-    assert [line["loss"] for line in found] == [3, 6, 7]
+    assert [line["loss"] for line in found] == [2, 5, 7]  # means
     assert all(line["images_per_second"] > 0 and line["memory_bytes"] > 1e6 and line["norm"] == 0.5 for line in found)
     assert [line.split("  ")[:2] for line in printed.splitlines()] == [
-        [f"step {step}/7", f"loss {step}.0000"] for step in (3, 6, 7)
+        [f"step {step}/7", f"loss {loss}.0000"] for step, loss in ((3, 2), (6, 5), (7, 7))
     ]
     assert "images/s  ETA 0:00:00" in printed
     assert "GB" in printed
@@ -94,16 +94,12 @@ def test_a_line_is_on_the_disk_at_once_and_holds_null_for_what_is_not_finite(tmp
     assert text.endswith("}\n")
 
 
-def test_numbers_are_fetched_only_where_they_are_written(tmp_path):
-    class Fetched:
-        def __float__(self):
-            raise AssertionError("fetched from the device")
-
-    with Metrics(tmp_path, LogConfig(every=5, tensorboard=False), 9, 4) as metrics:
-        metrics.log(1, {"loss": Fetched()})
-        assert not metrics.due(1)
-        assert metrics.due(5)
-        assert metrics.due(9)
+def test_what_is_written_is_the_mean_since_the_last_time(tmp_path):
+    with Metrics(tmp_path, LogConfig(every=2, tensorboard=False), 3, 4, console=Console(file=io.StringIO())) as metrics:
+        for step, (loss, rate) in enumerate(((1.0, 0.1), (4.0, 0.2), (7.0, 0.3)), 1):
+            metrics.log(step, dict(loss=jnp.float32(loss), learning_rate=rate))
+            assert metrics.due(step) == (step > 1)
+    assert [(line["loss"], line["learning_rate"]) for line in lines(tmp_path)] == [(2.5, 0.2), (7.0, 0.3)]
 
 
 def test_other_processes_print_and_write_nothing(tmp_path, capsys):

@@ -205,7 +205,7 @@ class LogConfig:
     """What a person sees.
 
     Attributes:
-        every: steps between lines of `metrics.jsonl` and TensorBoard scalars.
+        every: steps between lines of `metrics.jsonl` and TensorBoard scalars, which are means over these steps.
         pictures_every: steps between pictures of held-out photographs; 0 for none.
         pictures: how many photographs.
         pictures_root: a folder of held-out photographs; None for those of the data set's kind (see `train.pictures`).

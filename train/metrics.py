@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
 from typing import Any
 
@@ -23,6 +24,8 @@ from rich.text import Text
 
 from anyup_jax.files import replacing
 from train.config import LogConfig
+
+AS_IT_IS = ("learning_rate",)  # not averaged
 
 
 class Metrics:
@@ -62,6 +65,7 @@ class Metrics:
         self.console = console or Console()
         self.skipped_names: set[str] = set()
         self._mark: tuple[int, float] | None = None  # the step and the time that the next interval begins with
+        self._since: dict[str, list[float]] = {}  # what is to be averaged, by name
         self._board = self._progress = None
         self._resources = contextlib.ExitStack()
         if not main:
@@ -96,21 +100,26 @@ class Metrics:
     def log(self, step: int, scalars: Mapping[str, float | jax.Array]) -> None:
         """Report a step that was done; call it after every step.
 
-        A written step also has `images_per_second`, measured since the step written before (the first step, which
-        compiles, is not in it), and `memory_bytes`, see `memory_bytes`. Numbers that are not finite become null.
+        What is written of a step are means over the steps since the one written before, but for the learning rate: each
+        step is one draw of encoder, photographs and crops, and no measure of the model. A written step also has
+        `images_per_second` (the first step, which compiles, is not in it), and `memory_bytes`, see `memory_bytes`.
+        Numbers that are not finite become null.
 
         Args:
             step: counted from 1.
-            scalars: numbers by name; arrays are fetched from the device only where the step is `due`.
+            scalars: numbers by name; some may be missing at some steps.
         """
         if not self.main:
             return
+        for name, value in scalars.items():
+            self._since.setdefault(name, []).append(float(value))
         if not self.due(step):
             self._mark = self._mark or (step, time.perf_counter())
             if self._progress:
                 self._progress.update(self._task, completed=step)
             return
-        values = {name: float(value) for name, value in scalars.items()}
+        values = {name: found[-1] if name in AS_IT_IS else fmean(found) for name, found in self._since.items()}
+        self._since.clear()
         now, seconds = time.perf_counter(), None
         if self._mark and step > self._mark[0]:
             seconds = (now - self._mark[1]) / (step - self._mark[0])
