@@ -4,20 +4,22 @@ PY := .venv/bin/python
 STAMP := .venv/.installed
 WORKERS := -n 2 --dist loadfile
 
-.PHONY: help demo test check bench
+.PHONY: help demo test slow check bench
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
 
-demo: $(STAMP)  ## upsample features of a photograph and draw outputs/demo.png
-	$(PY) -m anyup_jax demo
+demo: $(STAMP)  ## upsample features of a photograph in both frameworks and draw outputs/demo.png
+	$(PY) -m anyup_jax demo --torch
 
-test: $(STAMP)  ## run the whole test suite
-	$(PY) -m pytest $(WORKERS)
+test: $(STAMP)  ## run the test suite
+	$(PY) -m pytest -m "not slow" $(WORKERS)
 
-check: $(STAMP)  ## lint, format check and the fast tests
+slow: $(STAMP)  ## run the tests that are left out of it: minutes each, of what others cover in small
+	$(PY) -m pytest -m slow $(WORKERS)
+
+check: $(STAMP)  ## lint and format check
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest -m "not slow" -q $(WORKERS)
 
 bench: $(STAMP)  ## print the benchmarks' tables
 	$(PY) -m benchmarks.run

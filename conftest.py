@@ -1,8 +1,32 @@
-"""No chip is looked for where the TPU's compiler is installed but no TPU is: it takes time and writes to stderr."""
+"""What holds for all tests: no chip is looked for, compiled programs are let go, and some are compiled in haste."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+# where the TPU's compiler is installed but no TPU is, looking for one takes time and writes to stderr
 if not Path("/dev/accel0").exists() and not Path("/dev/vfio/0").exists():
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_LOG_DIR", "disabled")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_are_let_go() -> Iterator[None]:
+    """The programs of one file are of no use to the next, and take gigabytes."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+
+
+@pytest.fixture(scope="module")
+def compiled_in_haste() -> Iterator[None]:
+    """Without the optimisations of machine code, which take longer than small programs run. For files that ask for it;
+    those that compare with reference outputs do not."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

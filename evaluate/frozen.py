@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +85,7 @@ class Split:
         return _digest([self.origin, names, self.size, self.mirrored, self.pixel_stride, self.seed])
 
 
+@runtime_checkable
 class Views(Protocol):
     """The views of a split as an encoder and a method leave them."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from evaluate.config import Config, Size
 Maps = Mapping[str, tuple[Float[Array, "B h w C"], Float[Array, "B h w E"]]]
 
 
+@runtime_checkable
 class Method(Protocol):
     """What is measured.
 

@@ -115,7 +115,7 @@ def show(results: Sequence[Result], config: Config) -> None:
             cells = (_text(said.scores.get(name)) for name in names)
             table.add_row(f"({said.source})", "", said.method, *cells, style="dim")
         table.add_section()
-    Console(width=max(100, Console().width)).print(table)
+    Console(width=max(140, Console().width)).print(table)
 
 
 def _text(value: float | None) -> str:

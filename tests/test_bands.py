@@ -221,6 +221,7 @@ print(json.dumps([size, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrs
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux only")
 @pytest.mark.parametrize("program", [MEMORY_JAX, MEMORY_TORCH], ids=["jax", "torch"])
 def test_memory_does_not_grow_with_the_output(program):

@@ -98,6 +98,7 @@ def test_missing_packages_are_named_or_left_out(
     assert 'pip install "anyup-jax[tpu]"' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_program_for_a_chip() -> None:
     program = encoders.Program(
@@ -128,6 +129,7 @@ TINY_RUN = dict(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_step_for_a_pod() -> None:
     """Four chips with whole parameters exchange gradients and four metrics, all at once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,11 +45,30 @@ def test_demo_draws_one_picture(tmp_path, photograph):
     path = tmp_path / "pictures" / "demo.png"
     done = command("demo", photograph, "--short-side", 64, "--picture", path)
     assert done.returncode == 0, done.stderr
-    for said in ("64 x 64", "efficientnet_lite0", "UNTRAINED", "4 x 4 x 112", "2 x 2 x 320", "compiled in", str(path)):
+    for said in (
+        "64 x 64",
+        "efficientnet_lite0",
+        "anyup_efficientnet_lite",
+        "4 x 4 x 112",
+        "2 x 2 x 320",
+        "compiled in",
+        str(path),
+    ):
         assert said in done.stdout
     assert [file.name for file in path.parent.iterdir()] == ["demo.png"]
     with Image.open(path) as image:
         assert image.size[0] > image.size[1] > 500
+
+
+def test_demo_compares_with_pytorch(tmp_path, photograph, capsys):
+    argv = ["demo", str(photograph), "--short-side", "64", "--layer", "-2", "--picture", str(tmp_path / "demo.png")]
+    assert main([*argv, "--torch"]) == 0
+    said = re.search(r"PyTorch .* largest difference (\S+) \(largest value (\S+)\)", capsys.readouterr().out)
+    difference, largest = map(float, said.groups())
+    assert 0 < difference < 1e-4 * largest
+    assert main([*argv, "--torch", "--weights", "random"]) == 2
+    assert "--torch compares the frameworks with the same weights" in capsys.readouterr().err
+    assert command(*argv, "--torch").stderr.startswith('error: --torch needs torch: pip install "anyup-jax[torch]"')
 
 
 def test_upsample_writes_what_the_encoder_gave(tmp_path, photograph):
@@ -91,7 +111,7 @@ def test_upsample_takes_features_of_ones_own(tmp_path, photograph, features, cap
         assert archive["image_size"].tolist() == [70, 100]
         assert json.loads(str(archive["metadata"]))["features"] == str(features)
 
-    assert main([*argv, str(tmp_path / "other.npy"), "--seed", "1"]) == 0
+    assert main([*argv, str(tmp_path / "other.npy"), "--weights", "random", "--seed", "1"]) == 0
     assert not np.allclose(np.load(tmp_path / "other.npy"), full, atol=1e-4)
     assert "compiled in" in capsys.readouterr().out
 

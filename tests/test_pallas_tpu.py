@@ -192,6 +192,7 @@ print(json.dumps([programs, mapped]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_programs_for_chips() -> None:
     """`auto` compiled for v5e, v5p and v6e: only the kernels, and next to no memory beside inputs and outputs."""

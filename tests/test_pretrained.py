@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ from parity_tests.golden import GOLDEN, needs_golden
 from tests.release_server import serve
 from tests.weights import SMALL, random_weights
 
+ROOT = Path(__file__).resolve().parents[1]
 FILE = "anyup_paper.pth"
 
 
@@ -278,6 +281,33 @@ def test_a_progress_bar_is_shown_on_a_terminal(server, cache, monkeypatch, capsy
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     release.fetch("anyup")
     assert FILE in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", list(release.SHIPPED))
+def test_shipped_weights_are_the_same_model_in_both_frameworks(name, monkeypatch):
+    monkeypatch.setenv("ANYUP_RELEASES", "http://127.0.0.1:9")  # nothing is fetched
+    flax, torch_ = outputs(name)
+    largest = np.abs(flax).max()
+    np.testing.assert_allclose(torch_, flax, atol=1e-5 * largest)
+    flat = np.abs(flax - flax.mean((1, 2), keepdims=True)).max()
+    assert flat > 0.1 * largest  # it looks at the image
+    hub = torch.hub.load(str(ROOT), name, source="local")
+    assert hub.config == anyup_torch.pretrained.from_pretrained(name).config
+    assert release.SHIPPED[name].stat().st_size < 4e6
+    assert f"# {name}" in release.SHIPPED[name].with_suffix(".md").read_text()
+
+
+def test_shipped_weights_are_in_the_wheel(tmp_path):
+    for item in ("pyproject.toml", "README.md", "LICENSE", "anyup_jax", "anyup_torch", "convert", "train", "evaluate"):
+        copy = shutil.copytree if (ROOT / item).is_dir() else shutil.copy
+        copy(ROOT / item, tmp_path / item)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", "wheels", "."]
+    subprocess.run(build, cwd=tmp_path, check=True, capture_output=True)
+    with zipfile.ZipFile(next((tmp_path / "wheels").glob("*.whl"))) as wheel:
+        names = wheel.namelist()
+    for path in release.SHIPPED.values():
+        assert f"anyup_jax/weights/{path.name}" in names
+        assert f"anyup_jax/weights/{path.stem}.md" in names
 
 
 def test_saved_config_of_an_orbax_checkpoint_reaches_the_model(tmp_path):

@@ -46,7 +46,11 @@ def error(a, b):
 
 def run(program: str) -> dict:
     """Run PROGRAM and `program` on 8 host devices, and return what it prints last."""
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}"}
+    flags = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
+    }
     options = dict(capture_output=True, text=True, check=False, env=os.environ | flags)
     process = subprocess.run([sys.executable, "-c", PROGRAM + program], **options)
     assert process.returncode == 0, process.stderr[-3000:]
@@ -165,6 +169,7 @@ def test_one_device() -> None:
     assert anyup_jax.upsample(net, image, np.ones((1, 2, 2, 4), np.float32)).shape == (1, 8, 8, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_memory_falls_with_the_chips() -> None:
     """448² on 1 and on 8 chips of a v5e slice, compiled ahead of time: temporaries and output per chip."""

@@ -122,6 +122,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(whole: Path, tmp_path: Path)
     assert same(weights(tmp_path / "run"), weights(whole))
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_loses_nothing(tmp_path: Path) -> None:
     """Files may not grow beyond a limit, which for a program looks like a full disk."""
     train(tmp_path, "output_dir=run", "max_steps=1", *OPTIONS)
@@ -156,6 +157,7 @@ def test_another_configuration_is_refused_with_the_differences(whole: Path) -> N
     assert run.stderr.count("error:") == 1
 
 
+@pytest.mark.slow
 def test_an_encoder_of_timm_and_a_trace_and_a_picture(tmp_path: Path) -> None:
     """The same network in PyTorch; its weights here are random."""
     encoder = ("encoders.lite0.name=timm:tf_efficientnet_lite0", "encoders.lite0.pretrained=false")

@@ -22,6 +22,7 @@ from train import encoders, optim, sharding
 from train.config import Config, DatasetConfig, EncoderConfig, LossConfig, MeshConfig, OptimizerConfig
 from train.step import Geometry, init_state, make_step, state_specs
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 SIZES = Geometry(8, (32, 32), *[(16, 16)] * 4)
 VIEWS = DatasetConfig(crop_size=(32, 32), img_size=(16, 16), num_local_crops=2)
 
@@ -97,6 +98,7 @@ def test_accumulation_gives_the_same_step() -> None:
     assert largest_difference(whole.optimizer.mu, parts.optimizer.mu) < 1e-6
 
 
+@pytest.mark.slow
 def test_remat_gives_the_same_step() -> None:
     kept, again = (steps(tiny(remat=remat), 1)[0] for remat in (False, True))
     assert largest_difference(kept.optimizer.mu, again.optimizer.mu) < 1e-6
