@@ -164,17 +164,30 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
 
 def _read_orbax(path: Path, item: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     config = _orbax_config(path)
+    return dict(flatten(read_tree(path / item))), config
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """Return the arrays that Orbax wrote, in nested dictionaries.
+
+    Raises:
+        ValueError: if something is missing or damaged.
+        ImportError: without jax and orbax-checkpoint.
+    """
     checkpointer = orbax()
     import jax
 
+    where = path.absolute()
+    handler = checkpointer.PyTreeCheckpointHandler()  # a Checkpointer would warn that a run's items lack metadata
     try:
-        with checkpointer.PyTreeCheckpointer() as reader:
-            tree = reader.metadata(path.absolute() / item).item_metadata.tree
-            as_numpy = jax.tree.map(lambda _: checkpointer.RestoreArgs(restore_type=np.ndarray), tree)
-            nested = reader.restore(path.absolute() / item, restore_args=as_numpy)
+        as_numpy = jax.tree.map(
+            lambda _: checkpointer.RestoreArgs(restore_type=np.ndarray), handler.metadata(where).tree
+        )
+        return handler.restore(where, args=checkpointer.args.PyTreeRestore(restore_args=as_numpy))
     except (ValueError, KeyError, OSError, AttributeError) as error:
-        raise ValueError(f"{path / item} is incomplete or damaged: {error}") from error
-    return dict(flatten(nested)), config
+        raise ValueError(f"{path} is incomplete or damaged: {error}") from error
+    finally:
+        handler.close()
 
 
 def _orbax_config(path: Path) -> dict[str, Any]:

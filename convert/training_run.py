@@ -41,11 +41,11 @@ def step_directory(directory: Path) -> Path:
 def read(directory: Path) -> TrainingState:
     """Read a run; see `TrainingState.from_run`."""
     path = step_directory(directory)
-    optimizer = _restore(path / "optimizer")
+    optimizer = io.read_tree(path / "optimizer")
     if set(optimizer) != {"count", "mu", "nu"}:
         raise ValueError(f"{path / 'optimizer'} holds {', '.join(optimizer)}; it must hold count, mu and nu.")
     configuration, progress = _json(path / "config"), _json(path / "progress")
-    parameters = _flat(_restore(path / "params"))
+    parameters = _flat(io.read_tree(path / "params"))
     settings = configuration.get("model") or progress.get("model") or {}
     fields = {name: value for name, value in settings.items() if value is not None and name != "backend"}
     checkpoint = Checkpoint.from_flax(parameters, fields)
@@ -128,19 +128,6 @@ def trained_to_torch(
 def _is_trained(entry: table.Entry) -> bool:
     """Whether the optimizer holds it: all but the output projection, which no output depends on in either framework."""
     return not (entry.carried and entry.part is None)
-
-
-def _restore(path: Path) -> dict[str, Any]:
-    orbax = io.orbax()
-    import jax
-
-    try:
-        with orbax.PyTreeCheckpointer() as reader:
-            tree = reader.metadata(path.absolute()).item_metadata.tree
-            as_numpy = jax.tree.map(lambda _: orbax.RestoreArgs(restore_type=np.ndarray), tree)
-            return reader.restore(path.absolute(), restore_args=as_numpy)
-    except (ValueError, KeyError, OSError, AttributeError) as error:
-        raise ValueError(f"{path} is incomplete or damaged: {error}") from error
 
 
 def _json(item: Path) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def _draw(config: Config, folder: Path, images: list[Any], paint: sheet.Paint, t
         chosen = {name: results.path_of(folder, key, name).parent for name in config.methods}
         encoder, said = config.encoders[key], ""
         if "anyup" in config.methods:
-            said = f" AnyUp weights: {config.anyup.weights}."
+            said = f" AnyUp weights: {Path(config.anyup.weights).name}."
         subtitle = f"Encoder: {encoder.name}, layer {', '.join(map(str, encoder.layer))}.{said}"
         sheet.draw(folder / key / "sheet.png", images, chosen, paint, truth, f"{key}: {config.task}", subtitle)
 

@@ -41,7 +41,7 @@ def test_a_run_leaves_what_it_should(whole: Path) -> None:
     assert not (whole / ".hydra").exists()
 
 
-def test_from_pretrained_takes_the_newest_or_the_average(whole: Path) -> None:
+def test_from_pretrained_takes_the_newest_or_the_average(whole: Path, caplog: pytest.LogCaptureFixture) -> None:
     newest, average = anyup_jax.from_pretrained(whole), anyup_jax.from_pretrained(whole, ema=True)
     assert newest.config.qk_dim == 16
     assert newest.config.num_heads == 2
@@ -49,6 +49,7 @@ def test_from_pretrained_takes_the_newest_or_the_average(whole: Path) -> None:
     assert newest.cross_decode.query.kernel.shape == average.cross_decode.query.kernel.shape
     older = anyup_jax.from_pretrained(whole / "checkpoints" / "3")
     assert (older.cross_decode.query.kernel[...] != newest.cross_decode.query.kernel[...]).any()
+    assert not caplog.messages  # Orbax's warnings among them
 
 
 def test_the_same_command_again_has_nothing_to_do(whole: Path) -> None:
