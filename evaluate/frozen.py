@@ -228,13 +228,15 @@ def _compute(split: Split, number: int, encoders: Mapping[str, Any], method: Met
     return found
 
 
-def encode(encoder: Any, images: UInt8[np.ndarray, "B H W 3"], enlarge: int = 1) -> Float[Array, "B h w C"]:
-    """Return an encoder's features of 8-bit images, shown to it larger by a whole factor."""
+def encode(
+    encoder: Any, images: UInt8[np.ndarray, "B H W 3"], enlarge: int = 1
+) -> Float[Array, "B h w C"] | tuple[Float[Array, "B h w C"], Float[Array, "B C"]]:
+    """Return what an encoder gives of 8-bit images, shown to it larger by a whole factor: features, and class token."""
     return encoder(encoder.normalize(_pixels(images, enlarge)))
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _pixels(images: UInt8[np.ndarray, "B H W 3"], enlarge: int) -> Float[Array, "B eH eW 3"]:
+def _pixels(images: UInt8[np.ndarray | Array, "B H W 3"], enlarge: int) -> Float[Array, "B eH eW 3"]:
     pixels = jnp.asarray(images, jnp.float32) / 255
     batch, height, width, _ = pixels.shape
     size = (batch, enlarge * height, enlarge * width, 3)

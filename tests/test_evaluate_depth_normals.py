@@ -122,7 +122,7 @@ def test_normals_are_learned(folder: Path, tmp_path: Path) -> None:
         dataset=DatasetConfig(kind="nyu", root=str(folder), size=(64, 64)),
         probe=ProbeConfig(
             class_token=True, flip=False, augment=True, epochs=30, batch_size=2, learning_rate=0.02,
-            schedule="warmup_cosine", warmup_epochs=3,
+            schedule="warmup_cosine", warmup_epochs=3.0,
         ),
     )  # fmt: skip
     probe, head = geometry.Probe.create(Encoder(), Interpolation("bilinear", "bilinear"), config)

@@ -100,7 +100,7 @@ def test_dpt_head_takes_levels_of_their_own_channels_and_one_or_four_of_them(dpt
     assert nnx.eval_shape(lambda head, x: head(x, (5, 9)), head, levels).shape == (1, 5, 9, 7)
     assert head.conv1.kernel.shape == (3, 3, 512, 512)
     with pytest.raises(ValueError, match="1 or 4 feature maps, got 3"):
-        dpt_head(maps(3))
+        dpt_head([jnp.asarray(x) for x in maps(3)])
 
 
 @pytest.mark.parametrize("kind", [Linear, DPT])
@@ -111,7 +111,7 @@ def test_heads_in_bfloat16_return_float32_and_have_float32_gradients(kind):
 
 
 def test_linear_head_and_its_gradient_in_bfloat16():
-    features, options = maps(1)[0], dict(channels=CHANNELS, outputs=5)
+    features, options = jnp.asarray(maps(1)[0]), dict(channels=CHANNELS, outputs=5)
     heads = [
         filled(lambda rngs, dtype=dtype: Linear(**options, dtype=dtype, rngs=rngs)) for dtype in ("f4", "bfloat16")
     ]
@@ -131,8 +131,8 @@ def test_heads_begin_like_those_of_torch():
 @pytest.mark.parametrize("size", [(12, 16), (7, 9), (2, 3)])
 @pytest.mark.parametrize("kernel", ["bilinear", "bicubic"])
 def test_resize(kernel, size):
-    (x,) = maps(1)
-    close(resize(jnp.asarray(x), size, kernel), F.interpolate(nchw(x), size, mode=kernel))
+    x = jnp.asarray(maps(1)[0])
+    close(resize(x, size, kernel), F.interpolate(nchw(np.array(x)), size, mode=kernel))
     assert resize(x, x.shape[1:3], kernel) is x
 
 
@@ -355,7 +355,7 @@ def test_schedules_after_the_end_and_far_out():
 
 
 def test_a_schedule_without_a_warm_up_begins_at_the_peak_and_one_that_only_warms_up_is_refused():
-    config = ProbeConfig(schedule="warmup_cosine", warmup_epochs=0, epochs=2)
+    config = ProbeConfig(schedule="warmup_cosine", warmup_epochs=0.0, epochs=2)
     assert float(schedule(config, 10)(0)) == pytest.approx(5e-4)
     with pytest.raises(ValueError, match=r"probe\.warmup_epochs=2\.0 cannot be"):
         schedule(ProbeConfig(schedule="warmup_cosine", warmup_epochs=2.0, epochs=2), 10)

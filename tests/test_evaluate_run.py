@@ -23,6 +23,7 @@ from anyup_jax.encoders.settings import EncoderConfig
 from evaluate import fidelity, fitting, results, segmentation, sheet
 from evaluate.ahead import ahead
 from evaluate.config import Config, DatasetConfig, ProbeConfig
+from evaluate.data import Examples
 from evaluate.frozen import Split
 from evaluate.methods import Interpolation
 from evaluate.published import figures
@@ -232,8 +233,10 @@ def test_order_is_a_permutation_of_the_seed_and_flips_whole_batches() -> None:
 
 
 def test_one_pixel_of_every_block_counts() -> None:
-    class Labels:
+    class Labels(Examples):
         ignore = 255
+
+        def __init__(self) -> None: ...
 
         def read(self, index: int):
             return np.zeros((9, 12, 3), np.uint8), np.ones((9, 12), np.uint8)

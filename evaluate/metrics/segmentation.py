@@ -31,14 +31,14 @@ class Confusion:
 
     def add(
         self,
-        prediction: Integer[ndarray, "*shape"],
-        label: Integer[ndarray, "*shape"],
-        where: Bool[ndarray, "*shape"] | None = None,
+        prediction: Integer[ndarray, ...],
+        label: Integer[ndarray, ...],
+        where: Bool[ndarray, ...] | None = None,
     ) -> None:
         """Count the pixels of one or more images.
 
         Args:
-            prediction, label: classes from 0 on; the label may be `ignore`.
+            prediction, label: classes from 0 on, in arrays of one shape; the label may be `ignore`.
             where: count only these pixels; None for all.
 
         Raises:
