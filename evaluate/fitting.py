@@ -20,7 +20,7 @@ from evaluate.config import ProbeConfig
 from evaluate.schedules import schedule
 
 Told = Callable[[int, float], None]  # an epoch and its mean loss
-Chosen = tuple[np.ndarray, bool]
+Chosen = tuple[list[int], bool]
 
 
 def epoch_order(count: int, probe: ProbeConfig, seed: int, epoch: int) -> Iterator[Chosen]:
@@ -28,7 +28,7 @@ def epoch_order(count: int, probe: ProbeConfig, seed: int, epoch: int) -> Iterat
     random = np.random.default_rng((seed, epoch))
     order = random.permutation(count)
     for start in range(0, count, probe.batch_size):
-        yield order[start : start + probe.batch_size], probe.flip and bool(random.random() < 0.5)
+        yield order[start : start + probe.batch_size].tolist(), probe.flip and bool(random.random() < 0.5)
 
 
 def fit(
