@@ -1,4 +1,4 @@
-"""What holds for all tests: no chip is looked for, compiled programs are let go, and some are compiled in haste."""
+"""What holds for all tests: no chip is looked for, and compiled programs are let go."""
 
 import os
 import sys
@@ -19,14 +19,3 @@ def _programs_are_let_go() -> Iterator[None]:
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
-
-
-@pytest.fixture(scope="module")
-def compiled_in_haste() -> Iterator[None]:
-    """Without the optimisations of machine code, which take longer than small programs run. For files that ask for it;
-    those that compare with reference outputs do not."""
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

@@ -67,6 +67,7 @@ for name in ("vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_base_
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [JAX, TORCH, ENCODERS], ids=["jax", "torch", "encoders"])
 def test_annotations_hold(program: str) -> None:
     run = subprocess.run([sys.executable, "-c", HOOK + program], capture_output=True, text=True, check=False)
@@ -74,6 +75,7 @@ def test_annotations_hold(program: str) -> None:
     assert len(run.stdout.splitlines()) == {JAX: 11, TORCH: 10, ENCODERS: 8}[program]
 
 
+@pytest.mark.slow
 def test_the_check_can_fail() -> None:
     wrong = "anyup_jax.layers.adaptive_average_pool(image[0], (2, 2))"
     run = subprocess.run([sys.executable, "-c", HOOK + wrong], capture_output=True, text=True, check=False)

@@ -110,6 +110,7 @@ def test_program_for_a_chip() -> None:
     assert program.accessed > 2 * weights
 
 
+@pytest.mark.slow
 def test_training_steps_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = dict(batch=1, image=28, cells=2, channels=8, size=4, crops=2)
     monkeypatch.setattr(train, "SIZES", sizes)

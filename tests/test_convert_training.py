@@ -20,7 +20,6 @@ from convert import pickle_reader, torch_file, training_run, training_state
 from convert.training_state import TrainingState
 from tests.weights import EQUAL, SMALL, assert_same_bits, random_weights
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 RATE, DECAY = 2e-4, 1e-5
 EPS = 1e-3  # at 1e-8 an entry without a gradient moves by the whole rate, whichever way its rounding points
 CONFIG = {"qk_dim": 16, "window_ratio": 0.2}

@@ -22,7 +22,6 @@ from train import encoders, optim, sharding
 from train.config import Config, DatasetConfig, EncoderConfig, LossConfig, MeshConfig, OptimizerConfig
 from train.step import Geometry, init_state, make_step, state_specs
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 SIZES = Geometry(8, (32, 32), *[(16, 16)] * 4)
 VIEWS = DatasetConfig(crop_size=(32, 32), img_size=(16, 16), num_local_crops=2)
 

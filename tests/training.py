@@ -34,9 +34,8 @@ CACHE = tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_errors=Tr
 def environment(**changes: str) -> dict[str, str]:
     """Of a process that compiles what no process before it has compiled."""
     cache = dict(JAX_COMPILATION_CACHE_DIR=CACHE.name, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.3")
-    haste = dict(JAX_DISABLE_MOST_OPTIMIZATIONS="1")  # which take longer than these runs
     quiet = dict(TPU_SKIP_MDS_QUERY="1", TPU_LOG_DIR="disabled", JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
-    return os.environ | cache | haste | quiet | changes
+    return os.environ | cache | quiet | changes
 
 
 def train(folder: Path, *words: str, status: int = 0, **changes: str) -> subprocess.CompletedProcess[str]:

@@ -34,7 +34,7 @@ ENCODERS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 DATASETS: dict[str, dict[str, Any]] = {
-    "skimage": dict(kind="skimage", crop_size=[128, 128], img_size=[64, 64], num_local_crops=4),
+    "skimage": dict(kind="skimage", crop_size=[128, 128], img_size=[64, 64], guidance_size=[64, 64], num_local_crops=4),
     "folder": dict(kind="folder", root="data/imagenet/train"),
     "imagenet2012": dict(kind="tfds", name="imagenet2012"),
     "tfds": dict(kind="tfds"),
@@ -52,8 +52,8 @@ EXPERIMENTS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "smoke": (
         dict(encoders="efficientnet_lite0", dataset="skimage", optimizer="adamw_fast"),
         dict(
-            dtype="float32", batch_size=4, max_steps=40, checkpoint=dict(every=20),
-            log=dict(every=5, pictures_every=40), output_dir="outputs/smoke",
+            dtype="float32", batch_size=4, max_steps=20, checkpoint=dict(every=10),
+            log=dict(every=5, pictures_every=20), output_dir="outputs/smoke",
         ),
     ),
     "paper": (dict(encoders="dinov2_s", dataset="folder"), dict(output_dir="outputs/paper")),
