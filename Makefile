@@ -4,6 +4,11 @@ PY := .venv/bin/python
 STAMP := .venv/.installed
 WORKERS := -n 2 --dist loadfile
 
+# The TPU's compiler is installed too, and writes warnings where it finds no TPU.
+ifeq ($(wildcard /dev/accel* /dev/vfio/* /dev/nvidia*),)
+demo: export JAX_PLATFORMS ?= cpu
+endif
+
 .PHONY: help demo test slow check bench
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile

@@ -24,7 +24,7 @@ from anyup_jax.settings import changes
 from evaluate.results import Result, markdown
 
 LOCAL = ("output_dir", "dataset.root", "dataset.index", "log.", "checkpoint.", "profile.", "mesh.", "resume")
-SMOOTHED = 10  # points of the curve that are averaged
+SMOOTHED = 25  # points of the curve that are averaged
 GAINS = ("mIoU", "band_mIoU")
 HOUR = 3600
 PAUSE = 600  # seconds without a line after which a run counts as stopped
@@ -82,8 +82,8 @@ class Attempt:
         }
 
 
-def write(path: Path, attempts: Sequence[Attempt]) -> None:
-    """Write the document and its pictures, which lie beside it.
+def write(path: Path, attempts: Sequence[Attempt], note: str = "") -> None:
+    """Write the document and its pictures, which lie beside it; the note ends it.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -99,7 +99,7 @@ def write(path: Path, attempts: Sequence[Attempt]) -> None:
             with replacing(sheets[-1]) as temporary:
                 shutil.copyfile(sheet, temporary)
     with replacing(path) as temporary:
-        temporary.write_text("\n".join(document(path, attempts, sheets)))
+        temporary.write_text("\n".join([*document(path, attempts, sheets), *([note, ""] if note else [])]))
 
 
 def document(path: Path, attempts: Sequence[Attempt], sheets: Sequence[Path]) -> list[str]:
@@ -108,6 +108,7 @@ def document(path: Path, attempts: Sequence[Attempt], sheets: Sequence[Path]) ->
     about = first.results[0].settings
     names = list(dict.fromkeys(name for r in first.results for name in r.scores if name != "seconds"))
     rows = [[r.encoder, r.stride, r.method, *(_text(r.scores.get(name)) for name in names)] for r in first.results]
+    used = "all images" if about["limit"] is None else f"the first {about['limit']} images"
     size = " x ".join(map(str, about["dataset"]["size"]))
     lines = [
         "# Results",
@@ -126,8 +127,8 @@ def document(path: Path, attempts: Sequence[Attempt], sheets: Sequence[Path]) ->
         ]),
         "## Probes",
         "",
-        f"Linear probes for {about['task']} at {size}, {about['probe']['epochs']} epochs, seed {about['seed']}, all "
-        "trained in the same way on frozen features. *band*: pixels within 4 of an edge of the labels. "
+        f"Linear probes for {about['task']} at {size}, {about['probe']['epochs']} epochs, seed {about['seed']}, "
+        f"{used} of each split, all trained in the same way on frozen features. *band*: pixels within 4 of an edge. "
         "*bilinear_probe*: the probe of bilinear features on those of the method, without retraining.",
         "",
         markdown(["encoder", "stride", "method", *names], rows),
@@ -188,9 +189,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--attempt", nargs=2, type=Path, action="append", required=True, metavar=("RUN", "EVALUATION"),
         help="folders of train.run and evaluate.run; may be repeated, the first one's weights are those that ship",
     )  # fmt: skip
+    parser.add_argument("--note", default="", metavar="TEXT", help="the last words, such as whose the images are")
     args = parser.parse_args(argv)
     try:
-        write(args.out, [Attempt.read(*folders) for folders in args.attempt])
+        write(args.out, [Attempt.read(*folders) for folders in args.attempt], args.note)
     except (OSError, ValueError, ImportError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2

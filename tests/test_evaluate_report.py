@@ -16,9 +16,7 @@ from evaluate import report, results
 from evaluate.results import Result
 from tests.training import environment
 
-ABOUT = dict(
-    task="segmentation", seed=3, dataset=dict(size=[64, 96]), probe=dict(epochs=7), encoder={}, method=dict(name="x")
-)
+ABOUT = dict(task="segmentation", seed=3, limit=5, dataset=dict(size=[64, 96]), probe=dict(epochs=7))
 
 
 def attempt(folder: Path, name: str, learning_rate: float, gain: float) -> tuple[Path, Path]:
@@ -44,17 +42,18 @@ def test_the_document_holds_what_the_folders_say(tmp_path: Path) -> None:
     words = []
     for name, rate, gain in (("second", 1e-3, 0.05), ("early", 2e-3, -0.01)):
         words += ["--attempt", *map(str, attempt(tmp_path, name, rate, gain))]
-    command = [sys.executable, "-m", "evaluate.report", "docs/results.md", *words]
+    command = [sys.executable, "-m", "evaluate.report", "docs/results.md", *words, "--note", "By nobody."]
     run = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (0, "written: docs/results.md\n"), run.stderr
     text = (tmp_path / "docs/results.md").read_text()
-    last = np.mean([1 / i for i in range(11, 21)])
+    last = np.mean([1 / i for i in range(1, 21)])
     assert f"| `second` | 200 | 0.2 | {last:.4f} | - |" in text
     assert f"| `early` | 200 | 0.2 | {last:.4f} | `optimizer.learning_rate: 0.001 -> 0.002` |" in text
     assert "| lite0 | 32 | anyup | 0.4500 | 0.4000 |" in text
     assert "| `second` | lite0 | +0.0500 | +0.1000 |" in text
     assert "| `early` | lite0 | -0.0100 | -0.0200 |" in text
-    assert "segmentation at 64 x 96, 7 epochs, seed 3" in text
+    assert "segmentation at 64 x 96, 7 epochs, seed 3, the first 5 images of each split" in text
+    assert text.endswith("\nBy nobody.\n")
     pictures = [line.split("(")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
     assert pictures == ["results_curves.png", "results_lite0.png"]
     assert all((tmp_path / "docs" / name).stat().st_size > 50 for name in pictures)
