@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import resource
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 from rich.table import Table
@@ -20,29 +20,31 @@ class Job:
     """Steps to time: square sizes, float32, random images, features, labels and weights.
 
     Attributes:
+        kept: what AnyUp does to the images was found before, as `cache=` of an evaluation has it.
         plain: upsample the features and apply the head to them; otherwise the other way round.
         classes: of the head.
         batch, image, cells, channels: of the images and of the features.
-        steps: timed ones, after a first, which compiles.
+        steps: timed ones, after a first.
     """
 
+    kept: bool
     plain: bool
     classes: int
     batch: int = 2
     image: int = 224
     cells: int = 16
     channels: int = 384
-    steps: int = 2
+    steps: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a job measured: loss and gradient of the head, seconds of the steps, and peak megabytes."""
+    """What a job measured: loss and gradient of the head, seconds of the steps, and megabytes the program needs."""
 
     loss: float
     gradient: list[list[float]]
     seconds: list[float]
-    peak: float
+    temporary: float
 
 
 SIZES = dict(batch=2, image=224, cells=16, channels=384)
@@ -50,30 +52,29 @@ CLASSES = (21, 151)
 
 
 def probe(rounds: int) -> Table:
-    """Seconds and peak memory of a probe's step with the head applied at low resolution, and on upsampled features."""
+    """Seconds and memory of a probe's step with the head applied at low resolution, and on upsampled features."""
     sizes = "batch {batch}, {image}², features {cells}² x {channels}".format(**SIZES)
     title = f"a step of a linear probe behind AnyUp: {sizes}; medians of {rounds} turns"
-    columns = "s / step", "peak MB", "faster", "memory", "loss differs by", "gradient differs by"
-    table = table_of(title, "classes, head applied", *columns)
+    columns = "s / step", "program's MB", "faster", "memory", "loss differs by", "gradient differs by"
+    table = table_of(title, "classes, AnyUp, head applied", *columns)
     for classes in CLASSES:
-        turns = [[measure(Job(plain, classes, **SIZES)) for plain in (True, False)] for _ in range(rounds)]
-        faster = np.median([np.median(a.seconds) / np.median(b.seconds) for a, b in turns])
-        smaller = np.median([b.peak / a.peak for a, b in turns])
-        gradients = [[np.array(outcome.gradient) for outcome in pair] for pair in turns]
-        apart = max(np.abs(a - b).max() / np.abs(a).max() for a, b in gradients)
-        loss = max(abs(a.loss - b.loss) for a, b in turns)
-        for number, where in enumerate(("to upsampled features", "to features (values=)")):
-            chosen = [pair[number] for pair in turns]
-            row = [
-                f"{np.median([np.median(o.seconds) for o in chosen]):.2f}",
-                f"{np.median([o.peak for o in chosen]):.0f}",
-            ]
-            row += [f"{faster:.2f} x", f"{smaller:.2f}", f"{loss:.1e}", f"{apart:.1e}"] if number else [""] * 4
-            table.add_row(f"{classes}, {where}", *row)
+        for kept in (False, True):
+            turns = [[measure(Job(kept, plain, classes, **SIZES)) for plain in (True, False)] for _ in range(rounds)]
+            faster = np.median([np.median(a.seconds) / np.median(b.seconds) for a, b in turns])
+            smaller = np.median([b.temporary / a.temporary for a, b in turns])
+            gradients = [[np.array(outcome.gradient) for outcome in pair] for pair in turns]
+            apart = max(np.abs(a - b).max() / np.abs(a).max() for a, b in gradients)
+            loss = max(abs(a.loss - b.loss) for a, b in turns)
+            for number, where in enumerate(("to upsampled features", "to features")):
+                chosen = [pair[number] for pair in turns]
+                seconds = np.median([np.median(o.seconds) for o in chosen])
+                row = [f"{seconds:.3f}", f"{np.median([o.temporary for o in chosen]):.0f}"]
+                row += [f"{faster:.2f} x", f"{smaller:.2f}", f"{loss:.1e}", f"{apart:.1e}"] if number else [""] * 4
+                table.add_row(f"{classes}, {'kept' if kept else 'computed'}, {where}", *row)
         table.add_section()
     table.caption = (
-        "faster, memory: how many times as fast, and the share of the peak memory, which holds the framework, the "
-        "compiler and AnyUp's own maps. Gradient: largest difference, relative to the largest value."
+        "computed: AnyUp runs in every step; kept: what it does to an image was found before (cache=). The program's "
+        "MB are its temporary arrays. Gradient: largest difference, relative to the largest value."
     )
     return table
 
@@ -90,6 +91,7 @@ def run(job: Job) -> Outcome:
     from flax import nnx
 
     import anyup_jax
+    from evaluate import operators
     from evaluate.methods import Upsampler
     from evaluate.segmentation import cross_entropy, init_head
 
@@ -99,25 +101,33 @@ def run(job: Job) -> Outcome:
     features = random.standard_normal((job.batch, job.cells, job.cells, job.channels), np.float32)
     labels = random.integers(0, job.classes, (job.batch, job.image, job.image)).astype(np.uint8)
     size = job.image, job.image
+    upsample: Callable = lambda data, values: method(data["image"], data["features"], size, values)  # noqa: E731
+    data = dict(image=image, features=features)
+    if job.kept:
+        plan = operators.Plan.of(method, features.shape[1:3], size)
+        tiles = operators.extract(method, dict(it=plan), image, dict(it=jnp.asarray(features)), size)["it"]
+        data, labels = dict(features=features, tiles=tiles), np.asarray(plan.pick(labels[..., None]))[..., 0]
+        upsample = lambda data, values: operators.apply(plan, data["tiles"], values)  # noqa: E731
 
-    @jax.jit
-    def step(head, image, features):
+    def step(head, data):
         def loss(head):
             if job.plain:
-                logits = method(image, features, size) @ head["weight"]
+                logits = upsample(data, data["features"]) @ head["weight"]
             else:
-                logits = method(image, features, size, features @ head["weight"])
+                logits = upsample(data, data["features"] @ head["weight"])
             return cross_entropy(logits + head["bias"], jnp.asarray(labels), 255)
 
         return jax.value_and_grad(loss)(head)
 
     head, seconds = init_head(job.channels, job.classes, 0), []
+    data = jax.tree.map(jnp.asarray, data)
+    compiled = jax.jit(step).lower(head, data).compile()
     for _ in range(1 + job.steps):
         start = time.perf_counter()
-        loss, gradient = jax.block_until_ready(step(head, image, features))
+        loss, gradient = jax.block_until_ready(compiled(head, data))
         seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    return Outcome(float(loss), np.asarray(gradient["weight"]).tolist(), seconds[1:], peak)
+    temporary = compiled.memory_analysis().temp_size_in_bytes / 1e6
+    return Outcome(float(loss), np.asarray(gradient["weight"]).tolist(), seconds[1:], temporary)
 
 
 if __name__ == "__main__":

@@ -162,15 +162,20 @@ def test_bytes_of_collectives() -> None:
 
 def test_a_probe_takes_the_same_step_at_low_resolution(monkeypatch: pytest.MonkeyPatch) -> None:
     small = dict(batch=1, image=32, cells=4, channels=24)
-    plain, ours = (probe.run(probe.Job(plain, 5, **small, steps=1)) for plain in (True, False))
-    assert plain.loss == pytest.approx(ours.loss, abs=1e-5)
-    np.testing.assert_allclose(plain.gradient, ours.gradient, atol=1e-5 * np.abs(plain.gradient).max())
+    plain, *others = (
+        probe.run(probe.Job(kept, plain, 5, **small, steps=1))
+        for kept, plain in ((False, True), (False, False), (True, True), (True, False))
+    )
+    for ours in others:
+        assert plain.loss == pytest.approx(ours.loss, abs=1e-5)
+        np.testing.assert_allclose(plain.gradient, ours.gradient, atol=1e-5 * np.abs(plain.gradient).max())
     monkeypatch.setattr(probe, "measure", probe.run)
     monkeypatch.setattr(probe, "SIZES", small)
     monkeypatch.setattr(probe, "CLASSES", (5,))
     columns = [list(column.cells) for column in probe.probe(1).columns]
-    assert columns[0] == ["5, to upsampled features", "5, to features (values=)"]
-    assert float(columns[6][1]) < 1e-4
+    where = "to upsampled features", "to features"
+    assert columns[0] == [f"5, {kept}, {it}" for kept in ("computed", "kept") for it in where]
+    assert max(float(columns[6][row]) for row in (1, 3)) < 1e-4
 
 
 def test_data_pipelines_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(whole: Path, tmp_path: Path)
     assert losses(tmp_path / "run")[:4] == losses(whole)[: done + 1]
 
 
+@pytest.mark.slow
 def test_through_a_pth_of_the_published_trainer_and_back(whole: Path, tmp_path: Path) -> None:
     """Weights, moments and step survive, and the photographs go on where they were."""
     for source, destination in ((whole / "checkpoints" / "3", "there.pth"), ("there.pth", "back")):
@@ -109,6 +110,7 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(whole: Path, tm
     assert losses(tmp_path / "run") == losses(whole)
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_passed_over(whole: Path, tmp_path: Path) -> None:
     train(tmp_path, "output_dir=run", "max_steps=2", *OPTIONS)
     for path in (tmp_path / "run/checkpoints/2/params").rglob("*"):
@@ -200,13 +202,17 @@ def test_impossible_runs_end_with_one_sentence(words: list[str], message: str, t
     assert "Traceback" not in run.stderr
 
 
-def test_cfg_and_dry_run_and_multirun(tmp_path: Path) -> None:
+def test_cfg_and_dry_run(tmp_path: Path) -> None:
     shown = train(tmp_path, "--cfg", "job").stdout
     assert yaml.safe_load(shown)["model"]["qk_dim"] == 16
     dry = train(tmp_path, "--dry-run").stdout
     for word in ("parameters", "devices", "photographs", "memory", "batch       image 2 x 64 x 64 x 3 uint8"):
         assert word in dry
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_multirun(tmp_path: Path) -> None:
     train(tmp_path, "-m", "max_steps=1", "output_dir=sweep", "seed=1,2")
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["0", "1"]
     assert losses(tmp_path / "sweep" / "0") != losses(tmp_path / "sweep" / "1")
