@@ -105,7 +105,7 @@ def run(job: Job) -> Outcome:
     data = dict(image=image, features=features)
     if job.kept:
         plan = operators.Plan.of(method, features.shape[1:3], size)
-        tiles = operators.extract(method, dict(it=plan), image, dict(it=jnp.asarray(features)), size)["it"]
+        tiles = operators.extract(method, dict(it=plan), jnp.asarray(image), dict(it=jnp.asarray(features)), size)["it"]
         data, labels = dict(features=features, tiles=tiles), np.asarray(plan.pick(labels[..., None]))[..., 0]
         upsample = lambda data, values: operators.apply(plan, data["tiles"], values)  # noqa: E731
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from anyup_jax.geometry import AxisWindow
 from evaluate.config import Size
@@ -76,13 +76,15 @@ class Plan:
         """Positions in a tile."""
         return self.rows.tile * self.cols.tile
 
-    def pick(self, values: Float[Array, "B H W E"]) -> Float[Array, "B tiles positions E"]:
+    def pick(self, values: Shaped[Array | np.ndarray, "B H W E"]) -> Shaped[Array | np.ndarray, "B tiles positions E"]:
         """Cut a map into tiles."""
         (rows, cols), batch, channels = self.grid, len(values), values.shape[-1]
         cut = values.reshape(batch, rows, self.rows.tile, cols, self.cols.tile, channels)
         return cut.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * cols, self.positions, channels)
 
-    def untile(self, tiles: Float[Array, "B tiles positions E"], size: Size) -> Float[Array, "B H W E"]:
+    def untile(
+        self, tiles: Shaped[Array | np.ndarray, "B tiles positions E"], size: Size
+    ) -> Shaped[Array | np.ndarray, "B H W E"]:
         """Put tiles together again."""
         (rows, cols), batch, channels = self.grid, len(tiles), tiles.shape[-1]
         cut = tiles.reshape(batch, rows, cols, self.rows.tile, self.cols.tile, channels)
