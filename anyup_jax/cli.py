@@ -114,7 +114,10 @@ def build_parser() -> argparse.ArgumentParser:
         )
         model = command.add_argument_group("AnyUp")
         model.add_argument(
-            "--weights", default=WEIGHTS, metavar="W", help='a name, a file, or "random" (default: %(default)s)'
+            "--weights",
+            default=WEIGHTS,
+            metavar="W",
+            help='a name, a file, or "random" (default: %(default)s; anyup_multi_backbone for DINO and its like)',
         )
         model.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights (default: 0)")
         model.add_argument("--window", choices=("paper", "natten"), help="which keys a query sees")
@@ -319,9 +322,7 @@ def _overrides(args: argparse.Namespace) -> dict[str, str]:
 
 def describe_weights(args: argparse.Namespace) -> str:
     """Return the weights in words; random ones are called untrained."""
-    if args.weights == RANDOM:
-        return f"UNTRAINED, random initialisation with seed {args.seed}"
-    return args.weights
+    return f"UNTRAINED, random initialisation with seed {args.seed}" if args.weights == RANDOM else args.weights
 
 
 def encode(encoder: Any, image: UInt8[np.ndarray, "H W 3"]) -> Float[Array, "h w C"]:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable
 
 import numpy as np
 from rich.table import Table
@@ -101,13 +100,16 @@ def run(job: Job) -> Outcome:
     features = random.standard_normal((job.batch, job.cells, job.cells, job.channels), np.float32)
     labels = random.integers(0, job.classes, (job.batch, job.image, job.image)).astype(np.uint8)
     size = job.image, job.image
-    upsample: Callable = lambda data, values: method(data["image"], data["features"], size, values)  # noqa: E731
-    data = dict(image=image, features=features)
+    data, plan = dict(image=image, features=features), None
     if job.kept:
         plan = operators.Plan.of(method, features.shape[1:3], size)
         tiles = operators.extract(method, dict(it=plan), jnp.asarray(image), dict(it=jnp.asarray(features)), size)["it"]
         data, labels = dict(features=features, tiles=tiles), np.asarray(plan.pick(labels[..., None]))[..., 0]
-        upsample = lambda data, values: operators.apply(plan, data["tiles"], values)  # noqa: E731
+
+    def upsample(data, values):
+        if plan is not None:
+            return operators.apply(plan, data["tiles"], values)
+        return method(data["image"], data["features"], size, values)
 
     def step(head, data):
         def loss(head):

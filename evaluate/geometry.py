@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from evaluate import heads, losses
+from evaluate import heads, losses, sheet
 from evaluate.ahead import ahead
 from evaluate.config import Config, Size
 from evaluate.data.augment import draw_part, jitter
@@ -43,6 +43,7 @@ class Kind:
         predict: makes depth or normals of the head's output, at a size.
         score: of a prediction and its scene.
         truth: what is predicted of a scene.
+        paint: makes a picture of truth or of a prediction.
     """
 
     outputs: int
@@ -50,6 +51,7 @@ class Kind:
     predict: Callable[[Array, Size], Array]
     score: Callable[[Prediction, Scene], dict[str, float]]
     truth: Callable[[Scene], Prediction]
+    paint: sheet.Paint
 
 
 def _depth_loss(raw, batch):
@@ -69,13 +71,16 @@ def _depth_scores(prediction: Prediction, scene: Scene) -> dict[str, float]:
 
 
 KINDS = {
-    "depth": Kind(heads.DEPTH_OUTPUTS, _depth_loss, heads.depth_of, _depth_scores, lambda scene: scene.depth),
+    "depth": Kind(
+        heads.DEPTH_OUTPUTS, _depth_loss, heads.depth_of, _depth_scores, lambda scene: scene.depth, sheet.paint_depth
+    ),
     "normals": Kind(
         heads.NORMAL_OUTPUTS,
         _normal_loss,
         lambda raw, size: heads.normals_of(raw, size)[0],
         lambda prediction, scene: normal_scores(prediction, scene.normals, scene.normals.any(-1)),
         lambda scene: scene.normals,
+        sheet.paint_normals,
     ),
 }
 
@@ -178,12 +183,12 @@ def score(
     """
 
     @jax.jit
-    def predict(batch):
+    def predict(head, batch):
         return probe.kind.predict(probe.raw(head, batch), batch["image"].shape[1:3])
 
     found, pictures = [], []
     for index, batch in enumerate(ahead(lambda index: probe.read(scenes, ([index], None)), range(len(scenes)))):
-        prediction = np.asarray(predict(batch)[0])
+        prediction = np.asarray(predict(head, batch)[0])
         scene = Scene(*(batch[name][0] for name in ("image", "depth", "normals")))
         if scores := probe.kind.score(prediction, scene):
             found.append(scores)

@@ -65,7 +65,8 @@ DEPTH = {  # method -> RMSE in metres and delta 1, absolute and aligned; AnyUp's
 def figures(config: Config, encoder: EncoderConfig) -> list[Figure]:
     """Return what was published for the task, data and image size of an evaluation with one of its encoders."""
     same = encoder.name.partition(".")[0].removeprefix("timm:") == DINOV2_S and encoder.layer in ((-1,), (11,))
-    if not same or config.task not in SIZES or config.dataset.size != SIZES[config.task]:
+    same = same and encoder.norm == (config.task == "segmentation")  # Probe3D takes the features before the norm
+    if not same or config.limit is not None or config.dataset.size != SIZES.get(config.task):
         return []
     return list(_rows(config.task, config.dataset.kind))
 

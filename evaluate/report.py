@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 
 from anyup_jax import figure
 from anyup_jax.files import replacing
 from anyup_jax.settings import changes
-from evaluate.results import Result, markdown
+from evaluate.results import Result, markdown, text_of
 
-LOCAL = ("output_dir", "dataset.root", "dataset.index", "log.", "checkpoint.", "profile.", "mesh.", "resume")
+LOCAL = ("output_dir", "dataset.root", "dataset.index", "log.", "checkpoint.", "profile.", "mesh.")
 SMOOTHED = 25  # points of the curve that are averaged
 GAINS = ("mIoU", "band_mIoU")
 HOUR = 3600
@@ -51,14 +52,12 @@ class Attempt:
     @classmethod
     def read(cls, run: Path, evaluation: Path) -> Attempt:
         """Read both folders. Raises FileNotFoundError if one is none of `train.run` or `evaluate.run`."""
-        import yaml
-
         for path, maker in ((run / "config.yaml", "train.run"), (evaluation / "results.json", "evaluate.run")):
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing; give a folder that python -m {maker} has finished.")
         lines = {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
         results = [Result(**found) for found in json.loads((evaluation / "results.json").read_text())]
-        settings = yaml.safe_load((run / "config.yaml").read_text())
+        settings = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
         return cls(run.name, settings, [lines[step] for step in sorted(lines)], results, evaluation)
 
     @property
@@ -107,7 +106,7 @@ def document(path: Path, attempts: Sequence[Attempt], sheets: Sequence[Path]) ->
     first = attempts[0]
     about = first.results[0].settings
     names = list(dict.fromkeys(name for r in first.results for name in r.scores if name != "seconds"))
-    rows = [[r.encoder, r.stride, r.method, *(_text(r.scores.get(name)) for name in names)] for r in first.results]
+    rows = [[r.encoder, r.stride, r.method, *(text_of(r.scores.get(name)) for name in names)] for r in first.results]
     used = "all images" if about["limit"] is None else f"the first {about['limit']} images"
     size = " x ".join(map(str, about["dataset"]["size"]))
     lines = [
@@ -175,10 +174,6 @@ def _differences(first: Attempt, other: Attempt) -> str:
     """What a run was set otherwise, but for where it reads and writes."""
     found = changes(first.settings, other.settings)
     return "; ".join(f"`{text}`" for name, text in found.items() if not name.startswith(LOCAL)) or "-"
-
-
-def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -75,7 +75,7 @@ def write_tables(folder: Path, results: Sequence[Result]) -> None:
     """Write all results as `results.json`, `results.csv` and `results.md`, and scores by class as `classes.csv`."""
     names = list(dict.fromkeys(name for result in results for name in result.scores))
     head = ["encoder", "stride", "method", *names]
-    rows = [[r.encoder, r.stride, r.method, *(_text(r.scores.get(name)) for name in names)] for r in results]
+    rows = [[r.encoder, r.stride, r.method, *(text_of(r.scores.get(name)) for name in names)] for r in results]
     with replacing(folder / "results.json") as temporary:
         temporary.write_text(json.dumps([dataclasses.asdict(result) for result in results], indent=1))
     with replacing(folder / "results.csv") as temporary, temporary.open("w", newline="") as file:
@@ -110,15 +110,15 @@ def show(results: Sequence[Result], config: Config) -> None:
         table.add_column(name, justify="right")
     for encoder in dict.fromkeys(r.encoder for r in results):
         for r in (r for r in results if r.encoder == encoder):
-            table.add_row(encoder, str(r.stride), r.method, *(_text(r.scores.get(name)) for name in names))
+            table.add_row(encoder, str(r.stride), r.method, *(text_of(r.scores.get(name)) for name in names))
         for said in figures(config, config.encoders[encoder]):
-            cells = (_text(said.scores.get(name)) for name in names)
+            cells = (text_of(said.scores.get(name)) for name in names)
             table.add_row(f"({said.source})", "", said.method, *cells, style="dim")
         table.add_section()
     Console(width=max(140, Console().width)).print(table)
 
 
-def _text(value: float | None) -> str:
+def text_of(value: float | None) -> str:
     if value is None or math.isnan(value):
         return "-"
     return f"{value:.4f}"

@@ -32,6 +32,12 @@ def write(folder: Path, predictions: Shaped[np.ndarray, "N H W *_"]) -> None:
         np.save(file, predictions)
 
 
+def count(folder: Path) -> int:
+    """Return how many predictions of a method are kept."""
+    path = folder / FILE
+    return len(np.load(path, mmap_mode="r")) if path.is_file() else 0
+
+
 def draw(
     path: Path,
     images: Sequence[tuple[str, UInt8[np.ndarray, "H W 3"], np.ndarray]],

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from anyup_jax import figure
 from anyup_jax.encoders.settings import check_cells
 from anyup_jax.settings import to_dict
 from evaluate import fidelity, geometry, methods, results, segmentation, sheet
@@ -42,8 +43,8 @@ def probe_segmentation(config: Config, say: Say) -> list[Result]:
     folder, probe = Path(config.output_dir), config.probe
     train = _split(config, "train", mirrored=probe.flip, pixel_stride=probe.pixel_stride, seed=config.seed)
     val = _split(config, "val")
-    ready, about, found = _begin(config, folder)
     shown = sheet.shown(len(val), config.pictures)
+    ready, about, found = _begin(config, folder, len(shown))
     for name in sorted(config.methods, key=lambda name: name != BORROWED):  # whose probes the others try too
         wanted = {key: config.encoders[key].load() for key in config.encoders if (key, name) not in found}
         if not wanted:
@@ -57,9 +58,8 @@ def probe_segmentation(config: Config, say: Say) -> list[Result]:
             )  # fmt: skip
             heads = {name: head}
             if BORROWED in config.methods:
-                heads[BORROWED] = restore(_probe(folder, key, BORROWED), dict(head=head), about[key, BORROWED])[1][
-                    "head"
-                ]
+                _, state = restore(_probe(folder, key, BORROWED), dict(head=head), about[key, BORROWED])
+                heads[BORROWED] = state["head"]
             scores, predictions = segmentation.score(views[1][key], val, heads, shown)
             own = scores[name]
             table = dict(mIoU=own.mean_iou, band_mIoU=own.band_iou, accuracy=own.accuracy)
@@ -82,8 +82,8 @@ def probe_geometry(config: Config, say: Say) -> list[Result]:
     """Train and score probes for depth or surface normals."""
     folder, kind = Path(config.output_dir), geometry.KINDS[config.task]
     train, val = (dataclasses.replace(open_nyu(config.dataset, part), limit=config.limit) for part in ("train", "val"))
-    ready, about, found = _begin(config, folder)
     shown = sheet.shown(len(val), config.pictures)
+    ready, about, found = _begin(config, folder, len(shown))
     for key, name in about:
         if (key, name) in found:
             continue
@@ -103,7 +103,7 @@ def probe_geometry(config: Config, say: Say) -> list[Result]:
         say(f"{key}, {name}: RMSE {table['rmse']:.4f}")
     scenes = [val.read(i) for i in shown]
     images = [(val.name(i), scene.image, kind.truth(scene)) for i, scene in zip(shown, scenes)]
-    _draw(config, folder, images, dict(depth=sheet.paint_depth, normals=sheet.paint_normals)[config.task], config.task)
+    _draw(config, folder, images, kind.paint, config.task)
     return _finish(config, folder, found)
 
 
@@ -129,15 +129,23 @@ TASKS = {
 }
 
 
-def _begin(config: Config, folder: Path) -> tuple[dict[str, Method], dict[Key, dict[str, Any]], dict[Key, Result]]:
-    """Check the encoders, and return the methods, what the results depend on, and the results that are there."""
+def _begin(
+    config: Config, folder: Path, shown: int = 0
+) -> tuple[dict[str, Method], dict[Key, dict[str, Any]], dict[Key, Result]]:
+    """Check what can be checked, and return the methods, what the results depend on, and the results that are there.
+
+    A result without the predictions that are to be `shown` is not there; its probe, which is, is scored again.
+    """
+    if shown:
+        figure.load_figure_class()
     for name, encoder in config.encoders.items():
         if (patch := encoder.stride()) is not None:
             check_cells("dataset.size", config.dataset.size, name, patch)
     ready = {name: methods.create(name, config) for name in config.methods}
     about = {(key, name): _settings(config, key, ready[name]) for key in config.encoders for name in config.methods}
     there = {key: results.load(folder, *key, settings) for key, settings in about.items()}
-    return ready, about, {key: result for key, result in there.items() if result is not None}
+    complete = {key for key in there if not shown or sheet.count(results.path_of(folder, *key).parent) == shown}
+    return ready, about, {key: result for key, result in there.items() if result is not None and key in complete}
 
 
 def _draw(config: Config, folder: Path, images: list[Any], paint: sheet.Paint, truth: str) -> None:
@@ -180,7 +188,7 @@ def _views(config: Config, split: Split, encoders: dict[str, Any], method: Metho
 def _settings(config: Config, encoder: str, method: Method) -> dict[str, Any]:
     """All that the scores of an encoder with a method depend on."""
     values = to_dict(config)
-    chosen = {name: values[name] for name in ("task", "probe", "seed", "limit", "pictures", "high_resolution")}
+    chosen = {name: values[name] for name in ("task", "probe", "seed", "limit", "high_resolution")}
     data = {name: value for name, value in values["dataset"].items() if name != "root"}
     about: dict[str, Any] = dict(name=method.name, enlarge=method.enlarge)
     if isinstance(method, methods.Upsampler):

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.io
+import yaml
 from PIL import Image
 
 from anyup_jax.encoders.settings import EncoderConfig
+from anyup_jax.settings import from_dict
 from evaluate import geometry, sheet
 from evaluate.config import Config, DatasetConfig, ProbeConfig
 from evaluate.data import augment, nyu, open_nyu
@@ -77,8 +79,23 @@ def test_depth(folder: Path) -> None:
     assert np.load(folder / "depth/lite0/bilinear/predictions.npy").shape == (1, 64, 64)
     with Image.open(folder / "depth/lite0/sheet.png") as sheet:
         assert sheet.width > 2 * sheet.height
-    again = evaluate(folder, "depth", "output_dir=depth")
-    assert "epoch" not in again.stdout
+    again = evaluate(folder, "depth", "output_dir=depth", "pictures=2")
+    assert "epoch" not in again.stdout  # scored again for the pictures, and not trained
+    assert "RMSE" in again.stdout
+    assert np.load(folder / "depth/lite0/bilinear/predictions.npy").shape == (2, 64, 64)
+
+
+def test_presets_are_the_protocol(folder: Path) -> None:
+    command = [sys.executable, "-m", "evaluate.run", "+experiment=nyu_normals", "dataset.root=.", "--cfg", "job"]
+    run = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=True)
+    config = from_dict(Config, yaml.safe_load(run.stdout))
+    assert config.probe == ProbeConfig(
+        class_token=True, augment=True, learning_rate=5e-4, weight_decay=0.01, schedule="warmup_cosine", epochs=10,
+        batch_size=8, flip=False, warmup_epochs=1.5,
+    )  # fmt: skip
+    assert (config.task, config.dataset.kind, config.dataset.size) == ("normals", "nyu", (224, 224))
+    (encoder,) = config.encoders.values()
+    assert (encoder.name, encoder.norm) == ("vit_small_patch14_dinov2.lvd142m", False)
 
 
 @pytest.mark.parametrize(

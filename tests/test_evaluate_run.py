@@ -122,7 +122,10 @@ def test_published_figures_stand_beside_the_same_data_and_encoder(capsys: pytest
         assert not figures(other, config.encoders["mine"])
     nyu = DatasetConfig(kind="nyu", root="NYU", size=(224, 224))
     options = dict(encoders=encoders, dataset=nyu, probe=ProbeConfig(flip=False))
-    said = {task: figures(Config(task=task, **options), encoders["mine"]) for task in ("depth", "normals")}
+    raw = dataclasses.replace(encoders["mine"], norm=False)
+    said = {task: figures(Config(task=task, **options), raw) for task in ("depth", "normals")}
+    assert not figures(Config(task="depth", **options), encoders["mine"])
+    assert not figures(dataclasses.replace(config, limit=5), encoders["mine"])
     assert said["depth"][4].scores == dict(rmse=0.4755, d1=0.8216, aligned_rmse=0.3378, aligned_d1=0.9233)
     assert said["normals"][0].scores == {"rmse": 32.7, "11.25": 0.26, "22.5": 0.53, "30": 0.66}
 

@@ -30,8 +30,21 @@ def test_features_are_those_of_torch(encoder, bridge):
     assert features.devices() == {jax.devices()[0]}
     np.testing.assert_allclose(features[0], encoder.encode_array(picture), atol=1e-5)
     assert (bridge.name, bridge.layers) == ("timm:resnet18", (2, 2))
-    for attribute in ("stride", "channels", "mean", "std"):
+    assert bridge.widths == (128, 128)
+    for attribute in ("stride", "channels", "widths", "mean", "std"):
         assert getattr(bridge, attribute) == getattr(encoder, attribute)
+
+
+def test_class_tokens_are_those_of_torch():
+    torch.manual_seed(0)
+    encoder = encoders.create("vit_tiny_patch16_224", pretrained=False, layer=(0, 1), class_token=True)
+    bridge = timm_bridge.Bridge(encoder, torch, jax.devices("cpu")[0])
+    image = np.random.default_rng(0).standard_normal((2, 224, 224, 3), np.float32)
+    features, token = bridge(jnp.asarray(image))
+    expected = encoder(torch.from_numpy(image).permute(0, 3, 1, 2))
+    assert (features.shape, token.shape, bridge.widths) == ((2, 14, 14, 384), (2, 384), (192, 192))
+    np.testing.assert_allclose(features, expected[0].permute(0, 2, 3, 1), atol=1e-5)
+    np.testing.assert_allclose(token, expected[1], atol=1e-5)
 
 
 def test_memory_is_shared(monkeypatch, encoder, bridge):
