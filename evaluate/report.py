@@ -24,7 +24,9 @@ from anyup_jax.files import replacing
 from anyup_jax.settings import changes
 from evaluate.results import Result, markdown, text_of
 
-LOCAL = ("output_dir", "dataset.root", "dataset.index", "log.", "checkpoint.", "profile.", "mesh.")
+LOCAL = (
+    "output_dir", "dataset.root", "dataset.index", "log.", "checkpoint.every", "checkpoint.keep", "profile.", "mesh."
+)  # fmt: skip
 SMOOTHED = 25  # points of the curve that are averaged
 GAINS = ("mIoU", "band_mIoU")
 HOUR = 3600
@@ -71,6 +73,12 @@ class Attempt:
         times = np.diff([row["time"] for row in self.metrics])
         return float(times[times < PAUSE].sum()) / HOUR
 
+    @property
+    def images(self) -> str:
+        """What of each split it was scored with."""
+        limit = self.results[0].settings["limit"]
+        return "all images" if limit is None else f"the first {limit} images"
+
     def gains(self) -> dict[str, dict[str, float]]:
         """Return, of each encoder, AnyUp's scores less those of bilinear interpolation."""
         scores = {(r.encoder, r.method): r.scores for r in self.results}
@@ -107,7 +115,6 @@ def document(path: Path, attempts: Sequence[Attempt], sheets: Sequence[Path]) ->
     about = first.results[0].settings
     names = list(dict.fromkeys(name for r in first.results for name in r.scores if name != "seconds"))
     rows = [[r.encoder, r.stride, r.method, *(text_of(r.scores.get(name)) for name in names)] for r in first.results]
-    used = "all images" if about["limit"] is None else f"the first {about['limit']} images"
     size = " x ".join(map(str, about["dataset"]["size"]))
     lines = [
         "# Results",
@@ -127,14 +134,14 @@ def document(path: Path, attempts: Sequence[Attempt], sheets: Sequence[Path]) ->
         "## Probes",
         "",
         f"Linear probes for {about['task']} at {size}, {about['probe']['epochs']} epochs, seed {about['seed']}, "
-        f"{used} of each split, all trained in the same way on frozen features. *band*: pixels within 4 of an edge. "
-        "*bilinear_probe*: the probe of bilinear features on those of the method, without retraining.",
+        f"{first.images} of each split, all trained in the same way on frozen features. *band*: pixels within 4 of an "
+        "edge. *bilinear_probe*: the probe of bilinear features on those of the method, without retraining.",
         "",
         markdown(["encoder", "stride", "method", *names], rows),
         "AnyUp less bilinear, by run:",
         "",
-        markdown(["run", "encoder", *GAINS], [
-            [f"`{a.name}`", encoder, *(f"{gain[name]:+.4f}" for name in GAINS)]
+        markdown(["run", "images", "encoder", *GAINS], [
+            [f"`{a.name}`", a.images, encoder, *(f"{gain[name]:+.4f}" for name in GAINS)]
             for a in attempts
             for encoder, gain in a.gains().items()
         ]),

@@ -23,6 +23,7 @@ def attempt(folder: Path, name: str, learning_rate: float, gain: float) -> tuple
     run, evaluation = folder / name, folder / f"{name}_scores"
     run.mkdir()
     settings = dict(optimizer=dict(learning_rate=learning_rate), output_dir=name, dataset=dict(root=name))
+    settings |= dict(checkpoint=dict(every=len(name), init_from=None if name == "second" else "weights"))
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     rows = [dict(step=10 * i, loss=1 / i, time=1000.0 + 36 * i + 5000 * (i > 8)) for i in range(1, 21)]
     rows.insert(5, dict(step=30, loss=9.0, time=1108.0))  # of a start that was lost; the later line counts
@@ -48,10 +49,11 @@ def test_the_document_holds_what_the_folders_say(tmp_path: Path) -> None:
     text = (tmp_path / "docs/results.md").read_text()
     last = np.mean([1 / i for i in range(1, 21)])
     assert f"| `second` | 200 | 0.2 | {last:.4f} | - |" in text
-    assert f"| `early` | 200 | 0.2 | {last:.4f} | `optimizer.learning_rate: 0.001 -> 0.002` |" in text
+    otherwise = "`checkpoint.init_from: None -> weights`; `optimizer.learning_rate: 0.001 -> 0.002`"
+    assert f"| `early` | 200 | 0.2 | {last:.4f} | {otherwise} |" in text
     assert "| lite0 | 32 | anyup | 0.4500 | 0.4000 |" in text
-    assert "| `second` | lite0 | +0.0500 | +0.1000 |" in text
-    assert "| `early` | lite0 | -0.0100 | -0.0200 |" in text
+    assert "| `second` | the first 5 images | lite0 | +0.0500 | +0.1000 |" in text
+    assert "| `early` | the first 5 images | lite0 | -0.0100 | -0.0200 |" in text
     assert "segmentation at 64 x 96, 7 epochs, seed 3, the first 5 images of each split" in text
     assert text.endswith("\nBy nobody.\n")
     pictures = [line.split("(")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]

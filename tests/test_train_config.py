@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import yaml
 from hydra import compose, initialize
 from omegaconf import OmegaConf
 
 from anyup_jax.settings import from_dict, to_dict
 from train import presets
-from train.config import Config, EncoderConfig, ProfileConfig, differences
+from train.config import Config, EncoderConfig, FeaturesConfig, ProfileConfig, differences
+from train.loop import check_output
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +71,8 @@ def test_the_command_line_has_the_last_word() -> None:
         ("dataset.img_size=900", r"must fit into dataset\.crop_size"),
         ("dataset.kind=folder", r"dataset\.root"),
         ("dataset.global_view_random_resize=[0.9,0.5]", "least <= greatest"),
+        ("features.shares=[1,0]", "shares above 0 and at most 1"),
+        ("features.shares=[]", "shares above 0 and at most 1"),
         ("mesh.process_id=1", "go together"),
         ("mesh.model=-1", "only one of"),
         ("profile.steps=9:1", "give first:last, such as 10:15"),
@@ -93,6 +99,17 @@ def test_differences_leave_out_how_it_is_computed() -> None:
     old = to_dict(Config(encoders={"x": EncoderConfig(name="a")}))
     new = old | dict(max_steps=9, output_dir="b", batch_size=8, mesh=old["mesh"] | dict(model=2))
     assert differences(old, new) == ["batch_size: 4 -> 8"]
+
+
+def test_a_run_from_before_a_setting_was_there_had_its_default(tmp_path: Path) -> None:
+    config = Config(encoders={"x": EncoderConfig(name="a")})
+    saved = to_dict(config)
+    del saved["features"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    check_output(tmp_path, config)
+    changed = dataclasses.replace(config, features=FeaturesConfig(shuffle=True))
+    with pytest.raises(ValueError, match=r"other settings \(features\.shuffle: False -> True\)"):
+        check_output(tmp_path, changed)
 
 
 def test_profile_range() -> None:

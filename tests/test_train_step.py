@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,16 @@ from anyup_jax.config import AnyUpConfig
 from anyup_jax.model import AnyUp
 from tests.training import environment
 from train import encoders, optim, sharding
-from train.config import Config, DatasetConfig, EncoderConfig, LossConfig, MeshConfig, OptimizerConfig
-from train.step import Geometry, init_state, make_step, state_specs
+from train.config import (
+    Config,
+    DatasetConfig,
+    EncoderConfig,
+    FeaturesConfig,
+    LossConfig,
+    MeshConfig,
+    OptimizerConfig,
+)
+from train.step import Geometry, draw_channels, init_state, make_step, state_specs
 
 SIZES = Geometry(8, (32, 32), *[(16, 16)] * 4)
 VIEWS = DatasetConfig(crop_size=(32, 32), img_size=(16, 16), num_local_crops=2)
@@ -51,8 +60,13 @@ def batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
 COMPILED: dict[str, Any] = {}
 
 
-def steps(config: Config, count: int = 2, spoil: int | None = None) -> tuple[Any, list[dict[str, float]]]:
-    """Return the state after some steps, and the metrics of each; `spoil` is a step whose features hold NaN."""
+def steps(
+    config: Config, count: int = 2, spoil: int | None = None, channels: Sequence[np.ndarray] = ()
+) -> tuple[Any, list[dict[str, float]]]:
+    """Return the state after some steps, and the metrics of each.
+
+    `spoil` is a step whose features hold NaN; `channels` are those that the features of each step are to have.
+    """
     mesh = sharding.make_mesh(config.mesh)
     graph, state = init_state(config, AnyUp(config.model, rngs=nnx.Rngs(0)))
     specs = state_specs(state, config.mesh.parameters, mesh)
@@ -65,6 +79,8 @@ def steps(config: Config, count: int = 2, spoil: int | None = None) -> tuple[Any
         arrays = batch(config, number)
         if number == spoil:
             arrays["lr"][0] = np.nan
+        if channels:
+            arrays |= {name: arrays[name][..., channels[number]] for name in ("lr", "hr")}
         state, metrics = step(state, (), sharding.place_batch(arrays, mesh))
         found.append({name: float(x) for name, x in metrics.items()})
     return jax.tree.map(np.asarray, state), found
@@ -137,6 +153,32 @@ def test_a_weight_of_zero_leaves_a_term_out(names: tuple[str, ...]) -> None:
         assert metrics[0][name] == pytest.approx(expected, rel=1e-5, abs=1e-8)
 
 
+@pytest.mark.parametrize(("shuffle", "share"), [(True, 1.0), (True, 0.6), (False, 0.6)])
+def test_channels_of_a_step(shuffle: bool, share: float) -> None:
+    config = FeaturesConfig(shuffle=shuffle)
+    drawn = [np.asarray(draw_channels(config, share, 10, jax.random.key(seed))) for seed in range(40)]
+    assert {len(channels) for channels in drawn} == {round(10 * share)}
+    assert all(len(set(channels)) == len(channels) for channels in drawn)
+    assert set(np.concatenate(drawn)) == set(range(10))
+    assert all((np.diff(channels) > 0).all() for channels in drawn) == (not shuffle)
+    assert len({tuple(channels) for channels in drawn}) > 30
+    assert draw_channels(FeaturesConfig(), 1.0, 10, jax.random.key(0)) is None
+
+
+def test_a_step_takes_other_channels_of_both_maps_and_the_next_step_others() -> None:
+    mixed = tiny(features=FeaturesConfig(shuffle=True), seed=3)
+    _, found = steps(mixed)
+    expected = []
+    for number in range(2):  # the same channels, taken of the batch before it comes to a step that leaves them
+        key = jax.random.fold_in(jax.random.key(3), number)
+        expected.append(np.asarray(draw_channels(mixed.features, 1.0, 5, key)))
+    assert not np.array_equal(*expected)
+    _, plain = steps(tiny(seed=3), channels=expected)
+    assert [m["loss"] for m in found] == pytest.approx([m["loss"] for m in plain], rel=1e-6)
+    _, untouched = steps(tiny(seed=3))
+    assert found[1]["loss"] != pytest.approx(untouched[1]["loss"], rel=1e-6)
+
+
 def test_schedule() -> None:
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=4, schedule="cosine", final_learning_rate=0.1)
     rates = [float(optim.schedule(config, 14)(jnp.asarray(step))) for step in range(15)]
@@ -171,6 +213,14 @@ def test_guidance_of_random_size() -> None:
     sides = {encoders.geometry(config, 14, step).whole for step in range(300)}
     assert {side % 14 for size in sides for side in size} == {0}
     assert (min(sides), max(sides)) == ((224, 224), (448, 448))
+
+
+def test_shares_of_channels_are_drawn() -> None:
+    config = tiny(features=FeaturesConfig(shares=(1.0, 0.5)))
+    shares = [encoders.geometry(config, 14, step).share for step in range(400)]
+    assert shares == [encoders.geometry(config, 14, step).share for step in range(400)]
+    assert set(shares) == {1.0, 0.5}
+    assert shares.count(1.0) / 400 == pytest.approx(0.5, abs=0.1)
 
 
 def test_sizes_that_are_no_whole_cells_are_refused() -> None:

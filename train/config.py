@@ -83,6 +83,27 @@ class DatasetConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FeaturesConfig:
+    """What is done to the channels of all features of a step, so that the model does not get used to an encoder's.
+
+    The feature unification depends on the order and the number of the channels (see `layers.FeatureUnification`): from
+    few encoders it learns what single channels of theirs mean, which says nothing of another encoder's.
+
+    Attributes:
+        shuffle: take the channels in another order in every step.
+        shares: shares of the channels, one of which is drawn for each step and that many channels kept, drawn as well.
+            Every share is compiled once for each encoder.
+    """
+
+    shuffle: bool = False
+    shares: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        valid = len(self.shares) >= 1 and all(0 < share <= 1 for share in self.shares)
+        require(valid, "features.shares", self.shares, "give shares above 0 and at most 1, [1] for all channels")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """Weights of the three terms; see `train.loss`.
 
@@ -264,6 +285,7 @@ class Config:
     model: AnyUpConfig = AnyUpConfig()  # noqa: RUF009 - a frozen one
     encoders: Mapping[str, EncoderConfig]
     dataset: DatasetConfig = DatasetConfig()
+    features: FeaturesConfig = FeaturesConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()

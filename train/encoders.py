@@ -28,12 +28,15 @@ def choose(seed: int, step: int, patches: dict[str, int]) -> str:
 
 
 def geometry(config: Config, patch: int, step: int) -> Geometry:
-    """Return the sizes of a step: the whole view's are drawn anew for each where the configuration says so."""
+    """Return the sizes of a step: what the configuration leaves to chance is drawn anew for each."""
     data, whole = config.dataset, config.dataset.img_size
     if data.global_view_random_resize is not None:
         scale = np.random.default_rng((config.seed, step, 1)).uniform(*data.global_view_random_resize)
         whole = tuple(max(2, round(side * scale / patch)) * patch for side in data.crop_size)
-    return Geometry(patch, data.crop_size, data.img_size, whole, data.guidance_size or whole, config.consistency_size)
+    share = float(np.random.default_rng((config.seed, step, 2)).choice(config.features.shares))
+    return Geometry(
+        patch, data.crop_size, data.img_size, whole, data.guidance_size or whole, config.consistency_size, share
+    )
 
 
 def bridge_features(encoder: Any, batch: dict[str, np.ndarray], sizes: Geometry) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from anyup_jax.encoders.encoder import Encoder
 from anyup_jax.files import replacing
 from anyup_jax.model import AnyUp
-from anyup_jax.settings import to_dict
+from anyup_jax.settings import from_dict, to_dict
 from train import config as settings
 from train import encoders, pictures, sharding
 from train.checkpoint import Checkpoints
@@ -291,7 +291,8 @@ def check_output(output: Path, config: Config) -> None:
         if output.is_file() or (output.is_dir() and any(path.name != "checkpoints" for path in output.iterdir())):
             raise FileExistsError(f"output_dir={output} holds something that is no training run; name another folder.")
         return
-    changed = settings.differences(yaml.safe_load(saved.read_text()), to_dict(config))
+    before = from_dict(Config, yaml.safe_load(saved.read_text()))  # whose defaults stand for settings that came later
+    changed = settings.differences(to_dict(before), to_dict(config))
     if changed:
         raise ValueError(
             f"output_dir={output} holds a run with other settings ({'; '.join(changed)}): undo them to resume it, or "

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from anyup_jax.encoders.catalog import IMAGENET
 from anyup_jax.layers import Carried
 from anyup_jax.model import AnyUp
 from train import optim, sharding
-from train.config import Config, Size
+from train.config import Config, FeaturesConfig, Size
 from train.loss import Views, cut_crops, objective
 
 Batch = dict[str, Array]
@@ -66,7 +66,7 @@ def state_specs(state: TrainState, kind: str, mesh: Mesh) -> TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """The sizes of a step, which depend on the encoder's patch and on the size drawn for the guidance.
+    """The sizes of a step, which depend on the encoder's patch and on what is drawn for the step.
 
     Attributes:
         patch: pixels a cell.
@@ -75,6 +75,7 @@ class Geometry:
         whole: height and width at which the encoder sees the whole photograph.
         guidance: height and width of the whole photograph as guidance.
         consistency: height and width at which consistency is measured.
+        share: of the encoder's channels.
     """
 
     patch: int
@@ -83,6 +84,7 @@ class Geometry:
     whole: Size
     guidance: Size
     consistency: Size
+    share: float = 1.0
 
     @property
     def cells(self) -> Size:
@@ -121,6 +123,15 @@ def features_of(
     return lr, hr.reshape(*crops.shape[:2], *hr.shape[1:])
 
 
+def draw_channels(config: FeaturesConfig, share: float, channels: int, key: PRNGKeyArray) -> Int[Array, " kept"] | None:
+    """Return which channels a step works on, in which order; None for all as they are."""
+    kept = max(1, round(share * channels))
+    if kept == channels and not config.shuffle:
+        return None
+    drawn = jax.random.permutation(key, channels)[:kept]
+    return drawn if config.shuffle else drawn.sort()
+
+
 def views_of(batch: Batch, geometry: Geometry, lr: Array, hr: Array) -> Views:
     """Return what the objective compares, given the features."""
     mean, std = (jnp.asarray(x, jnp.float32) for x in IMAGENET)
@@ -150,9 +161,12 @@ def make_step(
     """
     rate_at = optim.schedule(config.optimizer, config.max_steps)
 
-    def loss(params, carried, batch, encode):
+    def loss(params, carried, step, batch, encode):
         model = nnx.merge(graph, sharding.gather(params, specs.params), carried)
         lr, hr = (batch["lr"], batch["hr"]) if encode is None else features_of(encode, batch, geometry)
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        if (chosen := draw_channels(config.features, geometry.share, lr.shape[-1], key)) is not None:
+            lr, hr = (x[..., chosen] for x in (lr, hr))
         views = views_of(batch, geometry, *lax.stop_gradient((lr, hr)))
         terms = objective(model, views, geometry.cells, geometry.consistency, config.loss, remat=config.remat)
         return sum(terms.values()), terms
@@ -165,7 +179,7 @@ def make_step(
 
         def part(batch):
             (value, terms), gradients = jax.value_and_grad(loss, has_aux=True)(
-                state.params, state.carried, batch, encode
+                state.params, state.carried, state.step, batch, encode
             )
             return gradients, terms | dict(loss=value)
 
