@@ -157,7 +157,7 @@ class Conv(nnx.Module):
     def __call__(self, x: Float[Array, "B _ W inputs"], strip: Whole = WHOLE) -> Float[Array, "B _ W outputs"]:
         kernel, x = self.kernel[...].astype(self.dtype), x.astype(self.dtype)
         if kernel.shape[:2] == (1, 1):
-            return jnp.matmul(x, kernel[0, 0], precision=precision(self.dtype))
+            return convolve(x, kernel, ((0, 0), (0, 0)))
         half = kernel.shape[0] // 2
         if self.padding == "reflect":
             x = jnp.take(strip.reflect(x, half), geometry.reflection(x.shape[2], half), 2)
@@ -174,9 +174,11 @@ def convolve(
 ) -> Float[Array, "B h w outputs"]:
     """Correlate with a kernel, `edges` rows and columns of zeros around x.
 
-    XLA's gradient for the kernel is a convolution with a kernel of the image's size, which is slow on CPUs; there it is
-    a matrix product for each tap.
+    XLA's gradient for the kernel is a convolution with a kernel of the image's size (of 1 x 1: a matrix product with a
+    transposed copy of the image), which is slow on CPUs; there it is a matrix product for each tap and block of rows.
     """
+    if kernel.shape[:2] == (1, 1):
+        return jnp.matmul(x, kernel[0, 0], precision=precision(x.dtype))
     dimensions = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(
         x, kernel, (1, 1), edges, dimension_numbers=dimensions, precision=precision(x.dtype)
@@ -431,11 +433,18 @@ def _rotate_backward(saved, cotangent):
         cos, sin = add_angles(row, col)
         return (cotangent * cos + swap_halves(cotangent * (sin * sign))).astype(cotangent.dtype)
 
-    cos, sin = add_angles(row, col)
-    by_angle = cotangent.astype(jnp.float32) * (swap_halves(x) * (cos * sign) - x * sin)
-    exact = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
-    to_freqs = exact("h,bhd->d", rows, by_angle.sum(2)), exact("w,bwd->d", cols, by_angle.sum(1))
-    return map_rows(turn_back, cotangent, *row), jnp.stack(to_freqs), None, None
+    def add(_, first, size, total):
+        of_block = functools.partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=size, axis=1)
+        cos, sin = add_angles(tuple(map(of_block, row)), col)
+        block = of_block(x)
+        by_angle = (of_block(cotangent).astype(jnp.float32) * (swap_halves(block) * (cos * sign) - block * sin)).sum(0)
+        places = jnp.meshgrid(lax.dynamic_slice_in_dim(rows, first, size), cols, indexing="ij")
+        return total + jnp.einsum("khw,hwd->kd", jnp.stack(places), by_angle, precision=lax.Precision.HIGHEST)
+
+    batch, height, width, channels = x.shape
+    blocks = Blocks({}, min(height, max(1, BLOCK // (batch * width))))
+    to_freqs = blocks.fold(add, height, jnp.zeros((2, channels)))
+    return map_rows(turn_back, cotangent, *row), to_freqs, None, None
 
 
 rotate.defvjp(_rotate_forward, _rotate_backward)
