@@ -175,6 +175,35 @@ def test_small_blocks_do_not_change_the_model(monkeypatch):
     close(compiled(image, features), whole)
 
 
+@pytest.mark.parametrize("height", [4, 8, 11])
+def test_gradients_of_blocks_equal_those_of_the_whole(height, monkeypatch):
+    """Of the rotation and of a 1 x 1 convolution, for the image and the parameters, against plain formulas."""
+    monkeypatch.setattr(layers, "BLOCK", 2 * 4 * 5)  # 4 rows of 5 pixels in a batch of 2
+    random = np.random.default_rng(height)
+    draw = lambda *shape: jnp.asarray(random.standard_normal(shape), jnp.float32)  # noqa: E731
+    image, weight, freqs, kernel = draw(2, height, 5, 8), draw(2, height, 5, 8), draw(2, 8), draw(1, 1, 8, 8)
+    rows, cols = map(jnp.asarray, layers.WHOLE.coordinates(height, 5))
+
+    def turned(x, freqs):
+        angle = rows[:, None, None] * freqs[0] + cols[:, None] * freqs[1]
+        first, second = jnp.split(x, 2, -1)
+        return x * jnp.cos(angle) + jnp.concatenate([-second, first], -1) * jnp.sin(angle)
+
+    def multiplied(x, kernel):
+        return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0], precision="highest")
+
+    for ours, plain, parameter in (
+        (lambda x, freqs: layers.rotate(x, freqs, rows, cols), turned, freqs),
+        (lambda x, kernel: layers.convolve(x, kernel, ((0, 0), (0, 0))), multiplied, kernel),
+    ):
+        found, expected = (
+            jax.grad(lambda *args, f=function: (f(*args) * weight).sum(), (0, 1))(image, parameter)
+            for function in (ours, plain)
+        )
+        for one, other in zip(found, expected):
+            close(one, other, 1e-5)
+
+
 def unification(channels: int, filters: int = 8, kernel: int = 5) -> FeatureUnification:
     return FeatureUnification(filters, kernel, False, dtype=jnp.float32, rngs=nnx.Rngs(channels))
 
