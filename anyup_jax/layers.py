@@ -62,8 +62,7 @@ def map_rows(
     the images and computes the rest again, block by block. `spare` is an image that nobody reads afterwards, by default
     the first of the images; those after it may have a batch or a width of 1.
     """
-    batch, height, width, _ = images[0].shape
-    rows = max(1, BLOCK // (batch * width))
+    height, rows = images[0].shape[1], block_rows(images[0].shape)
     samples = [image[:, :1] for image in images]
     block = jax.eval_shape(function, *samples)
     result = images[0] if spare is None else spare
@@ -132,6 +131,17 @@ _map_rows.defvjp(_map_rows_forward, _map_rows_backward)
 BLOCK = 12_544  # pixels worked on at once where a layer acts on single pixels
 
 
+def block_rows(shape: tuple[int, ...]) -> int:
+    """Rows of an image (B, H, W, D) worked on at once: all, or as many as hold `BLOCK` pixels at most.
+
+    Fewer, if that makes blocks of one size and no more than twice as many: every size is compiled by itself.
+    """
+    batch, height, width, _ = shape
+    count = -(-height // max(1, BLOCK // (batch * width)))
+    count = next((more for more in range(count, 2 * count + 1) if height % more == 0), count)
+    return -(-height // count)
+
+
 def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float) -> Float[Array, ...]:
     return jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
 
@@ -196,7 +206,7 @@ def _convolve_backward(edges, saved, cotangent):
     to_x = convolve(cotangent, jnp.flip(kernel, (0, 1)).swapaxes(2, 3), back)
 
     def taps(x, cotangent):
-        padded, rows = jnp.pad(x, ((0, 0), *edges, (0, 0))), max(1, BLOCK // (len(x) * width))
+        padded = jnp.pad(x, ((0, 0), *edges, (0, 0)))
 
         def step(_, first, size, total):
             strip = lax.dynamic_slice_in_dim(padded, first, size + side - 1, 1)
@@ -209,7 +219,7 @@ def _convolve_backward(edges, saved, cotangent):
 
             return total + jnp.stack([tap(i, j) for i in range(side) for j in range(side)])
 
-        blocks = Blocks({}, min(rows, height))
+        blocks = Blocks({}, block_rows(cotangent.shape))
         total = blocks.fold(step, height, jnp.zeros((side**2, inputs, outputs)))
         return total.reshape(kernel.shape).astype(x.dtype)
 
@@ -441,9 +451,7 @@ def _rotate_backward(saved, cotangent):
         places = jnp.meshgrid(lax.dynamic_slice_in_dim(rows, first, size), cols, indexing="ij")
         return total + jnp.einsum("khw,hwd->kd", jnp.stack(places), by_angle, precision=lax.Precision.HIGHEST)
 
-    batch, height, width, channels = x.shape
-    blocks = Blocks({}, min(height, max(1, BLOCK // (batch * width))))
-    to_freqs = blocks.fold(add, height, jnp.zeros((2, channels)))
+    to_freqs = Blocks({}, block_rows(x.shape)).fold(add, x.shape[1], jnp.zeros((2, x.shape[3])))
     return map_rows(turn_back, cotangent, *row), to_freqs, None, None
 
 
