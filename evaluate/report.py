@@ -47,7 +47,7 @@ class Attempt:
 
     name: str
     settings: Mapping[str, Any]
-    metrics: Sequence[Mapping[str, float]]
+    metrics: Sequence[Mapping[str, int | float]]
     results: Sequence[Result]
     evaluation: Path
 
@@ -89,22 +89,33 @@ class Attempt:
         }
 
 
-def write(path: Path, attempts: Sequence[Attempt], note: str = "") -> None:
+def write(path: Path, attempts: Sequence[Attempt], note: str = "", shown: Sequence[str] | None = None) -> None:
     """Write the document and its pictures, which lie beside it; the note ends it.
 
+    Args:
+        path: the document.
+        attempts: the runs; the weights of the first ship.
+        note: its last words.
+        shown: encoders whose sheets of predictions are in it; None for all that have one.
+
     Raises:
+        FileNotFoundError: for an encoder to be shown that has no sheet.
         ImportError: if matplotlib is not installed.
         OSError: if something cannot be written.
     """
     first = attempts[0]
+    missing = [name for name in shown or () if not (first.evaluation / name / "sheet.png").is_file()]
+    if missing:
+        there = ", ".join(sorted(sheet.parent.name for sheet in first.evaluation.glob("*/sheet.png"))) or "none"
+        raise FileNotFoundError(f"{first.evaluation} has no sheet of {', '.join(missing)}; choose of {there}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_curves(path.with_name(f"{path.stem}_curves.png"), attempts)
-    sheets = []
-    for encoder in dict.fromkeys(r.encoder for r in first.results):
-        if (sheet := first.evaluation / encoder / "sheet.png").is_file():
-            sheets.append(path.with_name(f"{path.stem}_{encoder}.png"))
-            with replacing(sheets[-1]) as temporary:
-                shutil.copyfile(sheet, temporary)
+    drawn = {r.encoder: first.evaluation / r.encoder / "sheet.png" for r in first.results}
+    chosen = [encoder for encoder, sheet in drawn.items() if sheet.is_file()] if shown is None else shown
+    sheets = [path.with_name(f"{path.stem}_{encoder}.png") for encoder in chosen]
+    for encoder, sheet in zip(chosen, sheets):
+        with replacing(sheet) as temporary:
+            shutil.copyfile(drawn[encoder], temporary)
     with replacing(path) as temporary:
         temporary.write_text("\n".join([*document(path, attempts, sheets), *([note, ""] if note else [])]))
 
@@ -127,7 +138,7 @@ def document(path: Path, attempts: Sequence[Attempt], sheets: Sequence[Path]) ->
         "",
         f"Shown is the mean of {SMOOTHED} logged steps. The weights that ship are those of `{first.name}`.",
         "",
-        markdown(["run", "steps", "hours", "objective at the end", "set otherwise than in the first"], [
+        markdown(["run", "steps", "hours", "objective at the end", f"set otherwise than in `{first.name}`"], [
             [f"`{a.name}`", a.steps, f"{a.hours:.1f}", f"{smooth(a.metrics)[-1]:.4f}", _differences(first, a)]
             for a in attempts
         ]),
@@ -169,7 +180,7 @@ def draw_curves(path: Path, attempts: Sequence[Attempt]) -> None:
         drawing.savefig(temporary)
 
 
-def smooth(metrics: Sequence[Mapping[str, float]]) -> np.ndarray:
+def smooth(metrics: Sequence[Mapping[str, int | float]]) -> np.ndarray:
     """Return the objective, each value the mean of the last ones logged."""
     losses = np.cumsum([0.0, *(row["loss"] for row in metrics)])
     ends = np.arange(1, len(losses))
@@ -191,10 +202,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--attempt", nargs=2, type=Path, action="append", required=True, metavar=("RUN", "EVALUATION"),
         help="folders of train.run and evaluate.run; may be repeated, the first one's weights are those that ship",
     )  # fmt: skip
+    parser.add_argument(
+        "--sheets", nargs="*", metavar="ENCODER", help="encoders whose sheets of predictions are shown; default: all"
+    )
     parser.add_argument("--note", default="", metavar="TEXT", help="the last words, such as whose the images are")
     args = parser.parse_args(argv)
     try:
-        write(args.out, [Attempt.read(*folders) for folders in args.attempt], args.note)
+        write(args.out, [Attempt.read(*folders) for folders in args.attempt], args.note, args.sheets)
     except (OSError, ValueError, ImportError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2

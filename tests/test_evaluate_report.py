@@ -62,6 +62,17 @@ def test_the_document_holds_what_the_folders_say(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "docs").iterdir()) == ["results.md", *pictures]
 
 
+def test_sheets_that_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = list(map(str, attempt(tmp_path, "one", 1e-3, 0.1)))
+    for sheets, pictures in (([], []), (["lite0"], ["x_lite0.png"])):
+        assert report.main([str(tmp_path / "x.md"), "--attempt", *folders, "--sheets", *sheets]) == 0
+        assert [path.name for path in tmp_path.glob("x_lite*.png")] == pictures
+    capsys.readouterr()
+    assert report.main([str(tmp_path / "y.md"), "--attempt", *folders, "--sheets", "lite0", "lite9"]) == 2
+    assert capsys.readouterr().err == f"error: {folders[1]} has no sheet of lite9; choose of lite0.\n"
+    assert not (tmp_path / "y.md").exists()
+
+
 def test_folders_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, evaluation = attempt(tmp_path, "one", 1e-3, 0.1)
     for folders, missing, maker in (((tmp_path, evaluation), tmp_path / "config.yaml", "train.run"),
