@@ -180,8 +180,8 @@ def test_gradients_of_blocks_equal_those_of_the_whole(height, monkeypatch):
     """Of the rotation and of a 1 x 1 convolution, for the image and the parameters, against plain formulas."""
     monkeypatch.setattr(layers, "BLOCK", 2 * 4 * 5)  # 4 rows of 5 pixels in a batch of 2
     random = np.random.default_rng(height)
-    draw = lambda *shape: jnp.asarray(random.standard_normal(shape), jnp.float32)  # noqa: E731
-    image, weight, freqs, kernel = draw(2, height, 5, 8), draw(2, height, 5, 8), draw(2, 8), draw(1, 1, 8, 8)
+    shapes = (2, height, 5, 8), (2, height, 5, 8), (2, 8), (1, 1, 8, 8)
+    image, weight, freqs, kernel = (jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in shapes)
     rows, cols = map(jnp.asarray, layers.WHOLE.coordinates(height, 5))
 
     def turned(x, freqs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -41,7 +42,7 @@ def geometry(config: Config, patch: int, step: int) -> Geometry:
 
 def bridge_features(encoder: Any, batch: dict[str, np.ndarray], sizes: Geometry) -> dict[str, np.ndarray]:
     """Return a timm model's features of this process's photographs and their crops, as "lr" and "hr"."""
-    views, crops = _bridge_views(sizes)(batch["image"], batch["crops"])
+    views, crops = _bridge_views(dataclasses.replace(sizes, share=1.0))(batch["image"], batch["crops"])
     lr = encoder(encoder.normalize(views))
     hr = encoder(encoder.normalize(crops.reshape(-1, *crops.shape[2:])))
     return dict(lr=np.asarray(lr), hr=np.asarray(hr).reshape(*crops.shape[:2], *hr.shape[1:]))

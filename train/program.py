@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -44,10 +45,14 @@ def abstract_encoder(config: EncoderConfig, dtype: str) -> Encoder:
 
 
 def lower(config: Config, mesh: Mesh, name: str) -> jax.stages.Lowered:
-    """Return the step of the encoder called `name`, lowered for the devices of the mesh, without weights or data."""
+    """Return the step of the encoder called `name`, lowered for the devices of the mesh, without weights or data.
+
+    Of the shares of its channels, it is the step of the largest.
+    """
     graph, state = abstract_state(config)
     specs = state_specs(state, config.mesh.parameters, mesh)
     chosen = config.encoders[name]
+    largest = functools.partial(dataclasses.replace, share=max(config.features.shares))
 
     def placed(tree, tree_specs):
         struct = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
@@ -56,7 +61,7 @@ def lower(config: Config, mesh: Mesh, name: str) -> jax.stages.Lowered:
     whole = jax.tree.map(lambda _: sharding.BATCH, batch := batch_shapes(config))
     if chosen.name.startswith(timm_bridge.PREFIX):
         encoder = dataclasses.replace(chosen, weights=None, pretrained=False).load(config.dtype)
-        sizes, structure, frozen = encoders.geometry(config, encoder.stride, 0), None, ()
+        sizes, structure, frozen = largest(encoders.geometry(config, encoder.stride, 0)), None, ()
         cells = (side // encoder.stride for side in sizes.whole)
         maps = {
             "lr": (*cells, encoder.channels),
@@ -66,7 +71,7 @@ def lower(config: Config, mesh: Mesh, name: str) -> jax.stages.Lowered:
         whole = jax.tree.map(lambda _: sharding.BATCH, batch)
     else:
         encoder = abstract_encoder(chosen, config.dtype)
-        sizes = encoders.geometry(config, encoder.stride, 0)
+        sizes = largest(encoders.geometry(config, encoder.stride, 0))
         encoder_graph, encoder_state = nnx.split(encoder)
         encoder_specs = sharding.specs(encoder_state, config.mesh.encoders, mesh)
         structure, frozen = (encoder_graph, encoder_specs), placed(encoder_state, encoder_specs)
