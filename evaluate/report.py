@@ -104,20 +104,21 @@ def write(path: Path, attempts: Sequence[Attempt], note: str = "", shown: Sequen
         OSError: if something cannot be written.
     """
     first = attempts[0]
-    missing = [name for name in shown or () if not (first.evaluation / name / "sheet.png").is_file()]
-    if missing:
-        there = ", ".join(sorted(sheet.parent.name for sheet in first.evaluation.glob("*/sheet.png"))) or "none"
+    drawn = {sheet.parent.name: sheet for sheet in first.evaluation.glob("*/sheet.png")}
+    chosen = [r.encoder for r in first.results if r.encoder in drawn] if shown is None else shown
+    if missing := [encoder for encoder in chosen if encoder not in drawn]:
+        there = ", ".join(sorted(drawn)) or "none"
         raise FileNotFoundError(f"{first.evaluation} has no sheet of {', '.join(missing)}; choose of {there}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_curves(path.with_name(f"{path.stem}_curves.png"), attempts)
-    drawn = {r.encoder: first.evaluation / r.encoder / "sheet.png" for r in first.results}
-    chosen = [encoder for encoder, sheet in drawn.items() if sheet.is_file()] if shown is None else shown
-    sheets = [path.with_name(f"{path.stem}_{encoder}.png") for encoder in chosen]
-    for encoder, sheet in zip(chosen, sheets):
+    sheets = {encoder: path.with_name(f"{path.stem}_{encoder}.png") for encoder in chosen}
+    for encoder, sheet in sheets.items():
         with replacing(sheet) as temporary:
             shutil.copyfile(drawn[encoder], temporary)
     with replacing(path) as temporary:
-        temporary.write_text("\n".join([*document(path, attempts, sheets), *([note, ""] if note else [])]))
+        temporary.write_text(
+            "\n".join([*document(path, attempts, list(sheets.values())), *([note, ""] if note else [])])
+        )
 
 
 def document(path: Path, attempts: Sequence[Attempt], sheets: Sequence[Path]) -> list[str]:
