@@ -108,7 +108,7 @@ def test_what_cannot_be_used() -> None:
     ):
         with pytest.raises(OSError, match=message):
             crop(io.BytesIO(data))
-    with pytest.raises(TooSmall, match=r"it has 24x32 pixels, fewer than dataset.crop_size=25x32"):
+    with pytest.raises(TooSmall, match=r"it has 24x32 pixels, too few for dataset.crop_size=25x32"):
         crop(encoded(photograph()), (25, 32))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -341,7 +341,7 @@ def test_a_bad_file_gives_way_to_the_next(root: Path) -> None:
     reasons = dict(skipped)
     assert reasons["a/4.png"] == "a/4.png is not an image that Pillow can read."
     assert "No such file" in reasons["a/6.png"]
-    assert reasons["a/8.png"] == "a/8.png has 20x50 pixels, fewer than dataset.crop_size=32x32."
+    assert reasons["a/8.png"] == "a/8.png has 20x50 pixels, too few for dataset.crop_size=32x32."
 
 
 def test_nothing_but_bad_files_ends_the_run(root: Path, source: Files) -> None:

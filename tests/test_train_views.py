@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from PIL import Image
 from anyup_jax.encoders.settings import EncoderConfig
 from train import encoders
 from train.config import Config, DatasetConfig
-from train.data.images import Region, read_crop
+from train.data import open_source
+from train.data.images import Region, TooSmall, read_crop
 from train.data.pipeline import Prepare
 
 SIZE = (40, 60)
@@ -58,6 +60,40 @@ def test_no_region_is_enlarged() -> None:
     assert np.array_equal(crop, pixels[:40, :60])
 
 
+def test_photographs_are_enlarged_as_far_as_is_allowed() -> None:
+    file, pixels = photograph()  # 120 x 200
+    found = read_crop(file, "x", (240, 300), max_enlargement=2.0)
+    expected = np.asarray(Image.fromarray(pixels).resize((400, 240), Image.Resampling.BILINEAR))[:, 50:350]
+    assert np.abs(found.astype(int) - expected).max() <= 1
+    for factor in (1.0, 1.9):
+        with pytest.raises(TooSmall, match=r"x has 120x200 pixels, too few for dataset.crop_size=240x300"):
+            read_crop(photograph()[0], "x", (240, 300), max_enlargement=factor)
+    with pytest.raises(TooSmall, match=r"and dataset\.max_enlargement=1\.9\."):
+        read_crop(photograph()[0], "x", (240, 300), max_enlargement=1.9)
+
+
+def test_the_least_region_is_enlarged_as_far_as_is_allowed() -> None:
+    corner = read_crop(photograph()[0], "x", SIZE, region(0.0, 0.0, least=0.001), 2.0)
+    expected = np.asarray(
+        Image.fromarray(photograph()[1][: SIZE[0] // 2, : SIZE[1] // 2]).resize(SIZE[::-1], Image.Resampling.BILINEAR)
+    )
+    assert np.abs(corner.astype(int) - expected)[:-2, :-2].max() <= 1  # at the far edge the photograph goes on
+    largest = read_crop(photograph()[0], "x", SIZE, region(0.5, 0.5, size=0.0), 2.0)
+    assert np.array_equal(largest, read_crop(photograph()[0], "x", SIZE))
+
+
+def test_small_photographs_are_used_where_they_may_be_enlarged(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for number, side in enumerate((20, 30, 40)):
+        Image.fromarray(photograph()[1][:side, :side]).save(tmp_path / "a" / f"{number}.png")
+    settings = dict(kind="folder", root=str(tmp_path), crop_size=(40, 40), img_size=(40, 40), augmentation_strength=0)
+    for factor, count in ((1.0, 1), (1.4, 2), (2.0, 3)):
+        config = DatasetConfig(**settings, max_enlargement=factor)
+        source = open_source(config, lambda line: None)
+        assert len(source) == count
+        assert Prepare(source, config, seed=0).map_with_index(0, 0)["image"].shape == (40, 40, 3)
+
+
 class Source:
     digest = "x"
 
@@ -89,6 +125,6 @@ def test_guidance_of_its_own_size() -> None:
 
     assert (sizes().whole, sizes().guidance) == ((224, 224), (224, 224))
     assert (sizes(guidance_size=(112, 96)).whole, sizes(guidance_size=(112, 96)).guidance) == ((224, 224), (112, 96))
-    for field, value in dict(guidance_size=(0, 4), random_region=0.0).items():
+    for field, value in dict(guidance_size=(0, 4), random_region=0.0, max_enlargement=0.5).items():
         with pytest.raises(ValueError, match=f"dataset.{field}="):
             DatasetConfig(**{field: value})

@@ -33,7 +33,9 @@ class DatasetConfig:
         global_view_random_resize: least and greatest scale of the view the encoder sees of the whole crop, in units of
             `crop_size`, drawn for each batch; None leaves it at `img_size`. Every size drawn is compiled once.
         random_region: least share of the photograph's area that the crop is cut from, at a random place and with the
-            crop's proportions; None for the largest region, in the centre. No photograph is enlarged for it.
+            crop's proportions; None for the largest region, in the centre. `max_enlargement` limits it.
+        max_enlargement: the greatest factor that a photograph may be enlarged by to cover the crop. At 1 those that are
+            smaller than the crop are left out.
         flip: mirror every other photograph, drawn at random.
         augmentation_strength: 0 for none, 1 for the published recipe.
         workers: processes that prepare batches; 0 for threads of this one.
@@ -52,6 +54,7 @@ class DatasetConfig:
     num_local_crops: int = 4
     global_view_random_resize: tuple[float, float] | None = None
     random_region: float | None = None
+    max_enlargement: float = 1.0
     flip: bool = False
     augmentation_strength: float = 1.0
     workers: int = 0
@@ -77,6 +80,8 @@ class DatasetConfig:
         region = self.random_region
         require(region is None or 0 < region <= 1, "dataset.random_region", region,
                  "give a share of the area above 0 and at most 1, or null for the centre")  # fmt: skip
+        require(self.max_enlargement >= 1, "dataset.max_enlargement", self.max_enlargement,
+                 "give 1 to leave out photographs that are smaller than the crop, or a greater factor")  # fmt: skip
         if (scales := self.global_view_random_resize) is not None:
             require(0 < scales[0] <= scales[1] <= 1, "dataset.global_view_random_resize", scales,
                      "give two scales with 0 < least <= greatest <= 1")  # fmt: skip

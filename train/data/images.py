@@ -18,7 +18,7 @@ QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 
 class TooSmall(ValueError):
-    """The photograph would have to be enlarged to cover the crop."""
+    """The photograph would have to be enlarged, or by more than is allowed, to cover the crop."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,11 @@ def upright_size(image: Image.Image) -> Size:
 
 
 def read_crop(
-    file: str | os.PathLike | IO[bytes], name: str, size: Size, region: Region | None = None
+    file: str | os.PathLike | IO[bytes],
+    name: str,
+    size: Size,
+    region: Region | None = None,
+    max_enlargement: float = 1.0,
 ) -> UInt8[np.ndarray, "Hc Wc 3"]:
     """Return the centre of a photograph, resized (bilinear, antialiased) so that it just covers `size`, as 8-bit RGB.
 
@@ -55,31 +59,40 @@ def read_crop(
         file: its path, or an open file.
         name: what errors call it.
         size: height and width.
-        region: what to take instead of the largest region in the centre; never one that would have to be enlarged.
+        region: what to take instead of the largest region in the centre.
+        max_enlargement: the greatest factor that the photograph may be enlarged by.
 
     Raises:
-        TooSmall: if its height or width is below that of `size`.
+        TooSmall: if it would have to be enlarged by more to cover `size`.
         OSError: if it cannot be read.
         ValueError: if its pixels have no known range, or it is too large.
     """
     try:
         with open_image(file, name) as image:
-            return _crop(image, name, size, region)
+            return _crop(image, name, size, region, max_enlargement)
     except (OSError, ValueError):
         raise
     except Exception as error:  # damage makes Pillow raise nearly anything; one file must not end a run
         raise OSError(f"{name} is damaged: {error!r}.") from error
 
 
-def _crop(image: Image.Image, name: str, size: Size, region: Region | None) -> UInt8[np.ndarray, "Hc Wc 3"]:
+def covers(height: int, width: int, size: Size, max_enlargement: float) -> bool:
+    """Whether a photograph covers `size` when it is enlarged by the greatest factor."""
+    return height * max_enlargement >= size[0] and width * max_enlargement >= size[1]
+
+
+def _crop(
+    image: Image.Image, name: str, size: Size, region: Region | None, max_enlargement: float
+) -> UInt8[np.ndarray, "Hc Wc 3"]:
     height, width = upright_size(image)
-    if height < size[0] or width < size[1]:
-        raise TooSmall(f"{name} has {height}x{width} pixels, fewer than dataset.crop_size={size[0]}x{size[1]}.")
+    if not covers(height, width, size, max_enlargement):
+        most = "" if max_enlargement == 1 else f" and dataset.max_enlargement={max_enlargement:g}"
+        raise TooSmall(f"{name} has {height}x{width} pixels, too few for dataset.crop_size={size[0]}x{size[1]}{most}.")
     scale, down, across = max(size[0] / height, size[1] / width), 0.5, 0.5
     if region is not None:  # a share s of the area needs the scale of the largest region times 1 / sqrt(s / its share)
         largest = size[0] * size[1] / (scale * scale * height * width)
         share = largest - region.size * max(0.0, largest - region.least)
-        scale, down, across = min(1.0, scale * math.sqrt(largest / share)), region.down, region.across
+        scale, down, across = min(max_enlargement, scale * math.sqrt(largest / share)), region.down, region.across
     whole = max(size[0], round(height * scale)), max(size[1], round(width * scale))
     if image.format == "JPEG":
         asked = whole if (height, width) == image.size[::-1] else whole[::-1]

@@ -56,7 +56,7 @@ class Prepare(grain.transforms.MapWithIndex):
             name = self.source.name(number)
             try:
                 with self.source.open(number) as file:
-                    image = read_crop(file, name, self.config.crop_size, region)
+                    image = read_crop(file, name, self.config.crop_size, region, self.config.max_enlargement)
                 break
             except (OSError, ValueError) as error:
                 skipped.append((name, " ".join(str(error).split())))

@@ -14,12 +14,13 @@ from typing import IO, Any, Protocol
 from PIL import Image
 
 from train.config import DatasetConfig
-from train.data.images import TooSmall, read_crop
+from train.data.images import TooSmall, covers, read_crop
 
 SHIPPED = ("astronaut.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg")
 """Colour photographs in the wheel of scikit-image; "chelsea" and "coffee" are held out for pictures."""
 INDEX = "size_index.tsv"
 LAYOUT = "a folder with one subfolder a class and the images in these, as ImageNet's train folder is (root/class/file)"
+_REMEDY = "take a smaller crop_size, a greater dataset.max_enlargement or other images"
 PROBED = 256  # photographs of a TFDS data set that are looked at for one that is large enough
 
 
@@ -180,18 +181,18 @@ def _tfds(config: DatasetConfig, _say: Callable[[str], None]) -> TFDS:
     for index in range(min(len(source), PROBED)):
         try:
             with source.open(index) as file:
-                read_crop(file, source.name(index), config.crop_size)
+                read_crop(file, source.name(index), config.crop_size, max_enlargement=config.max_enlargement)
             return source
         except (TooSmall, OSError, ValueError):
             continue
     raise ValueError(
         f"None of the first {min(len(source), PROBED)} images of {source.title} is at least "
-        f"dataset.crop_size={config.crop_size}; take a smaller crop_size or other images."
+        f"dataset.crop_size={config.crop_size}; {_REMEDY}."
     )
 
 
 def _covers(size: tuple[int, int], config: DatasetConfig) -> bool:
-    return all(side >= wanted for side, wanted in zip(size, config.crop_size))
+    return covers(*size, config.crop_size, config.max_enlargement)
 
 
 def _some(paths: list[str], sizes: Any, config: DatasetConfig, where: str) -> list[str]:
@@ -200,5 +201,5 @@ def _some(paths: list[str], sizes: Any, config: DatasetConfig, where: str) -> li
     largest = max((min(size) for size in sizes), default=0)
     raise ValueError(
         f"None of the {len(list(sizes))} images in {where} is at least dataset.crop_size={config.crop_size} (the "
-        f"largest short side is {largest} pixels); take a smaller crop_size or other images."
+        f"largest short side is {largest} pixels); {_REMEDY}."
     )
