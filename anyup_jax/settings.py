@@ -92,7 +92,7 @@ def _tuple(value: Any, arguments: tuple[Any, ...], where: str) -> tuple[Any, ...
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
     """Return, for every setting that differs, its name with dots -> "name: old -> new"."""
-    before, after = _flat(old), _flat(new)
+    before, after = flat(old), flat(new)
     return {
         name: f"{name}: {before.get(name)} -> {after.get(name)}"
         for name in dict.fromkeys([*before, *after])
@@ -106,8 +106,9 @@ def defaults(kind: type, /, **others: Any) -> dict[str, Any]:
     return {name: _plain(value) for name, value in values.items() if value is not dataclasses.MISSING}
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return every setting by its name with dots."""
+    found: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found

@@ -2,13 +2,15 @@
 
 Of every attempt, a folder of `train.run` and one of `evaluate.run` that scored it: the curve of the objective, what
 was set otherwise than in the first attempt, and the scores of each encoder beside those of bilinear interpolation. The
-table and the sheets of predictions are those of the first attempt. All numbers are read from the folders.
+table and the sheets of predictions are those of the first attempt. All numbers are read from the folders, and kept in
+OUT.json: when the folders are gone, a later document still has these attempts beside its own (`--earlier OUT.json`).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import shutil
 import sys
@@ -21,13 +23,14 @@ from omegaconf import OmegaConf
 
 from anyup_jax import figure
 from anyup_jax.files import replacing
-from anyup_jax.settings import changes
+from anyup_jax.settings import changes, flat
 from evaluate.results import Result, markdown, text_of
 
 LOCAL = (
     "output_dir", "dataset.root", "dataset.index", "log.", "checkpoint.every", "checkpoint.keep", "profile.", "mesh."
 )  # fmt: skip
 SMOOTHED = 25  # points of the curve that are averaged
+LOGGED = ("step", "time", "loss")  # of each line of the log
 GAINS = ("mIoU", "band_mIoU")
 HOUR = 3600
 PAUSE = 600  # seconds without a line after which a run counts as stopped
@@ -41,15 +44,15 @@ class Attempt:
         name: of the run's folder.
         settings: of the run.
         metrics: what it logged, line by line.
-        results: of its evaluation; empty if it has not been scored.
-        evaluation: the folder they are from.
+        results: of its evaluation.
+        evaluation: the folder they are from; None if they are from a record.
     """
 
     name: str
     settings: Mapping[str, Any]
     metrics: Sequence[Mapping[str, int | float]]
     results: Sequence[Result]
-    evaluation: Path
+    evaluation: Path | None
 
     @classmethod
     def read(cls, run: Path, evaluation: Path) -> Attempt:
@@ -61,6 +64,22 @@ class Attempt:
         results = [Result(**found) for found in json.loads((evaluation / "results.json").read_text())]
         settings = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
         return cls(run.name, settings, [lines[step] for step in sorted(lines)], results, evaluation)
+
+    @classmethod
+    def recorded(cls, found: Mapping[str, Any]) -> Attempt:
+        """Make of `record` what it was made of, as far as the document needs it."""
+        results = [Result(**result, details={}) for result in found["results"]]
+        metrics = [dict(zip(LOGGED, row)) for row in found["metrics"]]
+        return cls(found["name"], found["settings"], metrics, results, None)
+
+    def record(self) -> dict[str, Any]:
+        """Return all that the document needs, for JSON; nothing of the machine it ran on."""
+        settings = {name: value for name, value in flat(self.settings).items() if not name.startswith(LOCAL)}
+        results = [dataclasses.asdict(result) for result in self.results]
+        for result in results:
+            del result["details"]
+        metrics = [[row[name] for name in LOGGED] for row in self.metrics]
+        return dict(name=self.name, settings=settings, metrics=metrics, results=results)
 
     @property
     def steps(self) -> int:
@@ -90,11 +109,11 @@ class Attempt:
 
 
 def write(path: Path, attempts: Sequence[Attempt], note: str = "", shown: Sequence[str] | None = None) -> None:
-    """Write the document and its pictures, which lie beside it; the note ends it.
+    """Write the document, its record and its pictures, which lie beside it; the note ends it.
 
     Args:
         path: the document.
-        attempts: the runs; the weights of the first ship.
+        attempts: the runs; the weights of the first, which is no recorded one, ship.
         note: its last words.
         shown: encoders whose sheets of predictions are in it; None for all that have one.
 
@@ -104,6 +123,7 @@ def write(path: Path, attempts: Sequence[Attempt], note: str = "", shown: Sequen
         OSError: if something cannot be written.
     """
     first = attempts[0]
+    assert first.evaluation is not None
     drawn = {sheet.parent.name: sheet for sheet in first.evaluation.glob("*/sheet.png")}
     chosen = [r.encoder for r in first.results if r.encoder in drawn] if shown is None else shown
     if missing := [encoder for encoder in chosen if encoder not in drawn]:
@@ -115,6 +135,8 @@ def write(path: Path, attempts: Sequence[Attempt], note: str = "", shown: Sequen
     for encoder, sheet in sheets.items():
         with replacing(sheet) as temporary:
             shutil.copyfile(drawn[encoder], temporary)
+    with replacing(path.with_suffix(".json")) as temporary:
+        temporary.write_text(dump([attempt.record() for attempt in attempts]))
     with replacing(path) as temporary:
         temporary.write_text(
             "\n".join([*document(path, attempts, list(sheets.values())), *([note, ""] if note else [])])
@@ -165,6 +187,26 @@ def document(path: Path, attempts: Sequence[Attempt], sheets: Sequence[Path]) ->
     return lines
 
 
+def dump(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return JSON with a line for each setting, line of a log and result."""
+    plain = functools.partial(json.dumps, sort_keys=True)
+    lines = []
+    for record in records:
+        parts = [f' "name": {plain(record["name"])}', f' "settings": {json.dumps(record["settings"], indent=2)}']
+        for name in ("metrics", "results"):
+            parts.append(f' "{name}": [\n  ' + ",\n  ".join(map(plain, record[name])) + "\n ]")
+        lines.append("{\n" + ",\n".join(parts) + "\n}")
+    return "[\n" + ",\n".join(lines) + "\n]\n"
+
+
+def read_record(path: Path) -> list[Attempt]:
+    """Return the attempts of a record. Raises FileNotFoundError or ValueError if it is none."""
+    try:
+        return [Attempt.recorded(found) for found in json.loads(path.read_text())]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no record that python -m evaluate.report has written.") from error
+
+
 def draw_curves(path: Path, attempts: Sequence[Attempt]) -> None:
     """Draw the objective of every attempt by step."""
     drawing = figure.load_figure_class()(figsize=(8, 3.6), dpi=150, facecolor="white", layout="constrained")
@@ -204,12 +246,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="folders of train.run and evaluate.run; may be repeated, the first one's weights are those that ship",
     )  # fmt: skip
     parser.add_argument(
+        "--earlier", type=Path, metavar="OUT.json", help="the record of an earlier document, whose attempts come last"
+    )
+    parser.add_argument(
         "--sheets", nargs="*", metavar="ENCODER", help="encoders whose sheets of predictions are shown; default: all"
     )
     parser.add_argument("--note", default="", metavar="TEXT", help="the last words, such as whose the images are")
     args = parser.parse_args(argv)
     try:
-        write(args.out, [Attempt.read(*folders) for folders in args.attempt], args.note, args.sheets)
+        attempts = [Attempt.read(*folders) for folders in args.attempt]
+        attempts += read_record(args.earlier) if args.earlier else []
+        write(args.out, attempts, args.note, args.sheets)
     except (OSError, ValueError, ImportError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2

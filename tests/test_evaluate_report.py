@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,29 @@ def test_the_document_holds_what_the_folders_say(tmp_path: Path) -> None:
     pictures = [line.split("(")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
     assert pictures == ["results_curves.png", "results_lite0.png"]
     assert all((tmp_path / "docs" / name).stat().st_size > 50 for name in pictures)
-    assert sorted(path.name for path in (tmp_path / "docs").iterdir()) == ["results.md", *pictures]
+    assert sorted(path.name for path in (tmp_path / "docs").iterdir()) == ["results.json", "results.md", *pictures]
+
+
+def test_attempts_stay_when_their_folders_are_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = [*map(str, attempt(tmp_path, "old", 2e-3, -0.01))]
+    page, record = tmp_path / "page.md", tmp_path / "page.json"
+    both = [str(page), "--attempt", *map(str, attempt(tmp_path, "new", 1e-3, 0.05)), "--attempt", *old]
+    assert report.main(both) == 0
+    wanted = page.read_text(), page.with_name("page_curves.png").read_bytes(), record.read_text()
+    assert str(tmp_path) not in record.read_text()
+    assert "metrics" in json.loads(record.read_text())[1]
+
+    assert report.main([str(tmp_path / "before.md"), "--attempt", *old]) == 0
+    shutil.rmtree(old[0])
+    shutil.rmtree(old[1])
+    assert report.main([*both[:4], "--earlier", str(tmp_path / "before.json")]) == 0
+    assert (page.read_text(), page.with_name("page_curves.png").read_bytes(), record.read_text()) == wanted
+
+    capsys.readouterr()
+    (tmp_path / "none.json").write_text('{"name": 1}')
+    for name, message in (("none.json", "is no record that python -m evaluate.report"), ("not.json", "No such file")):
+        assert report.main([*both[:4], "--earlier", str(tmp_path / name)]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_sheets_that_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
