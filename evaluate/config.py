@@ -70,6 +70,8 @@ class ProbeConfig:
         warmup_epochs: of "warmup_cosine".
         pixel_stride: of every square of this many pixels a side, one is trained on, drawn once for each image; 1 for
             all pixels. Scores are over all pixels either way. For segmentation.
+        repeats: probes trained side by side on the same batches, from initial weights of their own; scores are means
+            over them, and their standard deviations are told. For segmentation.
     """
 
     head: Literal["linear", "dpt"] = "linear"
@@ -85,6 +87,7 @@ class ProbeConfig:
     flip: bool = True
     warmup_epochs: float = 1.5
     pixel_stride: int = 1
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, "probe.learning_rate", self.learning_rate, "give a positive rate")
@@ -93,6 +96,7 @@ class ProbeConfig:
         require(self.batch_size >= 1, "probe.batch_size", self.batch_size, "give at least 1")
         require(self.warmup_epochs >= 0, "probe.warmup_epochs", self.warmup_epochs, "give 0 or more")
         require(self.pixel_stride >= 1, "probe.pixel_stride", self.pixel_stride, "give at least 1")
+        require(self.repeats >= 1, "probe.repeats", self.repeats, "train at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,6 +168,7 @@ class Config:
         require(self.dataset.kind == "nyu", "dataset.kind", self.dataset.kind, f"{task} is that of nyu")
         require(not probe.flip, "probe.flip", True, f"{task} does not mirror; take probe=geometry")
         require(probe.pixel_stride == 1, "probe.pixel_stride", probe.pixel_stride, f"{task} takes all pixels")
+        require(probe.repeats == 1, "probe.repeats", probe.repeats, f"{task} trains one probe")
         layers = {name: len(encoder.layer) for name, encoder in self.encoders.items()}
         fitting = probe.head == "linear" or set(layers.values()) <= {1, LEVELS}
         require(fitting, "encoders", layers, f"probe.head=dpt takes 1 layer or {LEVELS}")

@@ -150,6 +150,10 @@ def document(path: Path, attempts: Sequence[Attempt], sheets: Sequence[Path]) ->
     names = list(dict.fromkeys(name for r in first.results for name in r.scores if name != "seconds"))
     rows = [[r.encoder, r.stride, r.method, *(text_of(r.scores.get(name)) for name in names)] for r in first.results]
     size = " x ".join(map(str, about["dataset"]["size"]))
+    repeats = about["probe"].get("repeats", 1)
+    seeds = f"seed {about['seed']}" if repeats == 1 else (
+        f"means of {repeats} probes from the seed {about['seed']} on (*std*: their standard deviation)"
+    )  # fmt: skip
     lines = [
         "# Results",
         "",
@@ -167,7 +171,7 @@ def document(path: Path, attempts: Sequence[Attempt], sheets: Sequence[Path]) ->
         ]),
         "## Probes",
         "",
-        f"Linear probes for {about['task']} at {size}, {about['probe']['epochs']} epochs, seed {about['seed']}, "
+        f"Linear probes for {about['task']} at {size}, {about['probe']['epochs']} epochs, {seeds}, "
         f"{first.images} of each split, all trained in the same way on frozen features. *band*: pixels within 4 of an "
         "edge. *bilinear_probe*: the probe of bilinear features on those of the method, without retraining.",
         "",

@@ -27,7 +27,7 @@ from evaluate.metrics.segmentation import Confusion, boundary_band
 
 BAND = 4  # pixels on either side of a label's edge
 
-Head = dict[str, Float[Array, "..."]]
+Head = dict[str, Float[Array, "..."]]  # a linear probe; or several, along the first axis
 
 
 def init_head(channels: int, classes: int, seed: int) -> Head:
@@ -49,7 +49,9 @@ def cross_entropy(logits: Float[Array, "... K"], labels: UInt8[Array, ...], igno
 def train(
     views: Views, split: Split, channels: int, config: Config, saved: Path, about: Mapping[str, Any], say: Told
 ) -> Head:
-    """Train the probe and return it.
+    """Train `probe.repeats` probes and return them, along the first axis.
+
+    Each is what it would be by itself: they share the batches, and nothing else.
 
     Args:
         views: of the training split.
@@ -63,23 +65,39 @@ def train(
     """
     probe, ignore = config.probe, split.examples.ignore
 
-    def loss(head, batch):
+    def loss(heads, batch):
         data, labels = batch
-        return cross_entropy(views.logits(data, head["weight"]) + head["bias"], labels, ignore)
+        logits = several(views, data, heads)
+        return sum(cross_entropy(logits[..., i, :], labels, ignore) for i in range(probe.repeats))
 
-    head = init_head(channels, len(split.examples.classes), config.seed)
+    heads = initial(channels, len(split.examples.classes), config)
     order = functools.partial(epoch_order, len(split), probe, config.seed)
-    return fit(head, loss, lambda batch: views.batch(*batch), order, probe, len(split), saved, about, say)
+    told = lambda epoch, total: say(epoch, total / probe.repeats)  # noqa: E731
+    return fit(heads, loss, lambda batch: views.batch(*batch), order, probe, len(split), saved, about, told)
+
+
+def initial(channels: int, classes: int, config: Config) -> Head:
+    """Return the probes before they are trained, with the seeds from `seed` on."""
+    heads = [init_head(channels, classes, config.seed + i) for i in range(config.probe.repeats)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *heads)
+
+
+def several(views: Views, data: dict[str, Any], heads: Head) -> Float[Array, "B ... N K"]:
+    """Return what several probes say of a batch, which is upsampled once."""
+    weight, bias = heads["weight"], heads["bias"]
+    logits = views.logits(data, weight.transpose(1, 0, 2).reshape(weight.shape[1], -1))
+    return logits.reshape(*logits.shape[:-1], *bias.shape) + bias
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Of a probe on the validation split, each from 0 to 1.
+    """Of probes on the validation split, means over them, each from 0 to 1.
 
     Attributes:
         mean_iou, band_iou: mean over the classes that occur, of all pixels and of those within 4 pixels of an edge.
         accuracy: share of the pixels that are right.
         classes, band_classes: intersection over union of each class; None for one that does not occur.
+        mean_iou_std, band_iou_std: standard deviations over the probes.
     """
 
     mean_iou: float
@@ -87,47 +105,48 @@ class Scores:
     accuracy: float
     classes: tuple[float | None, ...]
     band_classes: tuple[float | None, ...]
+    mean_iou_std: float
+    band_iou_std: float
 
     @classmethod
-    def of(cls, whole: Confusion, band: Confusion) -> Scores:
-        """Return the scores of what was counted."""
-        rows = (tuple(None if np.isnan(x) else float(x) for x in counted.iou()) for counted in (whole, band))
-        return cls(whole.mean_iou(), band.mean_iou(), whole.pixel_accuracy(), *rows)
+    def of(cls, counted: Sequence[tuple[Confusion, Confusion]]) -> Scores:
+        """Return the means of the scores of what was counted of all pixels and of those near an edge."""
+        wholes, bands = zip(*counted)
+        values = [(x.mean_iou(), y.mean_iou(), x.pixel_accuracy()) for x, y in counted]
+        rows = (np.mean([x.iou() for x in many], 0) for many in (wholes, bands))  # what occurs is the same for all
+        classes = (tuple(None if np.isnan(x) else float(x) for x in row) for row in rows)
+        return cls(*map(float, np.mean(values, 0)), *classes, *map(float, np.std(values, 0)[:2]))
 
 
 def score(
     views: Views, split: Split, heads: Mapping[str, Head], shown: Sequence[int] = ()
 ) -> tuple[dict[str, Scores], dict[str, UInt8[np.ndarray, "N H W"]]]:
-    """Score several heads on a whole split, which is gone through once; every pixel counts the same.
+    """Score probes on a whole split, which is gone through once; every pixel counts the same.
 
     Args:
         views: of the split.
         split: the images.
-        heads: a name for each head.
+        heads: a name for each of several, as `train` returns them.
         shown: the images whose predictions are wanted too, in rising order.
 
     Returns:
-        The scores, and the classes predicted of the images to be shown, of each head.
+        The scores, means over the probes of a name, and the classes that its first one predicts of the images to be
+        shown.
     """
     classes, ignore = len(split.examples.classes), split.examples.ignore
-    weight = jnp.concatenate([head["weight"] for head in heads.values()], -1)
-    bias = jnp.concatenate([head["bias"] for head in heads.values()])
-
-    @jax.jit
-    def classify(data):
-        logits = views.logits(data, weight) + bias
-        return logits.reshape(*logits.shape[:-1], len(heads), classes).argmax(-1).astype(jnp.uint8)
-
-    counts = {name: (Confusion(classes, ignore), Confusion(classes, ignore)) for name in heads}
+    owners = [name for name, found in heads.items() for _ in found["bias"]]
+    every = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *heads.values())
+    classify = jax.jit(lambda data: several(views, data, every).argmax(-1).astype(jnp.uint8))
+    counts = [(Confusion(classes, ignore), Confusion(classes, ignore)) for _ in owners]
     pictures: dict[str, list[np.ndarray]] = {name: [] for name in heads}
     for index, (data, labels) in enumerate(ahead(lambda index: views.batch([index], False), range(len(split)))):
         predictions, label = np.asarray(classify(data)), views.arrange(labels)[0]
         band = boundary_band(label, BAND)
-        for number, (name, (whole, edges)) in enumerate(counts.items()):
+        for number, (name, (whole, edges)) in enumerate(zip(owners, counts)):
             prediction = views.arrange(predictions[..., number])[0]
             whole.add(prediction, label)
             edges.add(prediction, label, band)
-            if index in shown:
+            if index in shown and number == owners.index(name):
                 pictures[name].append(prediction)
-    scores = {name: Scores.of(whole, edges) for name, (whole, edges) in counts.items()}
+    scores = {name: Scores.of([c for owner, c in zip(owners, counts) if owner == name]) for name in heads}
     return scores, {name: np.stack(found) for name, found in pictures.items() if found}

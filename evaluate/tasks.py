@@ -52,13 +52,13 @@ def probe_segmentation(config: Config, say: Say) -> list[Result]:
         views = [_views(config, split, wanted, ready[name], about, say) for split in (train, val)]
         for key, encoder in wanted.items():
             started = time.perf_counter()
-            head = segmentation.train(
+            probes = segmentation.train(
                 views[0][key], train, encoder.channels, config, _probe(folder, key, name), about[key, name],
                 lambda epoch, loss, key=key, name=name: say(f"{key}, {name}: epoch {epoch}, loss {loss:.4f}"),
             )  # fmt: skip
-            heads = {name: head}
+            heads = {name: probes}
             if BORROWED in config.methods:
-                _, state = restore(_probe(folder, key, BORROWED), dict(head=head), about[key, BORROWED])
+                _, state = restore(_probe(folder, key, BORROWED), dict(head=probes), about[key, BORROWED])
                 heads[BORROWED] = state["head"]
             scores, predictions = segmentation.score(views[1][key], val, heads, shown)
             own = scores[name]
@@ -66,6 +66,8 @@ def probe_segmentation(config: Config, say: Say) -> list[Result]:
             if name != BORROWED in scores:
                 table |= {f"mIoU_{BORROWED}_probe": scores[BORROWED].mean_iou}
                 table |= {f"band_{BORROWED}_probe": scores[BORROWED].band_iou}
+            if probe.repeats > 1:
+                table |= dict(mIoU_std=own.mean_iou_std, band_mIoU_std=own.band_iou_std)
             table["seconds"] = time.perf_counter() - started
             details = dict(class_names=val.examples.classes, iou=own.classes, band_iou=own.band_classes)
             if shown:

@@ -17,7 +17,7 @@ from evaluate import report, results
 from evaluate.results import Result
 from tests.training import environment
 
-ABOUT = dict(task="segmentation", seed=3, limit=5, dataset=dict(size=[64, 96]), probe=dict(epochs=7))
+ABOUT = dict(task="segmentation", seed=3, limit=5, dataset=dict(size=[64, 96]), probe=dict(epochs=7, repeats=1))
 
 
 def attempt(folder: Path, name: str, learning_rate: float, gain: float) -> tuple[Path, Path]:
@@ -83,6 +83,17 @@ def test_attempts_stay_when_their_folders_are_gone(tmp_path: Path, capsys: pytes
     for name, message in (("none.json", "is no record that python -m evaluate.report"), ("not.json", "No such file")):
         assert report.main([*both[:4], "--earlier", str(tmp_path / name)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_repeated_probes_are_called_so(tmp_path: Path) -> None:
+    words = [str(tmp_path / "x.md"), "--attempt", *map(str, attempt(tmp_path, "one", 1e-3, 0.1))]
+    path = tmp_path / "one_scores/results.json"
+    path.write_text(path.read_text().replace('"repeats": 1', '"repeats": 4'))
+    assert report.main(words) == 0
+    text = (tmp_path / "x.md").read_text()
+    assert (
+        "7 epochs, means of 4 probes from the seed 3 on (*std*: their standard deviation), the first 5 images" in text
+    )
 
 
 def test_sheets_that_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

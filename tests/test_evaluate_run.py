@@ -16,6 +16,7 @@ import pytest
 import torch
 from flax import nnx
 from PIL import Image
+from safetensors.numpy import load_file
 
 import anyup_jax
 import convert
@@ -23,8 +24,8 @@ from anyup_jax.encoders.settings import EncoderConfig
 from evaluate import fidelity, fitting, results, segmentation, sheet
 from evaluate.ahead import ahead
 from evaluate.config import Config, DatasetConfig, ProbeConfig
-from evaluate.data import Examples
-from evaluate.frozen import Split
+from evaluate.data import Examples, open_segmentation
+from evaluate.frozen import Live, Split
 from evaluate.methods import Interpolation
 from evaluate.published import figures
 from evaluate.results import Result
@@ -103,6 +104,38 @@ def test_what_is_kept_scores_as_what_is_computed_anew(folder: Path) -> None:
     assert "was made with other settings (probe.epochs: 3 -> 4)" in other.stderr
     details = json.loads((folder / "live/lite0/anyup/result.json").read_text(), parse_constant=pytest.fail)["details"]
     assert len(details["iou"]) == len(details["class_names"]) == 3
+
+
+def test_repeated_probes_are_those_of_their_seeds(folder: Path, tmp_path: Path) -> None:
+    evaluate(folder, "output_dir=repeated", "probe.repeats=2", "methods=[bilinear]")
+    path = folder / "repeated/lite0/bilinear"
+    found, state = json.loads((path / "result.json").read_text()), load_file(path / "probe.safetensors")
+    both = {name: jnp.asarray(state[f"['head']['{name}']"]) for name in ("weight", "bias")}
+
+    data, settings = DatasetConfig(root=str(folder / "data"), classes=3, size=(64, 64)), found["settings"]
+    train, val = (
+        Split(open_segmentation(data, part), (), data.size, mirrored=part == "train") for part in ("train", "val")
+    )
+    encoder = EncoderConfig(**settings["encoder"]).load()
+    views = [Live(split, encoder, Interpolation("bilinear", "bilinear")) for split in (train, val)]
+    alone = []
+    for number in range(2):
+        head = {name: value[number : number + 1] for name, value in both.items()}
+        alone.append(segmentation.score(views[1], val, dict(one=head))[0]["one"])
+    for name, value, spread in (("mIoU", "mean_iou", "mIoU_std"), ("band_mIoU", "band_iou", "band_mIoU_std")):
+        values = [getattr(scores, value) for scores in alone]
+        assert found["scores"][name] == pytest.approx(np.mean(values), abs=1e-6)
+        assert found["scores"][spread] == pytest.approx(abs(values[0] - values[1]) / 2, abs=1e-6)
+        assert [getattr(scores, f"{value}_std") for scores in alone] == [0, 0]
+    assert np.mean([scores.classes for scores in alone], 0) == pytest.approx(np.array(found["details"]["iou"]))
+
+    probe = ProbeConfig(**(settings["probe"] | dict(repeats=1)))
+    config = Config(encoders=dict(lite0=EncoderConfig(**settings["encoder"])), dataset=data, probe=probe)
+    single = segmentation.train(
+        views[0], train, encoder.channels, config, tmp_path / "probe.safetensors", {}, lambda *_: None
+    )
+    for name, value in both.items():
+        assert np.abs(value[0] - single[name][0]).max() < 1e-4 < np.abs(value[1] - value[0]).max()
 
 
 def test_published_figures_stand_beside_the_same_data_and_encoder(capsys: pytest.CaptureFixture[str]) -> None:
