@@ -12,7 +12,7 @@ from anyup_jax.settings import require
 Size = tuple[int, int]
 GEOMETRY = ("depth", "normals")  # tasks
 LEVELS = 4  # feature maps of the DPT head
-METHODS = ("nearest", "bilinear", "bicubic", "joint_bilateral", "anyup", "high_resolution")
+METHODS = ("nearest", "bilinear", "bicubic", "joint_bilateral", "anyup", "high_resolution", "label_guided")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,8 @@ class Config:
         task: "segmentation", "depth" and "normals" train and score probes; "fidelity" compares with what the encoder
             makes of a larger image, and with the features themselves, on images of the validation split.
         encoders: a name of one's own for each -> the encoder.
-        methods: of `METHODS`; "anyup" with the window of `anyup.window`.
+        methods: of `METHODS`; "anyup" with the window of `anyup.window`. "label_guided" looks at the labels, and
+            says how much an upsampler could gain that knows every edge; for segmentation.
         anyup: the upsampler behind "anyup".
         high_resolution: how many times larger the image is that "high_resolution", or "fidelity", shows to the encoder.
         cache: where what a frozen method does to each image is kept, so that it is computed once instead of in every
@@ -159,6 +160,8 @@ class Config:
         require(self.pictures >= 0, "pictures", self.pictures, "give 0 or more")
         enlarged = self.task == "fidelity" and "high_resolution" in self.methods
         require(not enlarged, "methods", list(self.methods), "fidelity compares the others with high_resolution")
+        guided = self.task == "segmentation" or "label_guided" not in self.methods
+        require(guided, "methods", list(self.methods), f"{self.task} has no labels to be guided by")
         keeps = self.task == "segmentation" or self.cache is None
         require(keeps, "cache", self.cache, f"{self.task} keeps nothing; leave it out")
         self._check_geometry() if self.task in GEOMETRY else self._check_flat()

@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from anyup_jax.files import replacing
 from evaluate import operators
@@ -62,13 +62,17 @@ class Split:
         return len(self) * (1 + self.mirrored)
 
     def view(self, index: int, mirror: bool) -> tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W"]]:
-        """Return image and label of a view."""
+        """Return image and label of a view, with the labels of all pixels."""
         image, label = self.examples.read(index)
         if mirror:
             image, label = image[:, ::-1], label[:, ::-1]
-        if self.pixel_stride > 1:
-            label = np.where(self.chosen(index, mirror), label, self.examples.ignore).astype(np.uint8)
         return np.ascontiguousarray(image), np.ascontiguousarray(label)
+
+    def thinned(self, label: UInt8[np.ndarray, "H W"], index: int, mirror: bool) -> UInt8[np.ndarray, "H W"]:
+        """Return the label of a view with only the pixels that count."""
+        if self.pixel_stride == 1:
+            return label
+        return np.where(self.chosen(index, mirror), label, self.examples.ignore).astype(np.uint8)
 
     def chosen(self, index: int, mirror: bool) -> Bool[np.ndarray, "H W"]:
         """Return which pixels of a view count."""
@@ -113,7 +117,9 @@ class Live:
     def batch(self, indices: Sequence[int], mirror: bool) -> tuple[dict[str, Any], UInt8[np.ndarray, "B H W"]]:
         """As `Views` has it."""
         images, labels = map(np.stack, zip(*(self.split.view(i, mirror) for i in indices)))
-        return dict(image=_pixels(images, 1), features=encode(self.encoder, images, self.method.enlarge)), labels
+        features = encode(self.encoder, images, self.method.enlarge)
+        thinned = np.stack([self.split.thinned(label, i, mirror) for label, i in zip(labels, indices)])
+        return dict(image=_guide(self.method, images, labels), features=features), thinned
 
     def logits(self, data: dict[str, Any], head: Float[Array, "C K"]) -> Float[Array, "B H W K"]:
         """As `Views` has it."""
@@ -215,9 +221,9 @@ def _compute(split: Split, number: int, encoders: Mapping[str, Any], method: Met
     image, label = split.view(index, bool(mirror))
     maps = {name: encode(encoder, image[None], method.enlarge) for name, encoder in encoders.items()}
     found: dict[str, dict[str, Any]] = {}
-    tiles = operators.extract(method, plans, _pixels(image[None], 1), maps, split.size)
+    tiles = operators.extract(method, plans, _guide(method, image[None], label[None]), maps, split.size)
     for name, features in maps.items():
-        found[name] = dict(features=features[0], labels=label)
+        found[name] = dict(features=features[0], labels=split.thinned(label, index, bool(mirror)))
         if (plan := plans[name]) is not None:
             mask = plan.pick(split.chosen(index, bool(mirror))[None, ..., None])[0, ..., 0]
             found[name] = dict(
@@ -226,6 +232,13 @@ def _compute(split: Split, number: int, encoders: Mapping[str, Any], method: Met
                 tiles=np.asarray(tiles[name][0])[mask].reshape(len(mask), -1, plan.colours),
             )
     return found
+
+
+def _guide(
+    method: Method, images: UInt8[np.ndarray, "B H W 3"], labels: UInt8[np.ndarray, "B H W"]
+) -> Float[Array, "B H W 3"] | Int[Array, "B H W 1"]:
+    """Return what a method is guided by."""
+    return _pixels(images, 1) if method.guided_by == "image" else jnp.asarray(labels, jnp.int32)[..., None]
 
 
 def encode(

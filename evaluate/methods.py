@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 import anyup_jax
 from anyup_jax.attention import window_attention
@@ -25,6 +25,7 @@ from anyup_jax.layers import pooling
 from anyup_jax.strips import WHOLE
 from evaluate.config import Config, Size
 
+Guide = Float[Array, "B H W 3"] | Int[Array, "B H W 1"]
 Maps = Mapping[str, tuple[Float[Array, "B h w C"], Float[Array, "B h w E"]]]
 
 
@@ -35,14 +36,16 @@ class Method(Protocol):
     Attributes:
         name: as the command line has it.
         enlarge: how many times larger than for the other methods the image is that the encoder sees.
+        guided_by: what is given to it as `image`: "image", or "labels" (B, H, W, 1), integers from 0 to 255.
     """
 
     name: str
     enlarge: int
+    guided_by: ClassVar[str]
 
     def __call__(
         self,
-        image: Float[Array, "B H W 3"],
+        image: Guide,
         features: Float[Array, "B h w C"],
         size: Size,
         values: Float[Array, "B h w E"] | None = None,
@@ -50,7 +53,7 @@ class Method(Protocol):
         """Return the features, or `values` instead of them, at another size; the image has values in [0, 1]."""
         ...
 
-    def several(self, image: Float[Array, "B H W 3"], maps: Maps, size: Size) -> dict[str, Float[Array, "B Ho Wo E"]]:
+    def several(self, image: Guide, maps: Maps, size: Size) -> dict[str, Float[Array, "B Ho Wo E"]]:
         """Do the same for several pairs of features and values of one image."""
         ...
 
@@ -73,6 +76,8 @@ def create(name: str, config: Config) -> Method:
         return Upsampler(anyup_jax.from_pretrained(settings.weights, dtype=jnp.dtype(settings.dtype), **options))
     if name == "joint_bilateral":
         return JointBilateral()
+    if name == "label_guided":
+        return LabelGuided()
     if name == "high_resolution":
         return Interpolation(name, "bilinear", config.high_resolution)
     return Interpolation(name, name)
@@ -89,6 +94,7 @@ class Interpolation:
     name: str
     kernel: str
     enlarge: int = 1
+    guided_by: ClassVar[str] = "image"
 
     def __call__(self, image, features, size, values=None):
         values = features if values is None else values
@@ -141,6 +147,7 @@ class JointBilateral:
 
     name: str = "joint_bilateral"
     enlarge: int = 1
+    guided_by: ClassVar[str] = "image"
     radius: int = 2
     spatial: float = 1.0
     range: float = 0.1
@@ -184,12 +191,65 @@ class JointBilateral:
 
 
 @dataclasses.dataclass(frozen=True)
+class LabelGuided:
+    """What an upsampler could do that knows the labels: a reference, not a method.
+
+    A position averages the cells of AnyUp's window, each weighted by how many of its pixels have the position's label.
+    So nothing is mixed across an edge that the cells do not mix already.
+
+    Attributes:
+        window_ratio: of the window, as in `AnyUpConfig`.
+    """
+
+    name: str = "label_guided"
+    enlarge: int = 1
+    window_ratio: float = 0.1
+    guided_by: ClassVar[str] = "labels"
+
+    def __call__(self, image, features, size, values=None):
+        if image.shape[1:3] != size:
+            raise ValueError(
+                f"Labels of {image.shape[1:3]} cannot guide an output of {size}; give labels of that size."
+            )
+        return _label_guided(self, image[..., 0], features if values is None else values, size)
+
+    def several(self, image, maps, size):
+        return {name: self(image, features, size, values) for name, (features, values) in maps.items()}
+
+    def windows(self, cells: Size, size: Size) -> tuple[AxisWindow, AxisWindow]:
+        return tuple(axis_window(n, m, self.window_ratio, "paper") for n, m in zip(size, cells))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _label_guided(method, labels, values, size):
+    batch, height, width, _ = values.shape
+    tall, wide = method.windows((height, width), size)
+    rows, cols = (np.arange(n) * m // n for n, m in zip(size, (height, width)))
+    images = jnp.arange(batch)[:, None, None]
+    counts = jnp.zeros((batch, height, width, 256)).at[images, rows[:, None], cols, labels].add(1)
+
+    def add(sums, offset):  # one cell of every position's window at a time: memory for one map of values
+        row, col = offset // wide.count.shape[1], offset % wide.count.shape[1]
+        i, j = jnp.asarray(tall.start) + row, jnp.asarray(wide.start) + col
+        seen = jnp.asarray(tall.count)[:, row, None] * jnp.asarray(wide.count)[:, col]
+        weight = seen * counts[images, i[:, None], j, labels]  # beyond the last cell it takes the last, seen 0 times
+        total, weights = sums
+        return (total + weight[..., None] * values[:, i][:, :, j], weights + weight), None
+
+    total = jnp.zeros((batch, *size, values.shape[-1]), values.dtype)
+    span = tall.count.shape[1] * wide.count.shape[1]
+    (total, weights), _ = jax.lax.scan(add, (total, jnp.zeros(total.shape[:3])), jnp.arange(span))
+    return total / weights[..., None]
+
+
+@dataclasses.dataclass(frozen=True)
 class Upsampler:
     """AnyUp."""
 
     model: anyup_jax.AnyUp
     name: str = "anyup"
     enlarge: int = 1
+    guided_by: ClassVar[str] = "image"
 
     def __call__(self, image, features, size, values=None):
         return anyup_jax.upsample(self.model, self._guidance(image), features, size, values=values)

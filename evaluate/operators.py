@@ -94,7 +94,7 @@ class Plan:
 def extract(
     method: Method,
     plans: Mapping[str, Plan | None],
-    image: Float[Array, "B H W 3"],
+    image: Float[Array, "B H W 3"] | Int[Array, "B H W 1"],
     maps: Mapping[str, Float[Array, "B h w C"]],
     size: Size,
 ) -> dict[str, Float[Array, "B tiles positions colours"]]:
@@ -103,7 +103,7 @@ def extract(
     Args:
         method: the method.
         plans: for each encoder the tiles; None where there is nothing to be found.
-        image: with values in [0, 1].
+        image: with values in [0, 1]; the labels for a method that is guided by them.
         maps: the features of each encoder.
         size: of the output.
     """

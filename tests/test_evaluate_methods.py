@@ -11,7 +11,7 @@ from flax import nnx
 
 import anyup_jax
 from anyup_jax.geometry import axis_window
-from evaluate.methods import Interpolation, JointBilateral, Upsampler
+from evaluate.methods import Interpolation, JointBilateral, LabelGuided, Upsampler
 from evaluate.operators import AxisPlan, Plan, apply, extract
 
 RANDOM = np.random.default_rng(0)
@@ -67,6 +67,39 @@ def test_joint_bilateral_by_its_definition() -> None:
             weight = np.exp(-0.5 * (((y - i) ** 2 + (x - j) ** 2) / 0.64 + colour / 0.04))
             total, weights = total + weight * np.asarray(FEATURES)[0, i, j], weights + weight
     assert far(output[0, row, col], total / weights) < 1e-5
+
+
+LABELS = jnp.asarray(RANDOM.integers(0, 3, (2, 45, 37, 1)))
+
+
+def test_label_guided_by_its_definition() -> None:
+    method, labels, low = LabelGuided(window_ratio=0.25), np.asarray(LABELS)[..., 0], np.asarray(FEATURES)
+    output = method(LABELS, FEATURES, (45, 37))
+    assert output.shape == (2, 45, 37, 12)
+    owner_row, owner_col = np.arange(45) * 7 // 45, np.arange(37) * 6 // 37
+    for image, row, col in ((0, 20, 33), (1, 0, 0), (1, 44, 36), (0, 3, 18)):
+        (top, bottom), (left, right) = (
+            (int(np.floor(max(y - 0.25, 0) * n)), int(np.ceil(min(y + 0.25, 1) * n)))
+            for y, n in (((row + 0.5) / 45, 7), ((col + 0.5) / 37, 6))
+        )
+        total, weights = 0.0, 0
+        for i in range(top, bottom):
+            for j in range(left, right):
+                cell = labels[image][np.ix_(owner_row == i, owner_col == j)]
+                count = (cell == labels[image, row, col]).sum()
+                total, weights = total + count * low[image, i, j], weights + count
+        assert far(output[image, row, col], total / weights) < 1e-5
+    with pytest.raises(ValueError, match=r"Labels of \(45, 37\) cannot guide an output of \(48, 64\)"):
+        method(LABELS, FEATURES, (48, 64))
+
+
+def test_label_guided_is_linear_and_kept_as_tiles() -> None:
+    method, head = LabelGuided(), jnp.asarray(RANDOM.standard_normal((12, 5), np.float32))
+    before = method(LABELS, FEATURES, (45, 37), FEATURES @ head)
+    assert far(before, method(LABELS, FEATURES, (45, 37)) @ head) < 1e-5
+    plan = Plan.of(method, FEATURES.shape[1:3], (45, 37))
+    tiles = extract(method, {"x": plan}, LABELS, {"x": FEATURES}, (45, 37))["x"]
+    assert far(plan.untile(apply(plan, tiles, FEATURES @ head), (45, 37)), before) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["paper", "natten", "joint_bilateral"])
