@@ -208,9 +208,7 @@ class LabelGuided:
 
     def __call__(self, image, features, size, values=None):
         if image.shape[1:3] != size:
-            raise ValueError(
-                f"Labels of {image.shape[1:3]} cannot guide an output of {size}; give labels of that size."
-            )
+            raise ValueError(f"Labels of {image.shape[1:3]} cannot guide an output of {size}; give labels of its size.")
         return _label_guided(self, image[..., 0], features if values is None else values, size)
 
     def several(self, image, maps, size):
