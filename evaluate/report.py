@@ -32,6 +32,7 @@ LOCAL = (
 SMOOTHED = 25  # points of the curve that are averaged
 LOGGED = ("step", "time", "loss")  # of each line of the log
 GAINS = ("mIoU", "band_mIoU")
+REFERENCE_GAINS = *GAINS, "mIoU_bilinear_probe", "band_bilinear_probe"
 HOUR = 3600
 PAUSE = 600  # seconds without a line after which a run counts as stopped
 
@@ -57,11 +58,9 @@ class Attempt:
     @classmethod
     def read(cls, run: Path, evaluation: Path) -> Attempt:
         """Read both folders. Raises FileNotFoundError if one is none of `train.run` or `evaluate.run`."""
-        for path, maker in ((run / "config.yaml", "train.run"), (evaluation / "results.json", "evaluate.run")):
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing; give a folder that python -m {maker} has finished.")
+        _check(run / "config.yaml", "train.run")
         lines = {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
-        results = [Result(**found) for found in json.loads((evaluation / "results.json").read_text())]
+        results = read_results(evaluation)
         settings = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
         return cls(run.name, settings, [lines[step] for step in sorted(lines)], results, evaluation)
 
@@ -95,20 +94,52 @@ class Attempt:
     @property
     def images(self) -> str:
         """What of each split it was scored with."""
-        limit = self.results[0].settings["limit"]
-        return "all images" if limit is None else f"the first {limit} images"
+        return images_of(self.results)
 
     def gains(self) -> dict[str, dict[str, float]]:
         """Return, of each encoder, AnyUp's scores less those of bilinear interpolation."""
-        scores = {(r.encoder, r.method): r.scores for r in self.results}
-        return {
-            encoder: {name: scores[encoder, "anyup"][name] - scores[encoder, "bilinear"][name] for name in GAINS}
-            for encoder, method in scores
-            if method == "anyup" and (encoder, "bilinear") in scores
-        }
+        return gains_of(self.results, "anyup", GAINS)
 
 
-def write(path: Path, attempts: Sequence[Attempt], note: str = "", shown: Sequence[str] | None = None) -> None:
+def _check(path: Path, maker: str) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; give a folder that python -m {maker} has finished.")
+
+
+def read_results(evaluation: Path) -> list[Result]:
+    """Return the results in a folder. Raises FileNotFoundError if it is none of `evaluate.run`."""
+    _check(evaluation / "results.json", "evaluate.run")
+    return [Result(**found) for found in json.loads((evaluation / "results.json").read_text())]
+
+
+def images_of(results: Sequence[Result]) -> str:
+    """What of each split was used."""
+    limit = results[0].settings["limit"]
+    return "all images" if limit is None else f"the first {limit} images"
+
+
+def gains_of(results: Sequence[Result], method: str, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return, of each encoder, a method's scores less those of bilinear interpolation."""
+    scores = {(r.encoder, r.method): r.scores for r in results}
+    return {
+        encoder: {name: scores[encoder, method][name] - scores[encoder, "bilinear"][_base(name)] for name in names}
+        for encoder, found in scores
+        if found == method and (encoder, "bilinear") in scores
+    }
+
+
+def _base(name: str) -> str:
+    """The score that bilinear interpolation has of its own where others have one of its probe."""
+    return {"mIoU_bilinear_probe": "mIoU", "band_bilinear_probe": "band_mIoU"}.get(name, name)
+
+
+def write(
+    path: Path,
+    attempts: Sequence[Attempt],
+    note: str = "",
+    shown: Sequence[str] | None = None,
+    reference: Sequence[Result] = (),
+) -> None:
     """Write the document, its record and its pictures, which lie beside it; the note ends it.
 
     Args:
@@ -116,6 +147,7 @@ def write(path: Path, attempts: Sequence[Attempt], note: str = "", shown: Sequen
         attempts: the runs; the weights of the first, which is no recorded one, ship.
         note: its last words.
         shown: encoders whose sheets of predictions are in it; None for all that have one.
+        reference: results of `label_guided` and of bilinear interpolation.
 
     Raises:
         FileNotFoundError: for an encoder to be shown that has no sheet.
@@ -139,11 +171,13 @@ def write(path: Path, attempts: Sequence[Attempt], note: str = "", shown: Sequen
         temporary.write_text(dump([attempt.record() for attempt in attempts]))
     with replacing(path) as temporary:
         temporary.write_text(
-            "\n".join([*document(path, attempts, list(sheets.values())), *([note, ""] if note else [])])
+            "\n".join([*document(path, attempts, list(sheets.values()), reference), *([note, ""] if note else [])])
         )
 
 
-def document(path: Path, attempts: Sequence[Attempt], sheets: Sequence[Path]) -> list[str]:
+def document(
+    path: Path, attempts: Sequence[Attempt], sheets: Sequence[Path], reference: Sequence[Result] = ()
+) -> list[str]:
     """Return the lines of the document."""
     first = attempts[0]
     about = first.results[0].settings
@@ -183,9 +217,21 @@ def document(path: Path, attempts: Sequence[Attempt], sheets: Sequence[Path]) ->
             for a in attempts
             for encoder, gain in a.gains().items()
         ]),
-        "## Predictions",
-        "",
     ]  # fmt: skip
+    if reference:
+        lines += [
+            "## What there is to be gained",
+            "",
+            "`label_guided` averages the cells of the same window by how many of their pixels have the label of the "
+            f"position: an upsampler that knows every edge. Less bilinear, {images_of(reference)}; *bilinear_probe* as "
+            "above:",
+            "",
+            markdown(["encoder", *REFERENCE_GAINS], [
+                [encoder, *(f"{gain[name]:+.4f}" for name in REFERENCE_GAINS)]
+                for encoder, gain in gains_of(reference, "label_guided", REFERENCE_GAINS).items()
+            ]),
+        ]  # fmt: skip
+    lines += ["## Predictions", ""]
     for sheet in sheets:
         lines += [f"![image, label and predictions]({sheet.name})", ""]
     return lines
@@ -253,6 +299,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--earlier", type=Path, metavar="OUT.json", help="the record of an earlier document, whose attempts come last"
     )
     parser.add_argument(
+        "--reference", type=Path, metavar="EVALUATION", help="a folder of evaluate.run with bilinear and label_guided"
+    )
+    parser.add_argument(
         "--sheets", nargs="*", metavar="ENCODER", help="encoders whose sheets of predictions are shown; default: all"
     )
     parser.add_argument("--note", default="", metavar="TEXT", help="the last words, such as whose the images are")
@@ -260,7 +309,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         attempts = [Attempt.read(*folders) for folders in args.attempt]
         attempts += read_record(args.earlier) if args.earlier else []
-        write(args.out, attempts, args.note, args.sheets)
+        reference = read_results(args.reference) if args.reference else []
+        write(args.out, attempts, args.note, args.sheets, reference)
     except (OSError, ValueError, ImportError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2

@@ -96,6 +96,20 @@ def test_repeated_probes_are_called_so(tmp_path: Path) -> None:
     )
 
 
+def test_what_there_is_to_be_gained(tmp_path: Path) -> None:
+    borrowed = dict(mIoU_bilinear_probe=0.45, band_bilinear_probe=0.5)
+    scores = dict(bilinear=dict(mIoU=0.4, band_mIoU=0.3), label_guided=dict(mIoU=0.5, band_mIoU=0.55) | borrowed)
+    found = [Result("lite0", method, 32, values, {}, ABOUT | dict(limit=None)) for method, values in scores.items()]
+    (tmp_path / "reference").mkdir()
+    results.write_tables(tmp_path / "reference", found)
+    words = ["--attempt", *map(str, attempt(tmp_path, "one", 1e-3, 0.1)), "--reference", str(tmp_path / "reference")]
+    assert report.main([str(tmp_path / "x.md"), *words]) == 0
+    text = (tmp_path / "x.md").read_text()
+    assert "Less bilinear, all images;" in text
+    assert "| lite0 | +0.1000 | +0.2500 | +0.0500 | +0.2000 |" in text
+    assert report.main([str(tmp_path / "y.md"), *words[:-1], str(tmp_path)]) == 2
+
+
 def test_sheets_that_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = list(map(str, attempt(tmp_path, "one", 1e-3, 0.1)))
     for sheets, pictures in (([], []), (["lite0"], ["x_lite0.png"])):
