@@ -144,7 +144,7 @@ def write(
 
     Args:
         path: the document.
-        attempts: the runs; the weights of the first, which is no recorded one, ship.
+        attempts: the runs; the first, which is no recorded one, is shown most of.
         note: its last words.
         shown: encoders whose sheets of predictions are in it; None for all that have one.
         reference: results of `label_guided` and of bilinear interpolation.
@@ -197,7 +197,7 @@ def document(
         "",
         f"![the objective by step]({path.stem}_curves.png)",
         "",
-        f"Shown is the mean of {SMOOTHED} logged steps. The weights that ship are those of `{first.name}`.",
+        f"Shown is the mean of {SMOOTHED} logged steps. Tables and predictions are those of `{first.name}`.",
         "",
         markdown(["run", "steps", "hours", "objective at the end", f"set otherwise than in `{first.name}`"], [
             [f"`{a.name}`", a.steps, f"{a.hours:.1f}", f"{smooth(a.metrics)[-1]:.4f}", _differences(first, a)]
@@ -293,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, metavar="OUT.md", help="the document; its pictures are put beside it")
     parser.add_argument(
         "--attempt", nargs=2, type=Path, action="append", required=True, metavar=("RUN", "EVALUATION"),
-        help="folders of train.run and evaluate.run; may be repeated, the first one's weights are those that ship",
+        help="folders of train.run and evaluate.run; may be repeated, the first one is shown most of",
     )  # fmt: skip
     parser.add_argument(
         "--earlier", type=Path, metavar="OUT.json", help="the record of an earlier document, whose attempts come last"
