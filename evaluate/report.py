@@ -231,7 +231,7 @@ def document(
                 for encoder, gain in gains_of(reference, "label_guided", REFERENCE_GAINS).items()
             ]),
         ]  # fmt: skip
-    lines += ["## Predictions", ""]
+    lines += ["## Predictions", ""] if sheets else []
     for sheet in sheets:
         lines += [f"![image, label and predictions]({sheet.name})", ""]
     return lines
