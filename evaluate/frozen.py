@@ -18,13 +18,13 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from anyup_jax.files import replacing
 from evaluate import operators
 from evaluate.config import Size
 from evaluate.data.segmentation import Examples
-from evaluate.methods import Method
+from evaluate.methods import Guide, Method
 from evaluate.operators import Plan
 
 SAVED_EVERY = 20  # views
@@ -223,8 +223,9 @@ def _compute(split: Split, number: int, encoders: Mapping[str, Any], method: Met
     found: dict[str, dict[str, Any]] = {}
     tiles = operators.extract(method, plans, _guide(method, image[None], label[None]), maps, split.size)
     for name, features in maps.items():
-        found[name] = dict(features=features[0], labels=split.thinned(label, index, bool(mirror)))
-        if (plan := plans[name]) is not None:
+        if (plan := plans[name]) is None:
+            found[name] = dict(features=features[0], labels=split.thinned(label, index, bool(mirror)))
+        else:
             mask = plan.pick(split.chosen(index, bool(mirror))[None, ..., None])[0, ..., 0]
             found[name] = dict(
                 features=features[0],
@@ -234,9 +235,7 @@ def _compute(split: Split, number: int, encoders: Mapping[str, Any], method: Met
     return found
 
 
-def _guide(
-    method: Method, images: UInt8[np.ndarray, "B H W 3"], labels: UInt8[np.ndarray, "B H W"]
-) -> Float[Array, "B H W 3"] | Int[Array, "B H W 1"]:
+def _guide(method: Method, images: UInt8[np.ndarray, "B H W 3"], labels: UInt8[np.ndarray, "B H W"]) -> Guide:
     """Return what a method is guided by."""
     return _pixels(images, 1) if method.guided_by == "image" else jnp.asarray(labels, jnp.int32)[..., None]
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from anyup_jax.geometry import AxisWindow
 from evaluate.config import Size
-from evaluate.methods import Method
+from evaluate.methods import Guide, Method
 
 TILE = 16  # positions along an edge of a tile, at most
 
@@ -94,7 +94,7 @@ class Plan:
 def extract(
     method: Method,
     plans: Mapping[str, Plan | None],
-    image: Float[Array, "B H W 3"] | Int[Array, "B H W 1"],
+    image: Guide,
     maps: Mapping[str, Float[Array, "B h w C"]],
     size: Size,
 ) -> dict[str, Float[Array, "B tiles positions colours"]]:

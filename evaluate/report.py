@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import shutil
 import sys
@@ -238,15 +237,8 @@ def document(
 
 
 def dump(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return JSON with a line for each setting, line of a log and result."""
-    plain = functools.partial(json.dumps, sort_keys=True)
-    lines = []
-    for record in records:
-        parts = [f' "name": {plain(record["name"])}', f' "settings": {json.dumps(record["settings"], indent=2)}']
-        for name in ("metrics", "results"):
-            parts.append(f' "{name}": [\n  ' + ",\n  ".join(map(plain, record[name])) + "\n ]")
-        lines.append("{\n" + ",\n".join(parts) + "\n}")
-    return "[\n" + ",\n".join(lines) + "\n]\n"
+    """Return JSON with a line for each attempt."""
+    return "[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n"
 
 
 def read_record(path: Path) -> list[Attempt]:

@@ -72,7 +72,10 @@ def train(
 
     heads = initial(channels, len(split.examples.classes), config)
     order = functools.partial(epoch_order, len(split), probe, config.seed)
-    told = lambda epoch, total: say(epoch, total / probe.repeats)  # noqa: E731
+
+    def told(epoch, total):
+        say(epoch, total / probe.repeats)
+
     return fit(heads, loss, lambda batch: views.batch(*batch), order, probe, len(split), saved, about, told)
 
 
