@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -160,21 +160,13 @@ class JointBilateral:
         )  # fmt: skip
         coarse = jax.image.resize(image, (len(image), *cells, 3), "bilinear", antialias=True)
         rows, cols = ((np.arange(n) + 0.5) * m / n - 0.5 for n, m in zip(size, cells))
-        tall, wide = self.windows(cells, size)
 
-        def add(sums, offset):  # one cell of every position's window at a time: memory for one map of values
-            row, col = offset // wide.count.shape[1], offset % wide.count.shape[1]
-            i, j = jnp.asarray(tall.start) + row, jnp.asarray(wide.start) + col
+        def weigh(i, j):
             distance = jnp.square(rows - i)[:, None] + jnp.square(cols - j)[None]
             colour = jnp.square(guide - coarse[:, i][:, :, j]).sum(-1)
-            weight = jnp.exp(-0.5 * (distance / self.spatial**2 + colour / self.range**2))
-            total, weights = sums
-            return (total + weight[..., None] * values[:, i][:, :, j], weights + weight), None
+            return jnp.exp(-0.5 * (distance / self.spatial**2 + colour / self.range**2))
 
-        total = jnp.zeros((len(values), *size, values.shape[-1]), values.dtype)
-        count = tall.count.shape[1] * wide.count.shape[1]
-        (total, weights), _ = jax.lax.scan(add, (total, jnp.full(total.shape[:3], 1e-30)), jnp.arange(count))
-        return total / weights[..., None]
+        return _average(values, self.windows(cells, size), weigh, least=1e-30)
 
     def several(self, image, maps, size):
         return {name: self(image, features, size, values) for name, (features, values) in maps.items()}
@@ -221,22 +213,41 @@ class LabelGuided:
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _label_guided(method, labels, values, size):
     batch, height, width, _ = values.shape
-    tall, wide = method.windows((height, width), size)
     rows, cols = (np.arange(n) * m // n for n, m in zip(size, (height, width)))
     images = jnp.arange(batch)[:, None, None]
     counts = jnp.zeros((batch, height, width, 256)).at[images, rows[:, None], cols, labels].add(1)
+    return _average(values, method.windows((height, width), size), lambda i, j: counts[images, i[:, None], j, labels])
 
-    def add(sums, offset):  # one cell of every position's window at a time: memory for one map of values
-        row, col = offset // wide.count.shape[1], offset % wide.count.shape[1]
+
+def _average(
+    values: Float[Array, "B h w E"],
+    windows: tuple[AxisWindow, AxisWindow],
+    weigh: Callable[[Int[Array, " Ho"], Int[Array, " Wo"]], Float[Array, "B Ho Wo"]],
+    least: float = 0.0,
+) -> Float[Array, "B Ho Wo E"]:
+    """Average the cells of every position's window.
+
+    Args:
+        values: of the cells.
+        windows: of rows and columns.
+        weigh: takes a row of cells for each row of positions and a column of cells for each column of positions, and
+            returns what the cells where they meet weigh.
+        least: added to the sum of the weights, where that can be 0.
+    """
+    tall, wide = windows
+    span = wide.count.shape[1]
+
+    def add(sums, offset):  # one cell of every window at a time: memory for one map of values
+        row, col = offset // span, offset % span
         i, j = jnp.asarray(tall.start) + row, jnp.asarray(wide.start) + col
         seen = jnp.asarray(tall.count)[:, row, None] * jnp.asarray(wide.count)[:, col]
-        weight = seen * counts[images, i[:, None], j, labels]  # beyond the last cell it takes the last, seen 0 times
+        weight = seen * weigh(i, j)  # beyond the last cell it is that of the last, seen 0 times
         total, weights = sums
         return (total + weight[..., None] * values[:, i][:, :, j], weights + weight), None
 
-    total = jnp.zeros((batch, *size, values.shape[-1]), values.dtype)
-    span = tall.count.shape[1] * wide.count.shape[1]
-    (total, weights), _ = jax.lax.scan(add, (total, jnp.zeros(total.shape[:3])), jnp.arange(span))
+    total = jnp.zeros((len(values), len(tall.start), len(wide.start), values.shape[-1]), values.dtype)
+    sums = total, jnp.full(total.shape[:3], least)
+    (total, weights), _ = jax.lax.scan(add, sums, jnp.arange(tall.count.shape[1] * span))
     return total / weights[..., None]
 
 

@@ -103,6 +103,7 @@ def test_presets_are_the_protocol(folder: Path) -> None:
     [
         ("depth", ["probe=segmentation", "probe.class_token=true"], "probe.flip=True cannot be: depth does not mirror"),
         ("depth", ["dataset.kind=folder"], "dataset.kind='folder' cannot be: depth is that of nyu"),
+        ("depth", ["probe.repeats=2"], "probe.repeats=2 cannot be: depth trains one probe"),
         ("normals", ["probe.head=dpt", "encoders.lite0.layer=[2,2]"], "probe.head=dpt takes 1 layer or 4"),
         ("normals", ["cache=kept"], "cache='kept' cannot be: normals keeps nothing"),
         ("normals", ["dataset.size=60"], "dataset.size=(60, 60) is not a multiple of the 8 pixels of a cell"),
