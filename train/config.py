@@ -37,6 +37,7 @@ class DatasetConfig:
         max_enlargement: the greatest factor that a photograph may be enlarged by to cover the crop. At 1 those that are
             smaller than the crop are left out.
         flip: mirror every other photograph, drawn at random.
+        pasted_regions: irregular regions of other photographs that are pasted onto each, for `loss.outlines`.
         augmentation_strength: 0 for none, 1 for the published recipe.
         workers: processes that prepare batches; 0 for threads of this one.
         threads: threads of each of these.
@@ -56,6 +57,7 @@ class DatasetConfig:
     random_region: float | None = None
     max_enlargement: float = 1.0
     flip: bool = False
+    pasted_regions: int = 0
     augmentation_strength: float = 1.0
     workers: int = 0
     threads: int = 4
@@ -72,6 +74,7 @@ class DatasetConfig:
         fits = all(view <= crop for view, crop in zip(self.img_size, self.crop_size))
         require(fits, "dataset.img_size", self.img_size, f"it must fit into dataset.crop_size={self.crop_size}")
         require(self.num_local_crops >= 1, "dataset.num_local_crops", self.num_local_crops, "give at least 1")
+        require(0 <= self.pasted_regions <= 15, "dataset.pasted_regions", self.pasted_regions, "give 0 to 15")
         require(self.augmentation_strength >= 0, "dataset.augmentation_strength", self.augmentation_strength,
                  "give 0 for none, 1 for the published recipe")  # fmt: skip
         require(self.workers >= 0, "dataset.workers", self.workers, "give 0 or more processes")
@@ -110,22 +113,25 @@ class FeaturesConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Weights of the three terms; see `train.loss`.
+    """Weights of the terms; see `train.loss`.
 
     Attributes:
         reconstruction: upsampled features against those of the crops.
         consistency: upsampled with augmented guidance against clean guidance.
         input: the downsampled prediction against the low-resolution features.
+        outlines: upsampled shares of pasted regions against the regions; 0 in the published recipe. Needs
+            `dataset.pasted_regions`.
         consistency_size: height and width at which consistency is measured; `dataset.img_size` if None.
     """
 
     reconstruction: float = 1.0
     consistency: float = 0.1
     input: float = 0.1
+    outlines: float = 0.0
     consistency_size: Size | None = None
 
     def __post_init__(self) -> None:
-        weights = self.reconstruction, self.consistency, self.input
+        weights = self.reconstruction, self.consistency, self.input, self.outlines
         require(
             min(weights) >= 0 < max(weights), "loss", weights, "no weight may be negative, and one must be positive"
         )
@@ -315,6 +321,8 @@ class Config:
         require(
             warmup < self.max_steps, "optimizer.warmup_steps", warmup, f"it must be below max_steps={self.max_steps}"
         )
+        require(not self.loss.outlines or self.dataset.pasted_regions, "loss.outlines", self.loss.outlines,
+                 "only pasted regions have known outlines, set dataset.pasted_regions=2")  # fmt: skip
         require(self.model.input_dim == 3, "model.input_dim", self.model.input_dim, "photographs have 3 channels")
 
     @property

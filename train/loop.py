@@ -24,14 +24,13 @@ from train import config as settings
 from train import encoders, pictures, sharding
 from train.checkpoint import Checkpoints
 from train.config import Config
-from train.data import Batches, open_source
+from train.data import ARRAYS, Batches, open_source
 from train.data.sources import Source
 from train.metrics import Metrics
 from train.profile import Trace
 from train.step import TrainState, init_state, make_step, state_specs
 
 NOT_FINITE, NOT_WRITTEN, STOPPED = 3, 74, 75  # exit statuses, see `train.run`
-ON_DEVICE = ("image", "augmented", "crops")
 
 
 def run(config: Config, *, dry: bool = False) -> int:
@@ -144,7 +143,7 @@ class Run:
         name = encoders.choose(self.config.seed, number - 1, self.patches)
         sizes = encoders.geometry(self.config, self.patches[name], number - 1)
         structure, frozen = self.frozen[name]
-        arrays = {key: batch[key] for key in ON_DEVICE}
+        arrays = {key: batch[key] for key in ARRAYS if key in batch}
         if structure is None:
             arrays |= encoders.bridge_features(self.encoders[name], arrays, sizes)
         if (name, sizes) not in self.steps:

@@ -1,9 +1,13 @@
-"""The objective of AnyUp: reconstruction of crops, consistency under augmentation, agreement with the input."""
+"""The objective of AnyUp: reconstruction of crops, consistency under augmentation, agreement with the input.
+
+A fourth term that was not published, `outlines`, is for training on few photographs.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +18,7 @@ from anyup_jax.layers import adaptive_average_pool
 from anyup_jax.model import AnyUp
 from train.config import LossConfig, Size
 
-SCALE_EPS, NORM_EPS = 1e-6, 1e-8
+SCALE_EPS, NORM_EPS, SHARE_EPS = 1e-6, 1e-8, 1e-3
 
 
 @jax.tree_util.register_dataclass
@@ -27,6 +31,8 @@ class Views:
         lr_features: features of the whole photograph.
         hr_features: features of each of n crops of it.
         crops: row and column of each crop, in cells of the upsampled map.
+        regions: for each pixel of the photograph, 1 for the region it belongs to and 0 for the others, the first of
+            which is what nothing was pasted onto; None without pasted regions.
     """
 
     guidance: Float[Array, "B H W 3"]
@@ -34,16 +40,17 @@ class Views:
     lr_features: Float[Array, "B h w C"]
     hr_features: Float[Array, "B n hc wc C"]
     crops: Int[Array, "B n 2"]
+    regions: Float[Array, "B Hc Wc n"] | None = None
 
 
 def objective(
     model: AnyUp, views: Views, size: Size, consistency_size: Size, weights: LossConfig, *, remat: bool = False
 ) -> dict[str, Float[Array, ""]]:
-    """Return the three weighted terms; their sum is what is minimised.
+    """Return the weighted terms; their sum is what is minimised.
 
-    The clean guidance is encoded once for all three: the prediction at `size` and the consistency target, through
-    which no gradient passes, differ in the pooling of the queries only. The features are described once for both
-    guidances. A term whose weight is 0 is not computed and is 0.
+    The clean guidance is encoded once for all: the prediction at `size`, the consistency target, through which no
+    gradient passes, and the outlines, at the size of the guidance, differ in the pooling of the queries only. The
+    features are described once for both guidances. A term whose weight is 0 is not computed and is 0.
 
     Args:
         model: the upsampler.
@@ -58,23 +65,23 @@ def objective(
     guide, key, spare = model.encode(views.guidance, described)
 
     def pool(x):
-        coarse = adaptive_average_pool(x, size)
-        return (
-            (coarse, adaptive_average_pool(lax.stop_gradient(x), consistency_size)) if weights.consistency else coarse
-        )
+        grids = dict(coarse=adaptive_average_pool(x, size))
+        if weights.consistency:
+            grids["target"] = adaptive_average_pool(lax.stop_gradient(x), consistency_size)
+        if weights.outlines:
+            grids["fine"] = x
+        return grids
 
-    query = model.query_encoder.overwrite(guide, pool, spare)[0]
-    query, fine = query if weights.consistency else (query, None)
-    prediction = model.decode(query, key, features, size)
+    queries = model.query_encoder.overwrite(guide, pool, spare)[0]
+    prediction = model.decode(queries["coarse"], key, features, size)
 
-    zero = jnp.zeros(())
-    terms = dict(reconstruction=zero, consistency=zero, input=zero)
+    terms = dict.fromkeys(("reconstruction", "consistency", "input"), jnp.zeros(()))
     if weights.reconstruction:
         cut = cut_crops(prediction, views.crops, views.hr_features.shape[2:4])
         terms["reconstruction"] = weights.reconstruction * difference(cut, views.hr_features)
     if weights.consistency:
-        fine, fixed_key = lax.stop_gradient((fine, key))
-        target = lax.stop_gradient(model.decode(fine, fixed_key, features, consistency_size))
+        target, fixed_key = lax.stop_gradient((queries["target"], key))
+        target = lax.stop_gradient(model.decode(target, fixed_key, features, consistency_size))
 
         def augmented(described):
             guide, key, spare = model.encode(views.augmented, described)
@@ -86,10 +93,34 @@ def objective(
 
         branch = jax.checkpoint(augmented) if remat else augmented
         terms["consistency"] = weights.consistency * branch(described)
+    if weights.outlines:
+        upsample = lambda shares: model.decode(queries["fine"], key, shares, guide.shape[1:3])  # noqa: E731
+        terms["outlines"] = weights.outlines * outlines(upsample, views.regions, features.shape[1:3], guide.shape[1:3])
     if weights.input:
         back = adaptive_average_pool(prediction, features.shape[1:3])
         terms["input"] = weights.input * difference(back, features)
     return terms
+
+
+def outlines(
+    upsample: Callable[[Float[Array, "B h w n"]], Float[Array, "B H W n"]],
+    regions: Float[Array, "B Hc Wc n"],
+    cells: Size,
+    size: Size,
+) -> Float[Array, ""]:
+    """Mean cross-entropy of the shares that regions have of cells, upsampled, with those that they have of pixels.
+
+    What is upsampled has nothing to do with the features, whose attention it is: where a region ends, it should weigh
+    the cells of the right side only. Within a region every attention is right.
+
+    Args:
+        upsample: averages what cells hold with the attention at every pixel.
+        regions: 1 for the region of a pixel, 0 for the others.
+        cells: height and width of the features.
+        size: height and width of the upsampled map.
+    """
+    target, coarse = (adaptive_average_pool(regions, grid) for grid in (size, cells))
+    return -(target * jnp.log(jnp.maximum(upsample(coarse), SHARE_EPS))).sum(-1).mean()
 
 
 def difference(prediction: Float[Array, "... C"], target: Float[Array, "... C"]) -> Float[Array, ""]:

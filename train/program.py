@@ -84,7 +84,10 @@ def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Return what a batch brings to the devices, over all of them."""
     photographs = jax.ShapeDtypeStruct((config.batch_size, *config.dataset.crop_size, 3), jnp.uint8)
     crops = jax.ShapeDtypeStruct((config.batch_size, config.dataset.num_local_crops, 2), jnp.float32)
-    return dict(image=photographs, augmented=photographs, crops=crops)
+    batch = dict(image=photographs, augmented=photographs, crops=crops)
+    if config.dataset.pasted_regions:
+        batch["regions"] = jax.ShapeDtypeStruct(photographs.shape[:3], jnp.uint8)
+    return batch
 
 
 def collectives(text: str) -> dict[str, int]:

@@ -132,11 +132,12 @@ def draw_channels(config: FeaturesConfig, share: float, channels: int, key: PRNG
     return drawn if config.shuffle else drawn.sort()
 
 
-def views_of(batch: Batch, geometry: Geometry, lr: Array, hr: Array) -> Views:
-    """Return what the objective compares, given the features."""
+def views_of(batch: Batch, geometry: Geometry, lr: Array, hr: Array, pasted: int = 0) -> Views:
+    """Return what the objective compares, given the features and how many regions are pasted onto a photograph."""
     mean, std = (jnp.asarray(x, jnp.float32) for x in IMAGENET)
     clean, augmented = ((lr_view(batch[name], geometry.guidance) - mean) / std for name in ("image", "augmented"))
-    return Views(clean, augmented, lr, hr, geometry.corners(batch["crops"]))
+    regions = jax.nn.one_hot(batch["regions"], 1 + pasted) if pasted else None
+    return Views(clean, augmented, lr, hr, geometry.corners(batch["crops"]), regions)
 
 
 def make_step(
@@ -167,7 +168,7 @@ def make_step(
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         if (chosen := draw_channels(config.features, geometry.share, lr.shape[-1], key)) is not None:
             lr, hr = (x[..., chosen] for x in (lr, hr))
-        views = views_of(batch, geometry, *lax.stop_gradient((lr, hr)))
+        views = views_of(batch, geometry, *lax.stop_gradient((lr, hr)), config.dataset.pasted_regions)
         terms = objective(model, views, geometry.cells, geometry.consistency, config.loss, remat=config.remat)
         return sum(terms.values()), terms
 

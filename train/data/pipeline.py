@@ -13,14 +13,18 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
+from jaxtyping import UInt8
 
 from train.augment import augment
 from train.config import Config, DatasetConfig
 from train.data.images import Region, read_crop
 from train.data.sources import Source
+from train.paste import paste
 
 ENDLESS = 1 << 48  # photographs of a run at most; grain cannot slice what has no end into batches of one
 GIVE_UP = 1000  # photographs in a row that cannot be used
+ARRAYS = ("image", "augmented", "crops", "regions")
+"""What a batch brings to the devices; regions only where `dataset.pasted_regions` asks for them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +52,22 @@ class Prepare(grain.transforms.MapWithIndex):
         """Return the element at a position of the run; a photograph that cannot be used gives way to the next one."""
         random = np.random.default_rng((self.seed, position))
         crops = random.random((self.config.num_local_crops, 2), np.float32)
-        views = np.random.default_rng((self.seed, position, 1)).random(4)
+        skipped: list[tuple[str, str]] = []
+        image, name = self._view(index, np.random.default_rng((self.seed, position, 1)), skipped)
+        element = dict(crops=crops, name=name, skipped=skipped)
+        if self.config.pasted_regions:
+            draws = np.random.default_rng((self.seed, position, 2))
+            other = lambda: self._view(int(draws.integers(len(self.source))), draws, skipped)[0]  # noqa: E731
+            image, element["regions"] = paste(image, other, self.config.pasted_regions, draws)
+        return element | dict(image=image, augmented=augment(image, self.config.augmentation_strength, random))
+
+    def _view(
+        self, index: int, draws: np.random.Generator, skipped: list[tuple[str, str]]
+    ) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
+        """Return the part of a photograph that is used, or of the next that can be, and its name."""
+        views = draws.random(4)
         region = Region(*views[:3], self.config.random_region) if self.config.random_region else None
-        skipped = []
+        tried: list[tuple[str, str]] = []
         for attempt in range(min(GIVE_UP, len(self.source))):
             number = (index + attempt) % len(self.source)
             name = self.source.name(number)
@@ -59,18 +76,19 @@ class Prepare(grain.transforms.MapWithIndex):
                     image = read_crop(file, name, self.config.crop_size, region, self.config.max_enlargement)
                 break
             except (OSError, ValueError) as error:
-                skipped.append((name, " ".join(str(error).split())))
+                tried.append((name, " ".join(str(error).split())))
         else:
-            raise ValueError(f"{len(skipped)} photographs in a row cannot be used, the last because: {skipped[-1][1]}")
+            raise ValueError(f"{len(tried)} photographs in a row cannot be used, the last because: {tried[-1][1]}")
+        skipped += tried
         if self.config.flip and views[3] < 0.5:
             image = np.ascontiguousarray(image[:, ::-1])
-        augmented = augment(image, self.config.augmentation_strength, random)
-        return dict(image=image, augmented=augmented, crops=crops, name=name, skipped=skipped)
+        return image, name
 
 
 def collate(elements: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack the arrays of elements; names and skipped files become lists."""
-    batch: dict[str, Any] = {name: np.stack([x[name] for x in elements]) for name in ("image", "augmented", "crops")}
+    names = [name for name in ARRAYS if name in elements[0]]
+    batch: dict[str, Any] = {name: np.stack([x[name] for x in elements]) for name in names}
     return batch | dict(name=[x["name"] for x in elements], skipped=[pair for x in elements for pair in x["skipped"]])
 
 
@@ -78,7 +96,8 @@ class Batches(Iterator[dict[str, Any]]):
     """The batches of one process, without end.
 
     Each has `image` and `augmented` (b, Hc, Wc, 3) uint8, `crops` (b, n, 2) float32 in [0, 1), the `name` of every
-    photograph, and `skipped`, pairs of a name and a reason.
+    photograph, and `skipped`, pairs of a name and a reason; with `dataset.pasted_regions` also `regions` (b, Hc, Wc)
+    uint8, 0 for what is left of the photograph and k for the k-th region.
 
     Args:
         source: the photographs.

@@ -1,0 +1,54 @@
+"""Regions of other photographs pasted onto one, so that the outline of something is known to the pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+
+RADIUS = (0.12, 0.3)  # mean radius, in units of the photograph's shorter side
+WAVES = 6  # of the outline, the k-th with k periods a turn
+AMPLITUDE = 0.35  # standard deviation of the first wave, in units of the mean radius; of the k-th, this / k
+
+
+def paste(
+    image: UInt8[np.ndarray, "H W 3"],
+    others: Callable[[], UInt8[np.ndarray, "H W 3"]],
+    count: int,
+    rng: np.random.Generator,
+) -> tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W"]]:
+    """Return the photograph with regions of others pasted onto it, and which of them each pixel belongs to.
+
+    Args:
+        image: 8-bit RGB, left as it is.
+        others: gives another photograph for each region, which keeps its place in it.
+        count: regions; a later one covers earlier ones.
+        rng: draws the outlines.
+
+    Returns:
+        The picture, and 0 for what is left of the photograph, k for the k-th region.
+    """
+    image, regions = image.copy(), np.zeros(image.shape[:2], np.uint8)
+    for number in range(1, count + 1):
+        inside = blob(image.shape[:2], rng)
+        image[inside] = others()[inside]
+        regions[inside] = number
+    return image, regions
+
+
+def blob(size: tuple[int, int], rng: np.random.Generator) -> Bool[np.ndarray, "H W"]:
+    """Return the inside of an irregular outline around a random point.
+
+    Its radius is exp of a random Fourier series of the angle, so that round and ragged shapes, with bays and tongues,
+    are as likely.
+    """
+    height, width = size
+    centre = rng.uniform(0, 1, 2) * size
+    radius = rng.uniform(*RADIUS) * min(size)
+    down, across = np.arange(height)[:, None] + 0.5 - centre[0], np.arange(width)[None] + 0.5 - centre[1]
+    waves = np.arange(1, WAVES + 1)
+    heights, phases = rng.normal(0, AMPLITUDE / waves), rng.uniform(0, 2 * np.pi, WAVES)
+    angle = np.arctan2(down, across)
+    series = sum(h * np.cos(k * angle + p) for k, h, p in zip(waves, heights, phases))
+    return np.hypot(down, across) < radius * np.exp(series)
