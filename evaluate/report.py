@@ -2,8 +2,10 @@
 
 Of every attempt, a folder of `train.run` and one of `evaluate.run` that scored it: the curve of the objective, what
 was set otherwise than in the first attempt, and the scores of each encoder beside those of bilinear interpolation. The
-table and the sheets of predictions are those of the first attempt. All numbers are read from the folders, and kept in
-OUT.json: when the folders are gone, a later document still has these attempts beside its own (`--earlier OUT.json`).
+table and the sheets of predictions are those of the first attempt. Runs that were not scored, such as the one whose
+weights an attempt started from, have their curves and settings shown (`--training`). All numbers are read from the
+folders, and kept in OUT.json: when the folders are gone, a later document still has these attempts beside its own
+(`--earlier OUT.json`).
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ class Attempt:
         name: of the run's folder.
         settings: of the run.
         metrics: what it logged, line by line.
-        results: of its evaluation.
-        evaluation: the folder they are from; None if they are from a record.
+        results: of its evaluation; none if it was not scored.
+        evaluation: the folder they are from; None if they are from a record, or none.
     """
 
     name: str
@@ -55,11 +57,11 @@ class Attempt:
     evaluation: Path | None
 
     @classmethod
-    def read(cls, run: Path, evaluation: Path) -> Attempt:
-        """Read both folders. Raises FileNotFoundError if one is none of `train.run` or `evaluate.run`."""
+    def read(cls, run: Path, evaluation: Path | None = None) -> Attempt:
+        """Read the folders. Raises FileNotFoundError if one is none of `train.run` or `evaluate.run`."""
         _check(run / "config.yaml", "train.run")
         lines = {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
-        results = read_results(evaluation)
+        results = read_results(evaluation) if evaluation else []
         settings = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
         return cls(run.name, settings, [lines[step] for step in sorted(lines)], results, evaluation)
 
@@ -288,6 +290,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="folders of train.run and evaluate.run; may be repeated, the first one is shown most of",
     )  # fmt: skip
     parser.add_argument(
+        "--training", type=Path, action="append", default=[], metavar="RUN",
+        help="a folder of train.run that was not scored; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
         "--earlier", type=Path, metavar="OUT.json", help="the record of an earlier document, whose attempts come last"
     )
     parser.add_argument(
@@ -300,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         attempts = [Attempt.read(*folders) for folders in args.attempt]
+        attempts += [Attempt.read(folder) for folder in args.training]
         attempts += read_record(args.earlier) if args.earlier else []
         reference = read_results(args.reference) if args.reference else []
         write(args.out, attempts, args.note, args.sheets, reference)

@@ -85,6 +85,21 @@ def test_attempts_stay_when_their_folders_are_gone(tmp_path: Path, capsys: pytes
         assert message in capsys.readouterr().err
 
 
+def test_a_run_that_was_not_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scored, (run, _) = attempt(tmp_path, "one", 1e-3, 0.1), attempt(tmp_path, "start", 2e-3, 0.2)
+    words = [str(tmp_path / "x.md"), "--attempt", *map(str, scored), "--training", str(run)]
+    assert report.main(words) == 0
+    text = (tmp_path / "x.md").read_text()
+    assert "| `start` | 200 | 0.2 |" in text
+    assert text.count("`start`") == 1  # no scores
+    later = [str(tmp_path / "y.md"), "--attempt", *map(str, scored), "--earlier", str(tmp_path / "x.json")]
+    assert report.main(later) == 0
+    assert (tmp_path / "y.md").read_text().count("| `start` |") == 1
+    capsys.readouterr()
+    assert report.main([*words[:-1], str(tmp_path)]) == 2
+    assert "give a folder that python -m train.run has finished" in capsys.readouterr().err
+
+
 def test_repeated_probes_are_called_so(tmp_path: Path) -> None:
     words = [str(tmp_path / "x.md"), "--attempt", *map(str, attempt(tmp_path, "one", 1e-3, 0.1))]
     path = tmp_path / "one_scores/results.json"
