@@ -276,9 +276,15 @@ def smooth(metrics: Sequence[Mapping[str, int | float]]) -> np.ndarray:
 
 
 def _differences(first: Attempt, other: Attempt) -> str:
-    """What a run was set otherwise, but for where it reads and writes."""
-    found = changes(first.settings, other.settings)
-    return "; ".join(f"`{text}`" for name, text in found.items() if not name.startswith(LOCAL)) or "-"
+    """What a run was set otherwise, but for where it reads and writes; of encoders that one lacks, the name only."""
+    found, both = changes(first.settings, other.settings), [flat(run.settings) for run in (first, other)]
+
+    def told(name: str) -> bool:
+        encoder = ".".join(name.split(".")[:2]) + ".name"
+        shared = name == encoder or not name.startswith("encoders.") or all(encoder in run for run in both)
+        return shared and not name.startswith(LOCAL)
+
+    return "; ".join(f"`{text}`" for name, text in found.items() if told(name)) or "-"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -100,6 +100,18 @@ def test_a_run_that_was_not_scored(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "give a folder that python -m train.run has finished" in capsys.readouterr().err
 
 
+def test_an_encoder_that_one_run_lacks_is_named_only(tmp_path: Path) -> None:
+    folders = [attempt(tmp_path, name, 1e-3, 0.1) for name in ("one", "other")]
+    for (run, _), (names, layer) in zip(folders, (("ab", 1), ("a", 2))):
+        settings = yaml.safe_load((run / "config.yaml").read_text())
+        settings["encoders"] = {name: dict(name=f"net_{name}", layer=[layer]) for name in names}
+        (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    words = [word for pair in folders for word in ("--attempt", *map(str, pair))]
+    assert report.main([str(tmp_path / "x.md"), *words]) == 0
+    text = (tmp_path / "x.md").read_text()
+    assert "| `encoders.a.layer: [1] -> [2]`; `encoders.b.name: net_b -> None` |" in text
+
+
 def test_repeated_probes_are_called_so(tmp_path: Path) -> None:
     words = [str(tmp_path / "x.md"), "--attempt", *map(str, attempt(tmp_path, "one", 1e-3, 0.1))]
     path = tmp_path / "one_scores/results.json"
