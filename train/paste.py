@@ -22,7 +22,7 @@ def paste(
 
     Args:
         image: 8-bit RGB, left as it is.
-        others: gives another photograph for each region, which keeps its place in it.
+        others: gives a photograph for each region, which keeps its place in it.
         count: regions; a later one covers earlier ones.
         rng: draws the outlines.
 
@@ -40,8 +40,8 @@ def paste(
 def blob(size: tuple[int, int], rng: np.random.Generator) -> Bool[np.ndarray, "H W"]:
     """Return the inside of an irregular outline around a random point.
 
-    Its radius is exp of a random Fourier series of the angle, so that round and ragged shapes, with bays and tongues,
-    are as likely.
+    Its radius is a mean radius times exp of a random Fourier series of the angle, so that there are round shapes and
+    ragged ones with bays and tongues.
     """
     height, width = size
     centre = rng.uniform(0, 1, 2) * size
