@@ -1,6 +1,6 @@
 """The objective of AnyUp: reconstruction of crops, consistency under augmentation, agreement with the input.
 
-A fourth term that was not published, `outlines`, is for training on few photographs.
+A fourth term that was not published, `outlines`, is for features of few cells.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def objective(
     queries = model.query_encoder.overwrite(guide, pool, spare)[0]
     prediction = model.decode(queries["coarse"], key, features, size)
 
-    terms = dict.fromkeys(("reconstruction", "consistency", "input"), jnp.zeros(()))
+    terms = dict.fromkeys(("reconstruction", "consistency", "input", "outlines"), jnp.zeros(()))
     if weights.reconstruction:
         cut = cut_crops(prediction, views.crops, views.hr_features.shape[2:4])
         terms["reconstruction"] = weights.reconstruction * difference(cut, views.hr_features)
@@ -94,8 +94,9 @@ def objective(
         branch = jax.checkpoint(augmented) if remat else augmented
         terms["consistency"] = weights.consistency * branch(described)
     if weights.outlines:
-        upsample = lambda shares: model.decode(queries["fine"], key, shares, guide.shape[1:3])  # noqa: E731
-        terms["outlines"] = weights.outlines * outlines(upsample, views.regions, features.shape[1:3], guide.shape[1:3])
+        fine = guide.shape[1:3]
+        upsample = functools.partial(model.decode, queries["fine"], key, size=fine)
+        terms["outlines"] = weights.outlines * outlines(upsample, views.regions, features.shape[1:3], fine)
     if weights.input:
         back = adaptive_average_pool(prediction, features.shape[1:3])
         terms["input"] = weights.input * difference(back, features)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -14,25 +14,23 @@ AMPLITUDE = 0.35  # standard deviation of the first wave, in units of the mean r
 
 def paste(
     image: UInt8[np.ndarray, "H W 3"],
-    others: Callable[[], UInt8[np.ndarray, "H W 3"]],
-    count: int,
+    others: Sequence[UInt8[np.ndarray, "H W 3"]],
     rng: np.random.Generator,
 ) -> tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W"]]:
     """Return the photograph with regions of others pasted onto it, and which of them each pixel belongs to.
 
     Args:
         image: 8-bit RGB, left as it is.
-        others: gives a photograph for each region, which keeps its place in it.
-        count: regions; a later one covers earlier ones.
+        others: a photograph for each region, which keeps its place in it; a later region covers earlier ones.
         rng: draws the outlines.
 
     Returns:
         The picture, and 0 for what is left of the photograph, k for the k-th region.
     """
     image, regions = image.copy(), np.zeros(image.shape[:2], np.uint8)
-    for number in range(1, count + 1):
+    for number, other in enumerate(others, 1):
         inside = blob(image.shape[:2], rng)
-        image[inside] = others()[inside]
+        image[inside] = other[inside]
         regions[inside] = number
     return image, regions
 

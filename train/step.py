@@ -132,7 +132,7 @@ def draw_channels(config: FeaturesConfig, share: float, channels: int, key: PRNG
     return drawn if config.shuffle else drawn.sort()
 
 
-def views_of(batch: Batch, geometry: Geometry, lr: Array, hr: Array, pasted: int = 0) -> Views:
+def views_of(batch: Batch, geometry: Geometry, lr: Array, hr: Array, pasted: int) -> Views:
     """Return what the objective compares, given the features and how many regions are pasted onto a photograph."""
     mean, std = (jnp.asarray(x, jnp.float32) for x in IMAGENET)
     clean, augmented = ((lr_view(batch[name], geometry.guidance) - mean) / std for name in ("image", "augmented"))

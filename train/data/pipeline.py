@@ -57,8 +57,9 @@ class Prepare(grain.transforms.MapWithIndex):
         element = dict(crops=crops, name=name, skipped=skipped)
         if self.config.pasted_regions:
             draws = np.random.default_rng((self.seed, position, 2))
-            other = lambda: self._view(int(draws.integers(len(self.source))), draws, skipped)[0]  # noqa: E731
-            image, element["regions"] = paste(image, other, self.config.pasted_regions, draws)
+            chosen = draws.integers(len(self.source), size=self.config.pasted_regions)
+            others = [self._view(int(index), draws, skipped)[0] for index in chosen]
+            image, element["regions"] = paste(image, others, draws)
         return element | dict(image=image, augmented=augment(image, self.config.augmentation_strength, random))
 
     def _view(
