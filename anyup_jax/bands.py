@@ -21,10 +21,10 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from anyup_jax import checks, geometry
+from anyup_core import checks, geometry
+from anyup_core.band_plan import Pieces, Plan, plan_bands
+from anyup_core.config import NORM_GROUPS
 from anyup_jax.attention import window_attention
-from anyup_jax.band_plan import Pieces, Plan, plan_bands
-from anyup_jax.config import NORM_GROUPS
 from anyup_jax.layers import BLOCK, GROUP_NORM_EPS, Encoder, GroupNorm, normed_silu
 from anyup_jax.model import AnyUp
 from anyup_jax.strips import Whole, adaptive_average_pool

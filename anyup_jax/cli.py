@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from anyup_jax.files import (
+from anyup_core.files import (
     ARRAY_SUFFIXES,
     BAND_SUFFIXES,
     check_output,
@@ -28,11 +28,11 @@ from anyup_jax.files import (
     write_bands,
     write_features,
 )
+from anyup_core.preprocessing import normalize
 
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ENCODER = "efficientnet_lite0"
 WEIGHTS, RANDOM = "anyup_efficientnet_lite", "random"
 COMPUTED = ("float32", "bfloat16")  # types of the model
@@ -136,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def demo(args: argparse.Namespace) -> None:
     """Draw one picture: the image, its low-resolution features, and the features upsampled bilinearly and by AnyUp."""
-    from anyup_jax import figure, visualize
+    from anyup_core import figure, visualize
 
     figure.load_figure_class()
     Path(args.picture).parent.mkdir(parents=True, exist_ok=True)
@@ -270,11 +270,6 @@ def run(
     output = jax.block_until_ready(compiled(state, *arrays))
     end = time.perf_counter()
     return Result(np.asarray(output[0], np.float32), middle - start, end - middle)
-
-
-def normalize(image: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "H W 3"]:
-    """Return the image as guidance: ImageNet's mean and standard deviation applied."""
-    return (image / np.float32(255) - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
 
 
 def build_model(args: argparse.Namespace) -> Any:

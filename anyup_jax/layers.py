@@ -18,8 +18,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from anyup_jax import geometry
-from anyup_jax.config import NORM_GROUPS
+from anyup_core import geometry
+from anyup_core.config import NORM_GROUPS
 from anyup_jax.strips import WHOLE, Whole, adaptive_average_pool
 
 GROUP_NORM_EPS = 1e-5

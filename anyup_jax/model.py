@@ -11,10 +11,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from anyup_jax import checks, sharding
+from anyup_core import checks
+from anyup_core.config import AnyUpConfig
+from anyup_core.geometry import axis_window
+from anyup_jax import sharding
 from anyup_jax.attention import resolve, window_attention
-from anyup_jax.config import AnyUpConfig
-from anyup_jax.geometry import axis_window
 from anyup_jax.layers import (
     Carried,
     Conv,

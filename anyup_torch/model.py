@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from anyup_torch import checks, streaming, visualize
+from anyup_core import checks, visualize
+from anyup_core.config import AnyUpConfig
+from anyup_core.geometry import axis_window
+from anyup_torch import streaming
 from anyup_torch.attention import check_backend, window_attention
-from anyup_torch.config import AnyUpConfig
-from anyup_torch.geometry import axis_window
 from anyup_torch.layers import Encoder, FeatureUnification, ResBlock, RMSNorm, RoPE
 
 host_window = torch.compiler.disable(axis_window)  # exact only in numpy, so it is not traced

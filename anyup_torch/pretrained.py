@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-import convert
-from anyup_torch.config import AnyUpConfig
+from anyup_core.checkpoints.checkpoint import Checkpoint
+from anyup_core.checkpoints.names import load
+from anyup_core.config import AnyUpConfig
 from anyup_torch.model import AnyUp
 
 
@@ -20,7 +21,7 @@ def from_pretrained(
 
     Args:
         source: a published name ("anyup", "anyup_multi_backbone"), fetched once; "anyup_efficientnet_lite", which comes
-            with this package (small data: see its card in `anyup_jax/weights`); or the path of a .pth, .pt or
+            with this package (small data: see its card in `anyup_core/weights`); or the path of a .pth, .pt or
             .safetensors file, of an Orbax directory (which needs jax and orbax-checkpoint to be installed), or of a
             training run, whose newest checkpoint is taken.
         device: where the parameters go; they are float32.
@@ -33,10 +34,10 @@ def from_pretrained(
         TypeError: for overrides that are no fields of `AnyUpConfig`.
         ImportError: for an Orbax directory where jax is missing.
     """
-    return build(convert.load(source, ema=ema), device=device, **overrides)
+    return build(load(source, ema=ema), device=device, **overrides)
 
 
-def build(checkpoint: convert.Checkpoint, *, device: torch.device | str = "cpu", **overrides: Any) -> AnyUp:
+def build(checkpoint: Checkpoint, *, device: torch.device | str = "cpu", **overrides: Any) -> AnyUp:
     """Return a model with the weights of a checkpoint that has been read; arguments as in `from_pretrained`."""
     config = AnyUpConfig().replace(**checkpoint.configured(**overrides))
     with torch.device("meta"):  # shapes only, so that no initial parameters are drawn

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from anyup_core.config import NORM_GROUPS
+from anyup_core.geometry import AxisWindow, plan_tiles
 from anyup_torch.attention import resolve
 from anyup_torch.attention.tiled import TileAttention
-from anyup_torch.config import NORM_GROUPS
-from anyup_torch.geometry import AxisWindow, plan_tiles
 from anyup_torch.layers import ReflectConv2d, ResBlock, RoPE
 
 BLOCK = 1 << 13  # pixels a block: what stays in the cache at 128 channels

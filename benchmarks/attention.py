@@ -9,7 +9,7 @@ import time
 import numpy as np
 from rich.table import Table
 
-from anyup_torch.geometry import AxisWindow, axis_window, plan_tiles
+from anyup_core.geometry import AxisWindow, axis_window, plan_tiles
 from benchmarks.tables import table_of
 
 SIDE, CELLS, CHANNELS = 224, 16, 384  # small enough for `dense`

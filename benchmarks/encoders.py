@@ -111,9 +111,9 @@ def speed(name: str, rounds: int) -> Speed:
     import jax
     import torch
 
+    from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint
     from anyup_jax.encoders import creation
     from anyup_torch import encoders
-    from convert.encoder import EncoderCheckpoint
 
     theirs = encoders.create(name, pretrained=False)
     weights = {key: value.numpy() for key, value in theirs.model.state_dict().items()}
@@ -134,12 +134,13 @@ def program(name: str, side: int) -> Program:
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from anyup_jax.encoders import catalog, creation, layers
+    from anyup_core.encoders import catalogue
+    from anyup_jax.encoders import creation, layers
     from anyup_jax.encoders.encoder import Encoder
 
     mesh = Mesh(np.array(topologies.get_topology_desc(**TOPOLOGY).devices), ("chip",))
     sharding = NamedSharding(mesh, PartitionSpec())
-    published = catalog.find(name)
+    published = catalogue.find(name)
     build = lambda: Encoder(  # noqa: E731
         creation.backbone(published.config, jnp.bfloat16, False, 0), published, dtype=jnp.bfloat16
     )

@@ -13,8 +13,8 @@ import tempfile
 import torch
 from rich.table import Table
 
+from anyup_core.geometry import axis_window, plan_tiles
 from anyup_torch.attention.triton import MAX_QUERIES
-from anyup_torch.geometry import axis_window, plan_tiles
 from benchmarks.tables import table_of
 
 SIZES = {448: (32, 384), 896: (64, 768), 2048: (128, 1024)}  # side: keys a side, channels

@@ -124,7 +124,7 @@ def compile_here(case: Case) -> Step:
     import jax
     from jax.experimental import topologies
 
-    from anyup_jax.settings import from_dict
+    from anyup_core.settings import from_dict
     from train import program, sharding
     from train.config import Config
 

@@ -90,9 +90,9 @@ def run(job: Job) -> Outcome:
     from flax import nnx
 
     import anyup_jax
-    from evaluate import operators
-    from evaluate.methods import Upsampler
-    from evaluate.segmentation import cross_entropy, init_head
+    from evaluation import kept_weights
+    from evaluation.methods import Upsampler
+    from evaluation.segmentation import cross_entropy, init_head
 
     method = Upsampler(anyup_jax.AnyUp(rngs=nnx.Rngs(0)))
     random = np.random.default_rng(0)
@@ -102,13 +102,15 @@ def run(job: Job) -> Outcome:
     size = job.image, job.image
     data, plan = dict(image=image, features=features), None
     if job.kept:
-        plan = operators.Plan.of(method, features.shape[1:3], size)
-        tiles = operators.extract(method, dict(it=plan), jnp.asarray(image), dict(it=jnp.asarray(features)), size)["it"]
+        plan = kept_weights.Plan.of(method, features.shape[1:3], size)
+        tiles = kept_weights.extract(method, dict(it=plan), jnp.asarray(image), dict(it=jnp.asarray(features)), size)[
+            "it"
+        ]
         data, labels = dict(features=features, tiles=tiles), np.asarray(plan.pick(labels[..., None]))[..., 0]
 
     def upsample(data, values):
         if plan is not None:
-            return operators.apply(plan, data["tiles"], values)
+            return kept_weights.apply(plan, data["tiles"], values)
         return method(data["image"], data["features"], size, values)
 
     def step(head, data):

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from rich.table import Table
 
-from anyup_jax.config import AnyUpConfig
-from anyup_jax.geometry import axis_window
+from anyup_core.config import AnyUpConfig
+from anyup_core.geometry import axis_window
 from benchmarks.tables import table_of
 from benchmarks.worker import Job, inputs, timed
 

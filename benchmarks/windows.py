@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from anyup_jax.geometry import axis_window
+from anyup_core.geometry import axis_window
 from benchmarks.tables import table_of
 
 RATIO = 0.1

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from convert import encoder, encoder_files, io, listing, release, training_run, training_state, verify
-from convert.apply import Checkpoint
+from anyup_core.checkpoints import encoder_checkpoint, encoder_files, formats, listing, names
+from anyup_core.checkpoints.checkpoint import Checkpoint
+from convert import training_run, training_state, verify
 
 SETTINGS = ("window_ratio", "num_heads", "window")  # that the weights do not tell
 EPILOG = """formats: .pth and .pt (PyTorch), .safetensors (PyTorch's layout), a directory (Orbax, Flax's layout).
-SRC may also be the name of a checkpoint: """ + ", ".join(release.NAMES)
+SRC may also be the name of a checkpoint: """ + ", ".join(names.NAMES)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,9 +35,9 @@ def parser() -> argparse.ArgumentParser:
         "--training", action="store_true", help="with the optimizer: a run of `train` to a trainer's .pth, or back"
     )
     result.add_argument("--overwrite", action="store_true", help="replace DST if it is a checkpoint of the same format")
-    names = result.add_argument_group("encoders (the name is kept in .safetensors and Orbax)")
-    names.add_argument("--timm", metavar="NAME", help="an encoder of timm, whose pretrained weights timm fetches")
-    names.add_argument("--weights", metavar="FILE", help="its weights, in place of these (.safetensors .pth .pt .bin)")
+    timm = result.add_argument_group("encoders (the name is kept in .safetensors and Orbax)")
+    timm.add_argument("--timm", metavar="NAME", help="an encoder of timm, whose pretrained weights timm fetches")
+    timm.add_argument("--weights", metavar="FILE", help="its weights, in place of these")
     facts = result.add_argument_group("what the weights of AnyUp do not tell (kept in .safetensors and Orbax)")
     facts.add_argument("--window-ratio", type=float, metavar="R", help="half-width of the window, default 0.1")
     facts.add_argument("--num-heads", type=int, metavar="N", help="attention heads, default 4")
@@ -68,10 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     out = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    path = None if args.source is None else release.locate(args.source)
-    name = args.timm or io.read_config(path).get(io.ENCODER_KEY)
+    path = None if args.source is None else names.locate(args.source)
+    name = args.timm or formats.read_config(path).get(formats.ENCODER_KEY)
     if args.destination:
-        io.check_destination(args.destination, overwrite=args.overwrite)
+        formats.check_destination(args.destination, overwrite=args.overwrite)
     if name is None:
         run_anyup(args, path, out)
     else:
@@ -80,18 +81,18 @@ def run(args: argparse.Namespace) -> None:
 
 def run_anyup(args: argparse.Namespace, path: Path, out: Console) -> None:
     if args.inspect:
-        tensors, _ = io.read_tensors(path)
-        flax = io.format_of(path) == io.ORBAX
-        fitting = [] if flax else encoder.architectures(tensors)
+        tensors, _ = formats.read_tensors(path)
+        flax = formats.format_of(path) == formats.ORBAX
+        fitting = [] if flax else encoder_checkpoint.architectures(tensors)
         out.print(listing.render(tensors, flax=flax, name=fitting[0] if fitting else None))
     if not (args.destination or args.verify):
         return
-    source = _configured(io.read(path), args)
+    source = _configured(formats.read(path), args)
     written = source
     if args.destination:
-        io.write(args.destination, source, overwrite=args.overwrite)
+        formats.write(args.destination, source, overwrite=args.overwrite)
         _say_written(out, args.destination, source, ", ".join(f"{field}={source.config[field]}" for field in SETTINGS))
-        written = Checkpoint(io.read(args.destination).tensors, source.config)
+        written = Checkpoint(formats.read(args.destination).tensors, source.config)
     if args.verify:
         difference = verify.largest_difference(source, written)
         out.print(f"largest difference between PyTorch and Flax: {difference:.2e}")
@@ -103,11 +104,11 @@ def run_training(args: argparse.Namespace) -> None:
     source, destination = Path(args.source), Path(args.destination)
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist.")
-    kinds = io.format_of(source), io.format_of(destination)
-    if kinds == (io.ORBAX, io.TORCH):
-        io.check_destination(destination, overwrite=args.overwrite)
+    kinds = formats.format_of(source), formats.format_of(destination)
+    if kinds == (formats.ORBAX, formats.TORCH):
+        formats.check_destination(destination, overwrite=args.overwrite)
         state = training_state.TrainingState.from_run(source)
-    elif kinds == (io.TORCH, io.ORBAX):
+    elif kinds == (formats.TORCH, formats.ORBAX):
         training_run.check_new(destination)
         state = training_state.read(source)
     else:
@@ -116,7 +117,7 @@ def run_training(args: argparse.Namespace) -> None:
             f"{source} and {destination} are no such pair."
         )
     state = dataclasses.replace(state, checkpoint=_configured(state.checkpoint, args))
-    if kinds[1] == io.TORCH:
+    if kinds[1] == formats.TORCH:
         training_state.write(destination, state)
     else:
         state.write_run(destination)
@@ -129,15 +130,15 @@ def run_encoder(args: argparse.Namespace, name: str, path: Path | None, out: Con
         raise ValueError(f"{', '.join(given)} belongs to AnyUp, and {name} is an encoder; leave it out.")
     source = encoder_files.from_timm(name) if path is None else None
     if args.inspect:
-        tensors = source.tensors if path is None else io.read_tensors(path)[0]
-        flax = path is not None and io.format_of(path) == io.ORBAX
+        tensors = source.tensors if path is None else formats.read_tensors(path)[0]
+        flax = path is not None and formats.format_of(path) == formats.ORBAX
         out.print(listing.render(tensors, flax=flax, name=name))
     if not (args.destination or args.verify):
         return
     source = source or encoder_files.read(path, name)
     written = source
     if args.destination:
-        io.write(args.destination, source, overwrite=args.overwrite)
+        formats.write(args.destination, source, overwrite=args.overwrite)
         _say_written(out, args.destination, source, f"encoder={source.published.full_name}")
         written = encoder_files.read(Path(args.destination), source.published.full_name)
     if args.verify:
@@ -147,10 +148,10 @@ def run_encoder(args: argparse.Namespace, name: str, path: Path | None, out: Con
 
 
 def _say_written(
-    out: Console, destination: str, checkpoint: Checkpoint | encoder.EncoderCheckpoint, settings: str
+    out: Console, destination: str, checkpoint: Checkpoint | encoder_checkpoint.EncoderCheckpoint, settings: str
 ) -> None:
     """Print what was written, and what became of the settings that the weights do not tell."""
-    kept = "; a state dict does not keep" if io.format_of(destination) == io.TORCH else ", with"
+    kept = "; a state dict does not keep" if formats.format_of(destination) == formats.TORCH else ", with"
     out.print(f"{destination}: {len(checkpoint.tensors)} tensors written{kept} {settings}", soft_wrap=True)
 
 
@@ -161,7 +162,7 @@ def _require_small(difference: float) -> None:
 
 def _configured(checkpoint: Checkpoint, args: argparse.Namespace) -> Checkpoint:
     """Complete the configuration with the options and with the defaults. Raises ValueError for an impossible one."""
-    from anyup_jax.config import AnyUpConfig
+    from anyup_core.config import AnyUpConfig
 
     given = {name: getattr(args, name) for name in SETTINGS}
     fields = checkpoint.configured(**{name: value for name, value in given.items() if value is not None})

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from convert import io, run_directory, table
-from convert.apply import Checkpoint
+from anyup_core.checkpoints import formats, key_table, run_directory
+from anyup_core.checkpoints.checkpoint import Checkpoint
 from convert.training_state import HYPER_PARAMETERS, TrainingState
 
 CHECKPOINTS, ITEMS = "checkpoints", ("params", "optimizer")
@@ -41,11 +41,11 @@ def step_directory(directory: Path) -> Path:
 def read(directory: Path) -> TrainingState:
     """Read a run; see `TrainingState.from_run`."""
     path = step_directory(directory)
-    optimizer = io.read_tree(path / "optimizer")
+    optimizer = formats.read_tree(path / "optimizer")
     if set(optimizer) != {"count", "mu", "nu"}:
         raise ValueError(f"{path / 'optimizer'} holds {', '.join(optimizer)}; it must hold count, mu and nu.")
     configuration, progress = _json(path / "config"), _json(path / "progress")
-    parameters = _flat(io.read_tree(path / "params"))
+    parameters = _flat(formats.read_tree(path / "params"))
     settings = configuration.get("model") or progress.get("model") or {}
     fields = {name: value for name, value in settings.items() if value is not None and name != "backend"}
     checkpoint = Checkpoint.from_flax(parameters, fields)
@@ -63,7 +63,7 @@ def read(directory: Path) -> TrainingState:
 def write(directory: Path, state: TrainingState) -> Path:
     """Write a run; see `TrainingState.write_run`."""
     check_new(directory)
-    orbax = io.orbax()
+    orbax = formats.orbax()
     flax = {name: array.astype(np.float32) for name, array in state.checkpoint.flax().items()}
     optimizer = {
         "count": np.array(state.step, np.int32),
@@ -125,7 +125,7 @@ def trained_to_torch(
     return {name: np.concatenate(parts[name]) if name in parts else None for name in checkpoint.tensors}
 
 
-def _is_trained(entry: table.Entry) -> bool:
+def _is_trained(entry: key_table.Entry) -> bool:
     """Whether the optimizer holds it: all but the output projection, which no output depends on in either framework."""
     return not (entry.carried and entry.part is None)
 
@@ -147,7 +147,7 @@ def _hyper_parameters(configuration: Mapping[str, Any], progress: Mapping[str, A
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return dict(io.flatten(tree))
+    return dict(formats.flatten(tree))
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from convert import torch_file, training_checkpoint
-from convert.apply import Checkpoint
+from anyup_core.checkpoints import torch_file, unwrapping
+from anyup_core.checkpoints.checkpoint import Checkpoint
 
 OPTIMIZER_KEYS = ("optimizer_anyup", "optimizer", "optimizer_state_dict")
 HYPER_PARAMETERS: Mapping[str, Any] = {"lr": 2e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-5}
@@ -80,7 +80,7 @@ class TrainingState:
         Raises:
             ValueError: if there is no optimizer state, or it is not that of one AdamW over all of the model's weights.
         """
-        tensors, config = training_checkpoint.unwrap(saved, Path(origin))
+        tensors, config = unwrapping.unwrap(saved, Path(origin))
         checkpoint = Checkpoint(tensors, config)
         optimizer = next((saved[key] for key in OPTIMIZER_KEYS if isinstance(saved.get(key), Mapping)), None)
         if optimizer is None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from convert.apply import Checkpoint
-from convert.encoder import EncoderCheckpoint
+from anyup_core.checkpoints.checkpoint import Checkpoint
+from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint
 
 TOLERANCE = 1e-4  # on outputs of order 1; float32 in two frameworks differs by about 1e-5
 IMAGE, FEATURES = (1, 48, 60, 3), (1, 6, 5, 24)  # NHWC; a whole ratio in both directions, for the natten window

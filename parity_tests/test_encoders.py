@@ -12,12 +12,12 @@ from skimage import data
 
 import anyup_jax
 import anyup_torch
+from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint
 from anyup_jax import pretrained as jax_pretrained
 from anyup_jax.encoders import creation
 from anyup_torch import encoders
 from anyup_torch import pretrained as torch_pretrained
 from convert import Checkpoint
-from convert.encoder import EncoderCheckpoint
 from parity_tests import tolerances
 from parity_tests.golden import DATA, needs_photos
 from tests.weights import random_weights

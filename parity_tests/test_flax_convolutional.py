@@ -13,13 +13,14 @@ import timm
 import torch
 from flax import nnx
 
-from anyup_jax.encoders import catalog, creation, encoder
+from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint, present, table
+from anyup_core.encoders import catalogue
+from anyup_jax.encoders import creation, encoder
 from anyup_jax.encoders.layers import run
 from anyup_torch import encoders as torch_encoders
-from convert.encoder import EncoderCheckpoint, present, table
 from parity_tests import tolerances
 
-FAMILIES = catalog.RESNET | catalog.CONVNEXT
+FAMILIES = catalogue.RESNET | catalogue.CONVNEXT
 NAMES = ("resnet50", "convnext_tiny")
 
 
@@ -114,7 +115,7 @@ def test_maps(name, size, chosen, norm):
     theirs, ours = pair(name)
     image = random_map(2, *size, 3)
     theirs = torch_encoders.Encoder(theirs, name=name, layer=chosen, norm=norm)
-    ours = encoder.Encoder(ours.backbone, catalog.find(name), layer=chosen, norm=norm)
+    ours = encoder.Encoder(ours.backbone, catalogue.find(name), layer=chosen, norm=norm)
     assert (ours.stride, ours.channels, ours.layers) == (theirs.stride, theirs.channels, theirs.layers)
     assert (ours.mean, ours.std, ours.prefix_tokens) == (theirs.mean, theirs.std, theirs.prefix_tokens)
     check(ours(jnp.asarray(image)), nhwc(theirs(nchw(image))))
@@ -201,4 +202,4 @@ def test_configuration_is_timms(name):
 
 def test_configurations_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        catalog.RESNET["resnet50"].config.depths = (1, 1, 1, 1)
+        catalogue.RESNET["resnet50"].config.depths = (1, 1, 1, 1)

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from flax import nnx
 from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
 
-from anyup_jax.encoders import catalog, creation, encoder, layers
-from anyup_jax.encoders.configs import DINOv3
+from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint, present, table
+from anyup_core.encoders import catalogue
+from anyup_core.encoders.dinov3 import DINOv3
+from anyup_jax.encoders import creation, encoder, layers
 from anyup_jax.encoders.dinov3 import rotations
 from anyup_torch.encoders import Encoder
-from convert.encoder import EncoderCheckpoint, present, table
 from parity_tests import tolerances
 
 MODELS = [  # and the number of blocks, where it is not the model's own
@@ -50,9 +51,9 @@ def random_model(name: str, depth: int | None, **options) -> torch.nn.Module:
 
 def with_depth(name: str, depth: int | None) -> contextlib.AbstractContextManager:
     """Within it, the architecture of this name has so many blocks."""
-    entry = catalog.ARCHITECTURES[name]
+    entry = catalogue.ARCHITECTURES[name]
     config = dataclasses.replace(entry.config, depth=depth or entry.config.depth)
-    return mock.patch.dict(catalog.ARCHITECTURES, {name: dataclasses.replace(entry, config=config)})
+    return mock.patch.dict(catalogue.ARCHITECTURES, {name: dataclasses.replace(entry, config=config)})
 
 
 def numpy_state(model: torch.nn.Module) -> dict[str, np.ndarray]:
@@ -63,7 +64,7 @@ def numpy_state(model: torch.nn.Module) -> dict[str, np.ndarray]:
 class Pair:
     """The same weights in timm and in Flax."""
 
-    published: catalog.Published
+    published: catalogue.Published
     theirs: torch.nn.Module
     backbone: nnx.Module
 
@@ -154,11 +155,11 @@ def test_gradient_of_the_image(remat):
 
 
 @pytest.mark.parametrize("classes", [0, 7])
-@pytest.mark.parametrize("name", catalog.DINOV3)
+@pytest.mark.parametrize("name", catalogue.DINOV3)
 def test_table_is_total(name, classes):
     with torch.device("meta"):
         state = timm.create_model(name, num_classes=classes).state_dict()
-    rows = present(table(catalog.DINOV3[name].config), state)
+    rows = present(table(catalogue.DINOV3[name].config), state)
     expected = {key: row.shape for row in rows for key in row.keys}
     assert expected.keys() == state.keys()
     assert len(expected) == sum(len(row.keys) for row in rows)
@@ -167,9 +168,9 @@ def test_table_is_total(name, classes):
         assert state[key].is_floating_point()
 
 
-@pytest.mark.parametrize("name", catalog.DINOV3)
+@pytest.mark.parametrize("name", catalogue.DINOV3)
 def test_table_fills_the_module(name):
-    config = catalog.DINOV3[name].config
+    config = catalogue.DINOV3[name].config
     state = nnx.state(nnx.eval_shape(lambda: creation.backbone(config, jnp.float32, False, 0)))
     held = {".".join(map(str, path)): variable.get_value().shape for path, variable in nnx.to_flat_state(state)}
     filled = {}
@@ -181,7 +182,7 @@ def test_table_fills_the_module(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "classes"), [*((name, 7) for name in catalog.DINOV3), ("vit_small_patch16_dinov3", 0)]
+    ("name", "classes"), [*((name, 7) for name in catalogue.DINOV3), ("vit_small_patch16_dinov3", 0)]
 )
 def test_conversion_loses_nothing(name, classes):
     tensors = numpy_state(random_model(name, 2, num_classes=classes))
@@ -203,8 +204,8 @@ def test_biases_of_the_other_form_are_refused():
 
 def test_catalogue_is_timms():
     smaller = {name for name in timm.list_models("vit_*_dinov3*") if "_7b_" not in name}
-    assert catalog.DINOV3.keys() == smaller
-    for name, entry in catalog.DINOV3.items():
+    assert catalogue.DINOV3.keys() == smaller
+    for name, entry in catalogue.DINOV3.items():
         assert {f"{name}.{tag}" for tag in entry.tags} == set(timm.list_pretrained(f"{name}.*"))
         assert next(iter(entry.tags)) == timm.get_pretrained_cfg(name).tag
         for tag, preprocessing in entry.tags.items():
@@ -213,9 +214,9 @@ def test_catalogue_is_timms():
             assert published.input_size == (3, entry.config.image_size, entry.config.image_size)
 
 
-@pytest.mark.parametrize("name", catalog.DINOV3)
+@pytest.mark.parametrize("name", catalogue.DINOV3)
 def test_configuration_is_timms(name):
-    config = catalog.DINOV3[name].config
+    config = catalogue.DINOV3[name].config
     with torch.device("meta"):
         model = timm.create_model(name)
     theirs = Encoder(model, name=name)

@@ -16,10 +16,11 @@ from flax import nnx
 from PIL import Image
 from skimage import data
 
-from anyup_jax.encoders import catalog, creation, encoder
+from anyup_core.checkpoints import packaged, torch_file
+from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint, present, table
+from anyup_core.encoders import catalogue
+from anyup_jax.encoders import creation, encoder
 from anyup_torch import encoders as torch_encoders
-from convert import packaged, torch_file
-from convert.encoder import EncoderCheckpoint, present, table
 from parity_tests import tolerances
 from parity_tests.golden import DATA, needs_photos
 
@@ -103,7 +104,7 @@ def test_maps(name, size, chosen, norm):
     theirs, ours = pair(name)
     image = random_image(*size)
     theirs = torch_encoders.Encoder(theirs, name=name, layer=chosen, norm=norm)
-    ours = encoder.Encoder(ours.backbone, catalog.find(name), layer=chosen, norm=norm)
+    ours = encoder.Encoder(ours.backbone, catalogue.find(name), layer=chosen, norm=norm)
     expected = nhwc(theirs(nchw(image)))
     assert (ours.stride, ours.channels, ours.layers) == (theirs.stride, theirs.channels, theirs.layers)
     assert (ours.mean, ours.std, ours.prefix_tokens) == (theirs.mean, theirs.std, theirs.prefix_tokens)
@@ -145,11 +146,11 @@ def test_bfloat16():
 
 
 @pytest.mark.parametrize("classes", [0, 7])
-@pytest.mark.parametrize("name", catalog.EFFICIENTNET)
+@pytest.mark.parametrize("name", catalogue.EFFICIENTNET)
 def test_table_is_total(name, classes):
     with torch.device("meta"):
         state = timm.create_model(name, num_classes=classes).state_dict()
-    rows = present(table(catalog.EFFICIENTNET[name].config), state)
+    rows = present(table(catalogue.EFFICIENTNET[name].config), state)
     expected = {key: row for row in rows for key in row.keys}
     assert list(expected) == list(state)  # in this order, on which the packages rely
     assert len(expected) == sum(len(row.keys) for row in rows)
@@ -158,9 +159,9 @@ def test_table_is_total(name, classes):
         assert state[key].is_floating_point() != row.integer
 
 
-@pytest.mark.parametrize("name", catalog.EFFICIENTNET)
+@pytest.mark.parametrize("name", catalogue.EFFICIENTNET)
 def test_table_fills_the_module(name):
-    config = catalog.EFFICIENTNET[name].config
+    config = catalogue.EFFICIENTNET[name].config
     state = nnx.state(nnx.eval_shape(lambda: creation.backbone(config, jnp.float32, False, 0)))
     held = {".".join(map(str, path)): variable.get_value().shape for path, variable in nnx.to_flat_state(state)}
     shapes = {row.flax: tuple(1000 if n is None else n for n in row.shape) for row in table(config) if not row.carried}
@@ -169,7 +170,7 @@ def test_table_fills_the_module(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "classes"), [*((name, 7) for name in catalog.EFFICIENTNET), ("tf_efficientnet_lite0", 0)]
+    ("name", "classes"), [*((name, 7) for name in catalogue.EFFICIENTNET), ("tf_efficientnet_lite0", 0)]
 )
 def test_conversion_loses_nothing(name, classes):
     tensors = numpy_state(random_model(name, num_classes=classes))
@@ -191,8 +192,8 @@ def test_without_classifier_and_counters():
 
 
 def test_catalogue_is_timms():
-    assert list(catalog.EFFICIENTNET) == timm.list_models("tf_efficientnet_lite*")
-    for name, entry in catalog.EFFICIENTNET.items():
+    assert list(catalogue.EFFICIENTNET) == timm.list_models("tf_efficientnet_lite*")
+    for name, entry in catalogue.EFFICIENTNET.items():
         assert {f"{name}.{tag}" for tag in entry.tags} == set(timm.list_pretrained(f"{name}.*"))
         assert next(iter(entry.tags)) == timm.get_pretrained_cfg(name).tag
         for tag, preprocessing in entry.tags.items():
@@ -201,9 +202,9 @@ def test_catalogue_is_timms():
             assert published.input_size == (3, entry.config.image_size, entry.config.image_size)
 
 
-@pytest.mark.parametrize("name", catalog.EFFICIENTNET)
+@pytest.mark.parametrize("name", catalogue.EFFICIENTNET)
 def test_configuration_is_timms(name):
-    config = catalog.EFFICIENTNET[name].config
+    config = catalogue.EFFICIENTNET[name].config
     with torch.device("meta"):
         model = timm.create_model(name)
     assert len(config.strides) == len(config.widths) == len(model.feature_info)
@@ -238,7 +239,7 @@ def check_photograph(name: str, photograph: Image.Image) -> int:
     return int(found.argmax())
 
 
-@pytest.mark.parametrize("name", catalog.PACKAGED)
+@pytest.mark.parametrize("name", catalogue.PACKAGED)
 def test_trained_weights(name):
     espresso, cup, mug = 967, 968, 504
     tabby, tiger_cat, egyptian_cat = 281, 282, 285
@@ -254,7 +255,7 @@ def test_trained_weights_on_photographs():
     assert len(set(labels)) > 3
 
 
-@pytest.mark.parametrize("name", catalog.PACKAGED)
+@pytest.mark.parametrize("name", catalogue.PACKAGED)
 def test_packaged_weights_are_the_packages(name):
     theirs = numpy_state(trained(name)[0].model)
     tensors = packaged.read(name)

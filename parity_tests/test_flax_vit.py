@@ -19,10 +19,11 @@ from flax import nnx
 from timm.layers import GELUTanh, GluMlp, QuickGELU, resample_abs_pos_embed
 from torch import nn
 
-from anyup_jax.encoders import catalog, configs, creation, encoder, layers, position, vit
-from anyup_jax.encoders.configs import ViT
+from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint, present, table
+from anyup_core.encoders import catalogue
+from anyup_core.encoders.vit import ViT
+from anyup_jax.encoders import configs, creation, encoder, layers, position, vit
 from anyup_torch.encoders import Encoder
-from convert.encoder import EncoderCheckpoint, present, table
 from parity_tests import tolerances
 
 MODELS = [  # and the number of blocks, where it is not the model's own
@@ -58,9 +59,9 @@ def random_model(name: str, depth: int | None, **options) -> torch.nn.Module:
 
 def with_depth(name: str, depth: int | None) -> contextlib.AbstractContextManager:
     """Within it, the architecture of this name has so many blocks."""
-    entry = catalog.ARCHITECTURES[name]
+    entry = catalogue.ARCHITECTURES[name]
     config = dataclasses.replace(entry.config, depth=depth or entry.config.depth)
-    return mock.patch.dict(catalog.ARCHITECTURES, {name: dataclasses.replace(entry, config=config)})
+    return mock.patch.dict(catalogue.ARCHITECTURES, {name: dataclasses.replace(entry, config=config)})
 
 
 def numpy_state(model: torch.nn.Module) -> dict[str, np.ndarray]:
@@ -71,7 +72,7 @@ def numpy_state(model: torch.nn.Module) -> dict[str, np.ndarray]:
 class Pair:
     """The same weights in timm and in Flax."""
 
-    published: catalog.Published
+    published: catalogue.Published
     theirs: torch.nn.Module
     backbone: nnx.Module
 
@@ -231,11 +232,11 @@ def without_weights(name: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("classes", [0, 7])
-@pytest.mark.parametrize("name", catalog.VIT)
+@pytest.mark.parametrize("name", catalogue.VIT)
 def test_table_is_total(name, classes):
     state = without_weights(name).state_dict()
     state = {key: x for key, x in state.items() if classes or not key.startswith("head.")}
-    rows = present(table(catalog.VIT[name].config), state)
+    rows = present(table(catalogue.VIT[name].config), state)
     expected = {key: row.shape for row in rows for key in row.keys}
     assert expected.keys() == state.keys()
     assert len(expected) == sum(len(row.keys) for row in rows)
@@ -246,7 +247,7 @@ def test_table_is_total(name, classes):
 
 @pytest.mark.parametrize("name", dict.fromkeys(name for name, _ in MODELS))
 def test_table_fills_the_module(name):
-    config = catalog.VIT[name].config
+    config = catalogue.VIT[name].config
     state = nnx.state(nnx.eval_shape(lambda: creation.backbone(config, jnp.float32, False, 0)))
     held = {".".join(map(str, path)): variable.get_value().shape for path, variable in nnx.to_flat_state(state)}
     assert {row.flax: row.flax_shape for row in table(config) if not row.carried} == held
@@ -276,21 +277,21 @@ def test_the_attention_pool_is_carried_whole_or_not_at_all():
             EncoderCheckpoint(name, {key: x for key, x in tensors.items() if key != "attn_pool.latent"})
 
 
-@pytest.mark.parametrize("name", catalog.VIT)
+@pytest.mark.parametrize("name", catalogue.VIT)
 def test_catalogue_is_timms(name):
-    entry = catalog.VIT[name]
+    entry = catalogue.VIT[name]
     assert {f"{name}.{tag}" for tag in entry.tags} == set(timm.list_pretrained(f"{name}.*"))
     assert next(iter(entry.tags)) == timm.get_pretrained_cfg(name).tag
     for tag, preprocessing in entry.tags.items():
         published = timm.get_pretrained_cfg(f"{name}.{tag}")
         assert preprocessing == (published.mean, published.std)
         assert published.input_size == (3, entry.config.image_size, entry.config.image_size)
-        assert published.hf_hub_id == catalog.find(f"{name}.{tag}").repository
+        assert published.hf_hub_id == catalogue.find(f"{name}.{tag}").repository
 
 
-@pytest.mark.parametrize("name", catalog.VIT)
+@pytest.mark.parametrize("name", catalogue.VIT)
 def test_configuration_is_timms(name):
-    config = catalog.VIT[name].config
+    config = catalogue.VIT[name].config
     model = without_weights(name)
     theirs = Encoder(model, name=name)
     block = model.blocks[0]

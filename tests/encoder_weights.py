@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from anyup_jax.encoders import catalog
-from convert.encoder import table
+from anyup_core.checkpoints.encoder_checkpoint import table
+from anyup_core.encoders import catalogue
 
 CLASSES = 10
 
@@ -14,7 +14,7 @@ def random_state(name: str, *, seed: int = 0, optional: bool = True) -> dict[str
     """Return a state dict of an encoder, without its optional tensors (such as the classifier's) if asked."""
     random = np.random.default_rng(seed)
     tensors = {}
-    for row in table(catalog.find(name).config):
+    for row in table(catalogue.find(name).config):
         if row.optional and not optional:
             continue
         for key in row.keys:

@@ -10,7 +10,7 @@ import pytest
 HOOK = """
 from jaxtyping import install_import_hook
 with install_import_hook(["anyup_jax", "anyup_torch"], "beartype.beartype"):
-    import anyup_jax.model, anyup_torch.model, anyup_jax.visualize, anyup_jax.bands, anyup_torch.bands
+    import anyup_jax.model, anyup_torch.model, anyup_core.visualize, anyup_jax.bands, anyup_torch.bands
     import anyup_jax.encoders.creation, anyup_torch.encoders
     from anyup_jax.encoders import convnext, dinov3, efficientnet, resnet, vit
 import numpy as np
@@ -46,13 +46,14 @@ ENCODERS = """
 import dataclasses
 import jax
 import jax.numpy as jnp
-from anyup_jax.encoders import catalog, creation
+from anyup_core.encoders import catalogue
+from anyup_jax.encoders import creation
 from anyup_jax.encoders.encoder import Encoder
 shorter = {"depth": 2, "depths": (2, 2, 2, 2)}
 for name in ("vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_base_patch16_siglip_224",
              "vit_tiny_patch16_dinov3_qkvb", "vit_small_plus_patch16_dinov3", "resnet50", "convnext_tiny",
              "tf_efficientnet_lite0"):
-    published = catalog.find(name)
+    published = catalogue.find(name)
     fields = {f.name for f in dataclasses.fields(published.config)} & set(shorter)
     config = dataclasses.replace(published.config, **{field: shorter[field] for field in fields})
     published = dataclasses.replace(published, config=config)

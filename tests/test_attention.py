@@ -14,7 +14,7 @@ import torch
 
 import anyup_jax.attention
 import anyup_torch.attention
-from anyup_jax.geometry import AxisWindow, axis_window
+from anyup_core.geometry import AxisWindow, axis_window
 
 TOLERANCE = 2e-6  # float32 sums of a few hundred terms of order 1
 GRADIENT_TOLERANCE = 2e-5  # relative to the largest entry

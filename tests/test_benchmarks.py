@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import anyup_torch
-from anyup_torch.geometry import axis_window
+from anyup_core.geometry import axis_window
 from benchmarks import attention, bands, data, encoders, pod, probe, run, train, windows
 from benchmarks.published import with_published_attention
 from benchmarks.worker import Job, measure

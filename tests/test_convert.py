@@ -18,7 +18,7 @@ from flax import nnx
 import anyup_jax
 import anyup_torch
 import convert
-from convert import io, table, torch_file, training_checkpoint
+from anyup_core.checkpoints import formats, key_table, torch_file, unwrapping
 from parity_tests.golden import GOLDEN, needs_golden
 from tests.weights import EQUAL, SMALL, assert_same_bits, random_weights
 
@@ -27,8 +27,8 @@ FILES = ("weights.pth", "weights_small.pth")
 
 @pytest.mark.parametrize("sizes", [SMALL, EQUAL], ids=["small", "equal"])
 def test_the_table_holds_exactly_the_leaves_of_both_models(sizes):
-    config = table.config_of(sizes)
-    entries = table.expand(sizes)
+    config = key_table.config_of(sizes)
+    entries = key_table.expand(sizes)
     torch_model = anyup_torch.AnyUp(anyup_torch.AnyUpConfig(**config))
     shapes = {name: tuple(tensor.shape) for name, tensor in torch_model.state_dict().items()}
     assert shapes == {entry.torch: entry.torch_shape for entry in entries}
@@ -39,10 +39,10 @@ def test_the_table_holds_exactly_the_leaves_of_both_models(sizes):
     assert len(entries) == len(shapes), "a Flax path occurs twice"
 
 
-@pytest.mark.parametrize("row", table.ROWS, ids=lambda row: row.flax)
+@pytest.mark.parametrize("row", key_table.ROWS, ids=lambda row: row.flax)
 def test_every_op_is_undone_by_its_inverse(row):
     shape = tuple(range(2, 2 + len(row.shape.split())))
-    if row.op is table.DROP_CHANNEL:
+    if row.op is key_table.DROP_CHANNEL:
         shape = (shape[0], 1, *shape[2:])
     tensor = np.arange(np.prod(shape)).reshape(shape)
     np.testing.assert_array_equal(row.op.to_torch(row.op.to_flax(tensor)), tensor)
@@ -180,7 +180,7 @@ CARRIED = {"num_heads": 2, "window_ratio": 0.2, "window": "natten"}
 )
 def test_training_checkpoints(wrap, carried):
     state = random_weights()
-    found, config = training_checkpoint.unwrap(wrap(state), Path("run.pth"))
+    found, config = unwrapping.unwrap(wrap(state), Path("run.pth"))
     assert_same_bits(found, state)
     assert config == carried
 
@@ -197,7 +197,7 @@ def test_training_checkpoints(wrap, carried):
 )
 def test_what_is_no_training_checkpoint(saved, message):
     with pytest.raises(ValueError, match=message):
-        training_checkpoint.unwrap(saved, Path("run.pth"))
+        unwrapping.unwrap(saved, Path("run.pth"))
 
 
 def test_paths_that_do_not_work(tmp_path):
@@ -241,7 +241,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, name, monkeypatch):
     def fail(*_, **__):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(io.os, "replace", fail)
+    monkeypatch.setattr(formats.os, "replace", fail)
     with pytest.raises(OSError, match="the disk is full"):
         convert.write(tmp_path / name, convert.Checkpoint(random_weights(seed=1)), overwrite=True)
     monkeypatch.undo()

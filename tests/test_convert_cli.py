@@ -66,7 +66,7 @@ def test_inspect_lists_every_tensor_in_both_names(path, tmp_path, capsys, name):
 
 @pytest.mark.parametrize("flax", [False, True])
 def test_inspect_shows_what_is_wrong_with_a_file(flax):
-    from convert import listing
+    from anyup_core.checkpoints import listing
 
     checkpoint = convert.Checkpoint(random_weights())
     tensors = dict(checkpoint.flax() if flax else checkpoint.tensors)

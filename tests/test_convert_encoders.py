@@ -16,9 +16,10 @@ import timm
 import torch
 
 import convert
+from anyup_core.checkpoints import encoder_files, listing, torch_file
+from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint, table
 from convert import __main__ as cli
-from convert import encoder_files, listing, torch_file, verify
-from convert.encoder import EncoderCheckpoint, table
+from convert import verify
 from tests.encoder_weights import random_state
 from tests.weights import assert_same_bits, random_weights
 

@@ -14,9 +14,10 @@ from omegaconf import OmegaConf
 import anyup_jax.pretrained
 import anyup_torch
 import convert
+from anyup_core.checkpoints import pickle_reader, torch_file
 from anyup_jax.layers import Carried
 from convert import __main__ as cli
-from convert import pickle_reader, torch_file, training_run, training_state
+from convert import training_run, training_state
 from convert.training_state import TrainingState
 from tests.weights import EQUAL, SMALL, assert_same_bits, random_weights
 

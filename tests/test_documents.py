@@ -46,7 +46,7 @@ def shown(notebook: nbformat.NotebookNode) -> list[str]:
 
 def test_readme_commands_exist() -> None:
     commands = set(re.findall(r"^python -m (\S+)", README, re.MULTILINE))
-    assert {"anyup_jax", "convert", "train.run", "evaluate.run"} <= commands
+    assert {"anyup_jax", "convert", "train.run", "evaluation.run"} <= commands
     for command in commands | {"benchmarks.run"}:
         run = subprocess.run([sys.executable, "-m", command, "--help"], capture_output=True, cwd=ROOT, check=False)
         assert run.returncode == 0, command

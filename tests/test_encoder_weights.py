@@ -16,11 +16,12 @@ import torch
 
 import anyup_jax
 import convert
+from anyup_core.checkpoints import encoder_files, fetching, packaged
+from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint
+from anyup_core.encoders import catalogue
 from anyup_jax import encoders
-from anyup_jax.encoders import catalog, creation
+from anyup_jax.encoders import creation
 from anyup_torch import encoders as torch_encoders
-from convert import encoder_files, packaged, release
-from convert.encoder import EncoderCheckpoint
 from tests.encoder_weights import random_state
 from tests.release_server import serve
 from tests.weights import random_weights
@@ -44,7 +45,7 @@ def expected(state) -> np.ndarray:
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("ANYUP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(release, "DELAY", 0.0)
+    monkeypatch.setattr(fetching, "DELAY", 0.0)
     return tmp_path / "cache" / "encoders"
 
 
@@ -108,12 +109,12 @@ def test_what_convert_writes_knows_its_name(tmp_path, state, expected, name):
 
 def test_the_tag_in_a_file_decides_the_preprocessing(tmp_path, monkeypatch):
     name = "vit_large_patch16_dinov3"
-    entry = catalog.ARCHITECTURES[TINY]
-    monkeypatch.setitem(catalog.ARCHITECTURES, name, catalog.Architecture(entry.config, catalog.LVD_SAT))
+    entry = catalogue.ARCHITECTURES[TINY]
+    monkeypatch.setitem(catalogue.ARCHITECTURES, name, catalogue.Architecture(entry.config, catalogue.LVD_SAT))
     checkpoint = EncoderCheckpoint(f"{name}.sat493m", random_state(name))
     path = convert.write(tmp_path / "x.safetensors", checkpoint)
     for asked in (name, f"{name}.sat493m"):
-        assert encoders.create(asked, weights=path).mean == catalog.SATELLITE[0]
+        assert encoders.create(asked, weights=path).mean == catalogue.SATELLITE[0]
     with pytest.raises(ValueError, match=rf"the weights of {name}\.sat493m, not of {name}\.lvd1689m"):
         encoders.create(f"{name}.lvd1689m", weights=path)
 
@@ -212,7 +213,7 @@ def test_nothing_is_fetched_for_options_that_cannot_be(server):
     assert server.requests == []
 
 
-@pytest.mark.parametrize("name", [name for name in encoders.names() if name not in catalog.PACKAGED])
+@pytest.mark.parametrize("name", [name for name in encoders.names() if name not in catalogue.PACKAGED])
 def test_the_hub_has_the_files_under_these_names(name, monkeypatch):
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
     theirs = timm.get_pretrained_cfg(name)

@@ -12,7 +12,7 @@ import zarr
 from PIL import Image
 from safetensors import safe_open
 
-from anyup_jax import files
+from anyup_core import files
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
 GRAY = PIXELS[..., 0]
@@ -189,7 +189,7 @@ def test_bands_that_end_early_or_do_not_fit_leave_the_old_file(tmp_path, suffix)
 FULL_DISK = """
 import pathlib, resource, signal, sys
 import numpy as np
-from anyup_jax import files
+from anyup_core import files
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # as a full disk: writing beyond fails
 try:

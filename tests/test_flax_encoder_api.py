@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from flax import nnx
 
-from anyup_jax.encoders import catalog, creation
+from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint
+from anyup_core.encoders import catalogue
+from anyup_jax.encoders import creation
 from anyup_jax.encoders.encoder import Encoder
 from anyup_torch.encoders import Encoder as TorchEncoder
-from convert.encoder import EncoderCheckpoint
 
 NAME, WIDTH, PREFIX = "vit_tiny_patch16_dinov3_qkvb", 192, 5
 TOLERANCE = 2e-5  # of the largest feature
@@ -36,9 +37,9 @@ def model() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def checkpoint(model) -> EncoderCheckpoint:
-    entry = catalog.ARCHITECTURES[NAME]
+    entry = catalogue.ARCHITECTURES[NAME]
     entry = dataclasses.replace(entry, config=dataclasses.replace(entry.config, depth=3))
-    with mock.patch.dict(catalog.ARCHITECTURES, {NAME: entry}):
+    with mock.patch.dict(catalogue.ARCHITECTURES, {NAME: entry}):
         return EncoderCheckpoint(NAME, {key: value.numpy() for key, value in model.state_dict().items()})
 
 
@@ -80,7 +81,7 @@ class Pools(nnx.Module):
 
 
 def pools(**options) -> Encoder:
-    published = catalog.Published("pools", "pools", "none", PoolsConfig(), (0.5,) * 3, (0.25,) * 3)
+    published = catalogue.Published("pools", "pools", "none", PoolsConfig(), (0.5,) * 3, (0.25,) * 3)
     return Encoder(Pools(), published, **options)
 
 

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.numpy import load_file
 
-from anyup_jax import geometry, layers
-from anyup_jax.geometry import AxisWindow, axis_window
+from anyup_core import geometry
+from anyup_core.geometry import AxisWindow, axis_window
+from anyup_jax import layers
 from parity_tests.golden import GOLDEN, needs_golden
 
 AXES = [

@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 import anyup_jax
-from anyup_jax import AnyUp, AnyUpConfig, attention, geometry, layers, pretrained
+from anyup_core import geometry
+from anyup_jax import AnyUp, AnyUpConfig, attention, layers, pretrained
 from anyup_jax.layers import Carried, FeatureUnification, map_rows
 from anyup_jax.model import FeatureEncoder
 from convert import Checkpoint

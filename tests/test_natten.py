@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import anyup_torch
+from anyup_core.geometry import axis_window
 from anyup_torch.attention import natten, window_attention
-from anyup_torch.geometry import axis_window
 from parity_tests import tolerances
 from parity_tests.golden import CASES, GOLDEN, needs_golden
 

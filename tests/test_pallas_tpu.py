@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from anyup_core.geometry import axis_window
 from anyup_jax.attention import dense, pallas_tpu, tiled, window_attention
-from anyup_jax.geometry import axis_window
 from benchmarks.encoders import TPU_ENVIRONMENT
 
 CASES = {  # output, cells, C, D, heads, batch, window, ratio, q_chunk_size
@@ -154,7 +154,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from anyup_jax.attention import window_attention
-from anyup_jax.geometry import axis_window
+from anyup_core.geometry import axis_window
 
 programs = {}
 for name in ("v5e:2x4", "v5p:2x2x1", "v6e:2x4"):

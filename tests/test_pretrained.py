@@ -21,7 +21,7 @@ from flax import nnx
 import anyup_jax.pretrained
 import anyup_torch.pretrained
 import convert
-from convert import release, torch_file
+from anyup_core.checkpoints import fetching, names, torch_file
 from parity_tests.golden import GOLDEN, needs_golden
 from tests.release_server import serve
 from tests.weights import SMALL, random_weights
@@ -40,7 +40,7 @@ def weights(tmp_path) -> bytes:
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("ANYUP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(release, "DELAY", 0.0)
+    monkeypatch.setattr(fetching, "DELAY", 0.0)
     return tmp_path / "cache"
 
 
@@ -135,20 +135,20 @@ def test_sources_that_do_not_exist(source, error, message, cache, tmp_path, monk
         anyup_jax.pretrained.from_pretrained(source)
 
 
-@pytest.mark.parametrize("name", list(release.RELEASES))
+@pytest.mark.parametrize("name", list(names.RELEASES))
 def test_a_published_checkpoint_is_fetched_once(server, cache, name):
     model = anyup_jax.pretrained.from_pretrained(name, num_heads=2)
     anyup_torch.pretrained.from_pretrained(name, num_heads=2)
     assert model.config.qk_dim == SMALL["D"]
-    assert server.requests == [(f"/{release.RELEASES[name]}", "")]
-    assert (cache / release.RELEASES[name].split("/")[1]).read_bytes() == server.content
+    assert server.requests == [(f"/{names.RELEASES[name]}", "")]
+    assert (cache / names.RELEASES[name].split("/")[1]).read_bytes() == server.content
     assert not list(cache.glob("*.part"))
 
 
 def test_an_interrupted_transfer_is_resumed(server, cache):
     size = len(server.content)
     server.cut = [size // 3, size // 3]
-    release.fetch("anyup")
+    names.fetch("anyup")
     assert [asked for _, asked in server.requests] == ["", f"bytes={size // 3}-", f"bytes={size // 3 * 2}-"]
     assert (cache / FILE).read_bytes() == server.content
 
@@ -156,7 +156,7 @@ def test_an_interrupted_transfer_is_resumed(server, cache):
 def test_what_an_earlier_process_left_is_resumed(server, cache):
     cache.mkdir()
     (cache / f"{FILE}.part").write_bytes(server.content[:1000])
-    release.fetch("anyup")
+    names.fetch("anyup")
     assert [asked for _, asked in server.requests] == ["bytes=1000-"]
     assert (cache / FILE).read_bytes() == server.content
 
@@ -165,34 +165,34 @@ def test_what_an_earlier_process_left_is_resumed(server, cache):
 def test_what_was_left_by_another_file_is_fetched_anew(server, cache, left):
     cache.mkdir()
     (cache / f"{FILE}.part").write_bytes(left)
-    release.fetch("anyup")
+    names.fetch("anyup")
     assert (cache / FILE).read_bytes() == server.content
     assert server.requests[-1][1] == ""
 
 
 def test_a_host_without_ranges(server, cache):
     server.ranges, server.cut = False, [1000]
-    release.fetch("anyup")
+    names.fetch("anyup")
     assert (cache / FILE).read_bytes() == server.content
 
 
 def test_passing_failures_are_tried_again(server, cache):
     server.statuses = [503, 429, 500]
-    assert release.fetch("anyup").read_bytes() == server.content
+    assert names.fetch("anyup").read_bytes() == server.content
 
 
 def test_after_the_last_attempt_the_part_stays(server, cache):
-    server.cut = [100] * release.ATTEMPTS
+    server.cut = [100] * fetching.ATTEMPTS
     with pytest.raises(ConnectionError, match=rf"ended after 400 of {len(server.content)} bytes.*put it at .*{FILE}"):
-        release.fetch("anyup")
+        names.fetch("anyup")
     assert not (cache / FILE).exists()
-    assert (cache / f"{FILE}.part").stat().st_size == 100 * release.ATTEMPTS
+    assert (cache / f"{FILE}.part").stat().st_size == 100 * fetching.ATTEMPTS
 
 
 def test_a_missing_file_is_not_asked_for_again(server, cache):
     server.statuses = [404]
     with pytest.raises(ConnectionError, match=rf"Could not fetch {server.url}/checkpoint/{FILE} \(HTTP Error 404"):
-        release.fetch("anyup")
+        names.fetch("anyup")
     assert len(server.requests) == 1
 
 
@@ -212,14 +212,14 @@ def test_a_corrupted_file_never_gets_its_name(server, cache):
     flipped = bytes(byte ^ 255 for byte in server.content[middle : middle + 64])
     server.content = server.content[:middle] + flipped + server.content[middle + 64 :]
     with pytest.raises(ValueError, match=r"no usable checkpoint, and was deleted.*truncated or damaged"):
-        release.fetch("anyup")
+        names.fetch("anyup")
     assert [path.name for path in cache.iterdir()] == [f"{FILE}.lock"]
 
 
 def test_a_page_instead_of_a_file(server, cache):
     server.content = b"<html>sign in</html>"
     with pytest.raises(ValueError, match=r"no usable checkpoint, and was deleted.*is no PyTorch checkpoint"):
-        release.fetch("anyup")
+        names.fetch("anyup")
     assert not (cache / FILE).exists()
 
 
@@ -227,7 +227,7 @@ def test_another_models_weights(server, cache, tmp_path):
     torch.save({"conv.weight": torch.ones(3)}, tmp_path / "other.pth")
     server.content = (tmp_path / "other.pth").read_bytes()
     with pytest.raises(ValueError, match=r"not part of the model: conv\.weight"):
-        release.fetch("anyup")
+        names.fetch("anyup")
     assert not (cache / FILE).exists()
 
 
@@ -248,7 +248,7 @@ def test_a_malicious_file_is_refused_and_not_run(server, cache, tmp_path):
     assert [path.name for path in cache.iterdir()] == [f"{FILE}.lock"]
 
 
-FETCH = "import sys; from convert import release; print(release.fetch('anyup').stat().st_size)"
+FETCH = "import sys; from anyup_core.checkpoints import names; print(names.fetch('anyup').stat().st_size)"
 
 
 def test_two_processes_at_once(server, cache):
@@ -265,11 +265,11 @@ def test_two_processes_at_once(server, cache):
 
 def test_the_cache_is_in_the_users_cache_directory(monkeypatch):
     monkeypatch.delenv("ANYUP_CACHE", raising=False)
-    assert release.cache_directory().name == "anyup"
+    assert fetching.cache_directory().name == "anyup"
 
 
 def test_published_addresses():
-    urls = {name: f"{release.BASE_URL}/{path}" for name, path in release.RELEASES.items()}
+    urls = {name: f"{names.BASE_URL}/{path}" for name, path in names.RELEASES.items()}
     base = "https://github.com/wimmerth/anyup/releases/download"
     assert urls == {
         "anyup": f"{base}/checkpoint/anyup_paper.pth",
@@ -279,11 +279,11 @@ def test_published_addresses():
 
 def test_a_progress_bar_is_shown_on_a_terminal(server, cache, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    release.fetch("anyup")
+    names.fetch("anyup")
     assert FILE in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", list(release.SHIPPED))
+@pytest.mark.parametrize("name", list(names.SHIPPED))
 def test_shipped_weights_are_the_same_model_in_both_frameworks(name, monkeypatch):
     monkeypatch.setenv("ANYUP_RELEASES", "http://127.0.0.1:9")  # nothing is fetched
     flax, torch_ = outputs(name)
@@ -293,21 +293,21 @@ def test_shipped_weights_are_the_same_model_in_both_frameworks(name, monkeypatch
     assert flat > 0.1 * largest  # it looks at the image
     hub = torch.hub.load(str(ROOT), name, source="local")
     assert hub.config == anyup_torch.pretrained.from_pretrained(name).config
-    assert release.SHIPPED[name].stat().st_size < 4e6
-    assert f"# {name}" in release.SHIPPED[name].with_suffix(".md").read_text()
+    assert names.SHIPPED[name].stat().st_size < 4e6
+    assert f"# {name}" in names.SHIPPED[name].with_suffix(".md").read_text()
 
 
 def test_shipped_weights_are_in_the_wheel(tmp_path):
-    for item in ("pyproject.toml", "README.md", "LICENSE", "anyup_jax", "anyup_torch", "convert", "train", "evaluate"):
+    for item in ("pyproject.toml", "README.md", "LICENSE", "anyup_core", "anyup_jax", "anyup_torch"):
         copy = shutil.copytree if (ROOT / item).is_dir() else shutil.copy
         copy(ROOT / item, tmp_path / item)
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", "wheels", "."]
     subprocess.run(build, cwd=tmp_path, check=True, capture_output=True)
     with zipfile.ZipFile(next((tmp_path / "wheels").glob("*.whl"))) as wheel:
         names = wheel.namelist()
-    for path in release.SHIPPED.values():
-        assert f"anyup_jax/weights/{path.name}" in names
-        assert f"anyup_jax/weights/{path.stem}.md" in names
+    for path in names.SHIPPED.values():
+        assert f"anyup_core/weights/{path.name}" in names
+        assert f"anyup_core/weights/{path.stem}.md" in names
 
 
 def test_saved_config_of_an_orbax_checkpoint_reaches_the_model(tmp_path):

@@ -33,10 +33,10 @@ def test_import_direction(package: str) -> None:
 @pytest.mark.parametrize(
     ("modules", "blocked"),
     [
-        ("anyup_jax.model, anyup_jax.pretrained, anyup_jax.cli, anyup_jax.visualize", "torch"),
+        ("anyup_jax.model, anyup_jax.pretrained, anyup_jax.cli, anyup_core.visualize", "torch"),
         ("anyup_torch.model, anyup_torch.pretrained, anyup_torch.encoders", "jax"),
-        ("convert, convert.io, anyup_jax.geometry, anyup_jax.config", "torch"),
-        ("convert, convert.io, anyup_jax.geometry, anyup_jax.config", "jax"),
+        ("convert, anyup_core.checkpoints.formats, anyup_core.geometry, anyup_core.config", "torch"),
+        ("convert, anyup_core.checkpoints.formats, anyup_core.geometry, anyup_core.config", "jax"),
     ],
 )
 def test_imports_without_the_other_framework(modules: str, blocked: str) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from anyup_torch import AnyUp, AnyUpConfig, attention, geometry, layers, pretrained, streaming
+from anyup_core import geometry
+from anyup_torch import AnyUp, AnyUpConfig, attention, layers, pretrained, streaming
 from anyup_torch.layers import FeatureUnification
 from convert import Checkpoint
 from parity_tests.golden import GOLDEN, needs_golden

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from convert import pickle_writer, torch_file, torch_legacy_file
+from anyup_core.checkpoints import pickle_writer, torch_file, torch_legacy_file
 from parity_tests.golden import GOLDEN, needs_golden
 
 DTYPES = (

@@ -11,7 +11,7 @@ import yaml
 from hydra import compose, initialize
 from omegaconf import OmegaConf
 
-from anyup_jax.settings import from_dict, to_dict
+from anyup_core.settings import from_dict, to_dict
 from train import presets
 from train.config import Config, EncoderConfig, FeaturesConfig, ProfileConfig, differences
 from train.loop import check_output

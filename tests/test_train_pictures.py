@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from anyup_jax import AnyUp, AnyUpConfig, encoders, figure
+from anyup_core import figure
+from anyup_jax import AnyUp, AnyUpConfig, encoders
 from train import pictures
 from train.config import Config, DatasetConfig, EncoderConfig, LogConfig
 

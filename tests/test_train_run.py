@@ -14,7 +14,7 @@ import yaml
 
 import anyup_jax
 import convert
-from anyup_jax.settings import from_dict
+from anyup_core.settings import from_dict
 from tests.training import command, environment, losses, metrics, same, train, weights
 from train import config as settings
 

@@ -16,19 +16,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from anyup_jax.config import AnyUpConfig
+from anyup_core.config import AnyUpConfig
 from anyup_jax.model import AnyUp
 from tests.training import environment
 from train import encoders, optim, sharding
-from train.config import (
-    Config,
-    DatasetConfig,
-    EncoderConfig,
-    FeaturesConfig,
-    LossConfig,
-    MeshConfig,
-    OptimizerConfig,
-)
+from train.config import Config, DatasetConfig, EncoderConfig, FeaturesConfig, LossConfig, MeshConfig, OptimizerConfig
 from train.step import Geometry, draw_channels, init_state, make_step, state_specs
 
 SIZES = Geometry(8, (32, 32), *[(16, 16)] * 4)

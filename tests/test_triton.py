@@ -14,9 +14,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from anyup_core.geometry import axis_window
 from anyup_torch.attention.dense import dense
 from anyup_torch.attention.triton import available, triton
-from anyup_torch.geometry import axis_window
 from benchmarks.gpu import SIZES, TARGETS, compile_size
 
 #        query size, key size, E, batch, heads, K, ratio, window, chunk

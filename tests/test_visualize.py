@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from anyup_jax import figure, visualize
+from anyup_core import figure, visualize
 
 
 def features(*shape: int, seed: int = 0) -> np.ndarray:

@@ -9,10 +9,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from anyup_jax import settings
-from anyup_jax.config import AnyUpConfig
+from anyup_core import settings
+from anyup_core.config import AnyUpConfig
+from anyup_core.settings import require
 from anyup_jax.encoders.settings import EncoderConfig
-from anyup_jax.settings import require
 
 Size = tuple[int, int]
 

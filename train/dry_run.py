@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
-from anyup_jax.settings import to_dict
+from anyup_core.settings import to_dict
 from train import program
 from train.config import Config
 

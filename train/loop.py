@@ -16,10 +16,10 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
+from anyup_core.files import replacing
+from anyup_core.settings import from_dict, to_dict
 from anyup_jax.encoders.encoder import Encoder
-from anyup_jax.files import replacing
 from anyup_jax.model import AnyUp
-from anyup_jax.settings import from_dict, to_dict
 from train import config as settings
 from train import encoders, pictures, sharding
 from train.checkpoint import Checkpoints

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from anyup_jax.files import replacing
+from anyup_core.files import replacing
 from train.config import LogConfig
 
 AS_IT_IS = ("learning_rate",)  # not averaged

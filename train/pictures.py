@@ -13,9 +13,10 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from anyup_jax import AnyUp, figure, upsample, visualize
-from anyup_jax.cli import normalize
-from anyup_jax.files import read_image
+from anyup_core import figure, visualize
+from anyup_core.files import read_image
+from anyup_core.preprocessing import normalize
+from anyup_jax import AnyUp, upsample
 from train.config import Config, Size
 from train.data.sources import shipped
 

@@ -7,8 +7,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from anyup_jax.config import AnyUpConfig
-from anyup_jax.settings import defaults, to_dict
+from anyup_core.config import AnyUpConfig
+from anyup_core.settings import defaults, to_dict
 from train import config as settings
 from train.config import Config, DatasetConfig, MeshConfig, OptimizerConfig
 

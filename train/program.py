@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from anyup_jax.encoders import catalog, creation, timm_bridge
+from anyup_core.encoders import catalogue
+from anyup_jax.encoders import creation, timm_bridge
 from anyup_jax.encoders.encoder import Encoder
 from anyup_jax.model import AnyUp
 from train import encoders, sharding
@@ -36,7 +37,7 @@ def abstract_state(config: Config) -> tuple[nnx.GraphDef, TrainState]:
 
 def abstract_encoder(config: EncoderConfig, dtype: str) -> Encoder:
     """Return a Flax encoder that has shapes in place of weights."""
-    published = catalog.find(config.name)
+    published = catalogue.find(config.name)
     layer = config.layer if len(config.layer) > 1 else config.layer[0]
     options = dict(layer=layer, norm=config.norm, dtype=jnp.dtype(dtype))
     return nnx.eval_shape(

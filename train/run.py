@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from anyup_jax.settings import from_dict
+from anyup_core.settings import from_dict
 from train import presets
 from train.config import Config
 

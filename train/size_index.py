@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from anyup_jax.files import check_output, open_image, replacing
+from anyup_core.files import check_output, open_image, replacing
 from train.config import Size
 from train.data.images import upright_size
 

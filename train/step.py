@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
-from anyup_jax.encoders.catalog import IMAGENET
+from anyup_core.preprocessing import IMAGENET
 from anyup_jax.layers import Carried
 from anyup_jax.model import AnyUp
 from train import optim, sharding

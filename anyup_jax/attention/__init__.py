@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from jaxtyping import Array, Float, Int
 
+from anyup_core.geometry import AxisWindow
 from anyup_jax.attention.automatic import automatic
 from anyup_jax.attention.dense import dense
 from anyup_jax.attention.pallas_tpu import pallas_tpu
 from anyup_jax.attention.tiled import tiled
-from anyup_jax.geometry import AxisWindow
 
 BACKENDS = {"dense": dense, "tiled": tiled, "pallas_tpu": pallas_tpu}
 PORTABLE = ("dense", "tiled")  # backends that run on every platform

@@ -9,9 +9,9 @@ import jax
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from anyup_core.geometry import AxisWindow
 from anyup_jax.attention.pallas_tpu import pallas_tpu, plan_tables
 from anyup_jax.attention.tiled import tiled
-from anyup_jax.geometry import AxisWindow
 
 
 def automatic(

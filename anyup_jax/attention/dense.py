@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from anyup_jax.geometry import AxisWindow
+from anyup_core.geometry import AxisWindow
 
 
 def dense(

@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from anyup_jax.geometry import AxisTiles, AxisWindow, tile_axis
+from anyup_core.geometry import AxisTiles, AxisWindow, tile_axis
 
 LANES, SUBLANES = 128, 8  # a TPU register; slabs start at multiples of SUBLANES columns
 VMEM_LIMIT = 60 << 20  # bytes the compiler may use

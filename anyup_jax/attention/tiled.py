@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from anyup_jax.geometry import AxisTiles, AxisWindow, plan_tiles
+from anyup_core.geometry import AxisTiles, AxisWindow, plan_tiles
 
 
 @jax.tree_util.register_dataclass

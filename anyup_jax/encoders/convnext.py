@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from anyup_jax.encoders.configs import ConvNeXt as Config
+from anyup_core.encoders.convnext import ConvNeXt as Config
 from anyup_jax.encoders.layers import Conv, DepthwiseConv, LayerNorm, Linear, gelu, run, stack
 
 EPSILON = 1e-6  # of every norm
@@ -18,7 +18,7 @@ KERNEL = 7  # side of the depthwise filters
 
 
 class ConvNeXt(nnx.Module):
-    """The backbone of `configs.ConvNeXt`, without its head."""
+    """The backbone of `anyup_core.encoders.convnext.ConvNeXt`, without its head."""
 
     def __init__(self, config: Config, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs):
         self.config = config

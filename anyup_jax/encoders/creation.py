@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from anyup_jax.encoders import catalog
+from anyup_core.checkpoints import encoder_files
+from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint, table
+from anyup_core.encoders import catalogue
 from anyup_jax.encoders.encoder import Encoder
-from convert import encoder_files
-from convert.encoder import EncoderCheckpoint, table
 
 BACKBONES = {
     "ViT": "anyup_jax.encoders.vit",
@@ -59,7 +59,7 @@ def create(
         ImportError: if the package that holds the weights is not installed.
         OSError: if there is no such file, or the weights cannot be fetched.
     """
-    published = catalog.find(name)
+    published = catalogue.find(name)
     options = dict(layer=layer, norm=norm, class_token=class_token, dtype=dtype)
     Encoder(nnx.Module(), published, **options)  # refuses impossible options before anything is fetched
     if weights is None and not pretrained:
@@ -86,7 +86,7 @@ def build(checkpoint: EncoderCheckpoint, *, dtype: DTypeLike = jnp.float32, rema
     return Encoder(model, checkpoint.published, dtype=dtype, **options)
 
 
-def backbone(config: catalog.Config, dtype: DTypeLike, remat: bool, seed: int) -> nnx.Module:
+def backbone(config: catalogue.Config, dtype: DTypeLike, remat: bool, seed: int) -> nnx.Module:
     """Return the randomly initialised module of an architecture."""
     family = type(config).__name__
     module = getattr(importlib.import_module(BACKBONES[family]), family)

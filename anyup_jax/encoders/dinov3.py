@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from anyup_jax.encoders.configs import DINOv3 as Config
+from anyup_core.encoders.dinov3 import DINOv3 as Config
 from anyup_jax.encoders.layers import Conv, LayerNorm, Linear, gelu, normal, run, stack
 
 EPSILON = 1e-5  # of every norm
@@ -26,7 +26,7 @@ Table = Float[np.ndarray | Array, "T k"]  # per token: sines or cosines, compute
 
 
 class DINOv3(nnx.Module):
-    """The backbone of `configs.DINOv3`."""
+    """The backbone of `anyup_core.encoders.dinov3.DINOv3`."""
 
     def __init__(self, config: Config, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs):
         self.config = config

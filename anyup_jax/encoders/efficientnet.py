@@ -11,8 +11,8 @@ from jax.nn import relu6
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from anyup_jax.encoders.configs import EfficientNet as Config
-from anyup_jax.encoders.configs import Stage
+from anyup_core.encoders.efficientnet import EfficientNet as Config
+from anyup_core.encoders.efficientnet import Stage
 from anyup_jax.encoders.layers import BatchNorm, Conv, DepthwiseConv, Linear
 
 EPSILON = 1e-3  # of every norm
@@ -20,7 +20,7 @@ CLASSES = 1000  # of ImageNet
 
 
 class EfficientNet(nnx.Module):
-    """The backbone of `configs.EfficientNet`, and its classifier."""
+    """The backbone of `anyup_core.encoders.efficientnet.EfficientNet`, and its classifier."""
 
     def __init__(self, config: Config, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs):
         self.config = config

@@ -11,7 +11,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from anyup_jax.encoders.catalog import Published
+from anyup_core.encoders.catalogue import Published
+from anyup_core.encoders.layers import common_stride, resolve_layers
 
 
 class Encoder(nnx.Module):
@@ -140,22 +141,3 @@ class Encoder(nnx.Module):
 def _run(graph, state, image):
     state, image = jax.lax.stop_gradient((state, image))  # before the backbone, so that it is never differentiated
     return nnx.merge(graph, state)._encode(image)
-
-
-def resolve_layers(name: str, layer: int | tuple[int, ...], count: int) -> tuple[int, ...]:
-    layers = (layer,) if isinstance(layer, int) else tuple(layer)
-    if not layers or any(not -count <= i < count for i in layers):
-        raise ValueError(
-            f"{name} has {count} layers; layer={layer!r} must be one or several of {-count} to {count - 1}."
-        )
-    return tuple(i % count for i in layers)
-
-
-def common_stride(name: str, layers: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    chosen = {strides[i] for i in layers}
-    if len(chosen) > 1:
-        listed = ", ".join(f"layer {i}: {strides[i]}" for i in layers)
-        raise ValueError(
-            f"The layers chosen of {name} have different strides ({listed}); only equal grids can be concatenated."
-        )
-    return chosen.pop()

@@ -11,7 +11,7 @@ from jax.nn import relu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from anyup_jax.encoders.configs import ResNet as Config
+from anyup_core.encoders.resnet import ResNet as Config
 from anyup_jax.encoders.layers import BatchNorm, Conv, run, stack
 
 EPSILON = 1e-5  # of every norm
@@ -19,7 +19,7 @@ EXPANSION = 4  # channels a block gives, in units of those of its 3 x 3 convolut
 
 
 class ResNet(nnx.Module):
-    """The backbone of `configs.ResNet`, without its classifier."""
+    """The backbone of `anyup_core.encoders.resnet.ResNet`, without its classifier."""
 
     def __init__(self, config: Config, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs):
         self.config = config

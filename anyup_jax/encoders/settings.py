@@ -35,8 +35,8 @@ class EncoderConfig:
         Raises:
             ValueError: for an unknown name or layer.
         """
+        from anyup_core.encoders.layers import common_stride, resolve_layers
         from anyup_jax.encoders import catalog  # jax comes after the configuration
-        from anyup_jax.encoders.encoder import common_stride, resolve_layers
         from anyup_jax.encoders.timm_bridge import PREFIX
 
         if self.name.startswith(PREFIX):

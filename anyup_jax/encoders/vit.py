@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from anyup_jax.encoders.configs import ViT as Config
+from anyup_core.encoders.vit import ViT as Config
 from anyup_jax.encoders.layers import Conv, LayerNorm, Linear, attend, gelu, normal, run, stack
 from anyup_jax.encoders.position import resample
 
@@ -20,7 +20,7 @@ LAYER_SCALE = 1e-5  # initial
 
 
 class ViT(nnx.Module):
-    """The backbone of `configs.ViT`."""
+    """The backbone of `anyup_core.encoders.vit.ViT`."""
 
     def __init__(self, config: Config, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs):
         self.config = config

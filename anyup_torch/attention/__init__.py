@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from anyup_core.geometry import AxisWindow
 from anyup_torch.attention.dense import dense
 from anyup_torch.attention.natten import natten, require
 from anyup_torch.attention.tiled import tiled
 from anyup_torch.attention.triton import available, triton
-from anyup_torch.geometry import AxisWindow
 
 BACKENDS = {"dense": dense, "tiled": tiled, "triton": triton, "natten": natten}
 PORTABLE = ("dense", "tiled")  # backends that run on every platform

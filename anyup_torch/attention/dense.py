@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from anyup_torch.geometry import AxisWindow
+from anyup_core.geometry import AxisWindow
 
 
 def dense(

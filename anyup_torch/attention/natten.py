@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from anyup_core.geometry import AxisWindow, Neighbourhood
 from anyup_torch.attention.recomputed import Recomputed
-from anyup_torch.geometry import AxisWindow, Neighbourhood
 
 BLOCK = 4096  # queries of a phase worked on at once where nobody says how many
 

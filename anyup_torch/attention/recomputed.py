@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from anyup_core.geometry import AxisWindow
 from anyup_torch.attention.tiled import tiled
-from anyup_torch.geometry import AxisWindow
 
 
 class Recomputed(torch.autograd.Function):

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from anyup_torch.geometry import AxisTiles, AxisWindow, plan_tiles
+from anyup_core.geometry import AxisTiles, AxisWindow, plan_tiles
 
 GROUP_PAIRS = 1 << 17  # query-key pairs scored at once: what a core's cache holds
 GROUP_PAIRS_PARALLEL = 1 << 22  # the same for accelerators, which want few large operations

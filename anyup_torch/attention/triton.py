@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from anyup_core.geometry import AxisTiles, AxisWindow, plan_tiles
 from anyup_torch.attention.recomputed import Recomputed
-from anyup_torch.geometry import AxisTiles, AxisWindow, plan_tiles
 
 MAX_QUERIES = 64  # queries a program
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps
 
-from anyup_jax.files import open_image, to_rgb
+from anyup_core.files import open_image, to_rgb
 from train.config import Size
 
 QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap height and width

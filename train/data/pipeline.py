@@ -19,7 +19,7 @@ from train.augment import augment
 from train.config import Config, DatasetConfig
 from train.data.images import Region, read_crop
 from train.data.sources import Source
-from train.paste import paste
+from train.pasted_regions import paste
 
 ENDLESS = 1 << 48  # photographs of a run at most; grain cannot slice what has no end into batches of one
 GIVE_UP = 1000  # photographs in a row that cannot be used

@@ -1,0 +1,1 @@
+"""Checkpoints in every format, as numpy arrays: key tables, readers and writers, names and fetching."""

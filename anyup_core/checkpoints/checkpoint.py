@@ -1,0 +1,105 @@
+"""Applies the table: checks that tensors are exactly a model's, and maps them from PyTorch to Flax and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from anyup_core.checkpoints import key_table
+
+FLOATS = tuple(np.dtype(t) for t in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16))
+SHAPE_FIELDS = tuple(key_table.LETTERS.values())
+
+
+class Checkpoint:
+    """The weights of one model, complete and of the right shapes.
+
+    Args:
+        tensors: PyTorch key -> array in PyTorch's layout.
+        config: fields of `AnyUpConfig` that the weights do not tell, or tell alike.
+
+    Attributes:
+        tensors: the same, contiguous and in the order of the table.
+        config: these fields, and those that follow from the shapes.
+        entries: the table of this model.
+
+    Raises:
+        ValueError: if tensors are missing, unknown, of a wrong shape or not floating point (all are listed), or if
+            `config` says another architecture than the shapes.
+    """
+
+    def __init__(self, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any] | None = None):
+        sizes = key_table.sizes_of({name: tensor.shape for name, tensor in tensors.items()})
+        self.entries = key_table.expand(sizes)
+        expected = {entry.torch: entry.torch_shape for entry in self.entries}
+        check(tensors, expected)
+        self.tensors = {name: np.ascontiguousarray(tensors[name]) for name in expected}
+        self.config = combine(key_table.config_of(sizes), config or {})
+
+    def flax(self) -> dict[str, np.ndarray]:
+        """Return Flax path -> array in Flax's layout."""
+        return {entry.flax: np.ascontiguousarray(entry.to_flax(self.tensors[entry.torch])) for entry in self.entries}
+
+    @classmethod
+    def from_flax(cls, parameters: Mapping[str, np.ndarray], config: Mapping[str, Any] | None = None) -> Checkpoint:
+        """Build from Flax path -> array in Flax's layout. Raises ValueError as the class does, with the Flax paths."""
+        entries = key_table.expand(sizes_of_flax(parameters))
+        check(parameters, {entry.flax: entry.flax_shape for entry in entries})
+        parts: dict[str, list[np.ndarray]] = {}
+        for entry in entries:
+            parts.setdefault(entry.torch, []).append(entry.op.to_torch(parameters[entry.flax]))
+        mixed = sorted(name for name, arrays in parts.items() if len({array.dtype for array in arrays}) > 1)
+        if mixed:
+            raise ValueError(f"The parts of {', '.join(mixed)} differ in their number type; give them the same one.")
+        return cls({name: np.concatenate(arrays) for name, arrays in parts.items()}, config)
+
+    def configured(self, **overrides: Any) -> dict[str, Any]:
+        """Return the configuration with some fields changed. Raises ValueError if one contradicts the weights."""
+        return combine(self.config, overrides)
+
+
+def check(tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise one ValueError that lists every tensor that is missing, unknown, of a wrong shape or not floating point."""
+    missing = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in tensors]
+    unknown = [
+        f"not part of the model: {name} {tensor.shape}" for name, tensor in tensors.items() if name not in expected
+    ]
+    wrong = []
+    for name, shape in expected.items():
+        if name not in tensors:
+            continue
+        if tensors[name].shape != shape:
+            wrong.append(f"wrong shape: {name} is {tensors[name].shape}, must be {shape}")
+        elif tensors[name].dtype not in FLOATS:
+            wrong.append(f"wrong type: {name} holds {tensors[name].dtype}, must be floating point")
+    if faults := missing + unknown + wrong:
+        noun = "tensor does" if len(faults) == 1 else "tensors do"
+        raise ValueError(f"{len(faults)} {noun} not fit AnyUp:\n  " + "\n  ".join(faults))
+
+
+def combine(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `config` with `overrides`, which must not change a field that the weights' shapes decide."""
+    overrides = dict(overrides)
+    if "lfu_dim" in overrides and overrides["lfu_dim"] == config["qk_dim"]:
+        overrides["lfu_dim"] = None
+    wrong = {name: overrides[name] for name in SHAPE_FIELDS if name in overrides and overrides[name] != config[name]}
+    if wrong:
+        asked = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
+        given = ", ".join(f"{name}={config[name]!r}" for name in wrong)
+        raise ValueError(
+            f"{asked} contradicts the weights, whose shapes say {given}; leave out what the weights decide."
+        )
+    return {**config, **overrides}
+
+
+def sizes_of_flax(parameters: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """Return the sizes (a letter each) that most of the Flax parameters have; see `key_table.sizes_of`."""
+    shapes = {}
+    for entry in key_table.expand(key_table.DEFAULT_SIZES | {"M": 0}):  # unequal D and M: with the shortcut's row
+        array = parameters.get(entry.flax)
+        if entry.part is None and array is not None and array.ndim == len(entry.flax_shape):
+            shapes[entry.torch] = entry.op.to_torch(np.broadcast_to(np.float32(0), array.shape)).shape
+    return key_table.sizes_of(shapes)

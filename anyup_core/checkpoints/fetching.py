@@ -1,0 +1,132 @@
+"""Fetching a file once into a cache: resumed after an interruption, checked, one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import platformdirs
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+ATTEMPTS = 4
+DELAY = 1.0  # seconds before the second attempt; doubles each time
+TIMEOUT = 30.0  # seconds without an answer
+CHUNK = 1 << 16
+TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses worth another attempt
+
+
+def cache_directory() -> Path:
+    """Return where published checkpoints are kept: `ANYUP_CACHE`, or the user's cache directory."""
+    return Path(os.environ.get("ANYUP_CACHE") or platformdirs.user_cache_dir("anyup")).expanduser()
+
+
+def obtain(url: str, path: Path, check: Callable[[Path], object]) -> Path:
+    """Return `path`, fetching it from `url` first unless it exists.
+
+    What arrives is kept as `<file>.part`, where an interrupted transfer continues, and takes its name only after
+    `check` has found nothing wrong. Processes that fetch the same file wait for one another.
+
+    Raises:
+        ConnectionError: if it cannot be fetched; the message says which file to put where.
+        ValueError: if `check` raised it for what arrived.
+    """
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    with _lock(path.with_name(f"{path.name}.lock")):
+        if path.exists():
+            return path
+        resumed = part.exists()
+        try:
+            _download(url, part)
+            try:
+                check(part)
+            except ValueError:
+                part.unlink()
+                if not resumed:
+                    raise
+                _download(url, part)  # the older half may be of another file: once more, from the start
+                check(part)
+        except (OSError, http.client.HTTPException) as error:
+            raise ConnectionError(
+                f"Could not fetch {url} ({_reason(error)}). Fetch it by other means and put it at {path}."
+            ) from error
+        except ValueError as error:
+            part.unlink(missing_ok=True)
+            raise ValueError(f"What {url} gave is no usable checkpoint, and was deleted. {error}") from error
+        os.replace(part, path)
+    return path
+
+
+def _download(url: str, part: Path) -> None:
+    """Fetch `url` into `part`, continuing what is there; several attempts."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return _transfer(url, part)
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code == 416:  # what is there is not the beginning of this file
+                part.unlink(missing_ok=True)
+            if error.code not in (416, *TRANSIENT) or attempt == ATTEMPTS:
+                raise
+        except (OSError, http.client.HTTPException):
+            if attempt == ATTEMPTS:
+                raise
+        time.sleep(DELAY * 2 ** (attempt - 1))
+
+
+def _transfer(url: str, part: Path) -> None:
+    """One attempt. Raises ConnectionError if the connection ends before the file does."""
+    start = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        if response.status != 206 or not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+            start = 0
+        length = response.headers.get("Content-Length")
+        total = None if length is None else start + int(length)
+        with part.open("ab" if start else "wb") as file, _progress(part.stem, start, total) as advance:
+            while chunk := response.read(CHUNK):
+                file.write(chunk)
+                advance(len(chunk))
+            file.flush()
+            os.fsync(file.fileno())
+    if total is not None and part.stat().st_size < total:
+        raise ConnectionError(f"the connection ended after {part.stat().st_size} of {total} bytes")
+
+
+@contextlib.contextmanager
+def _progress(name: str, start: int, total: int | None) -> Iterator:
+    """Show a bar on an interactive stderr; gives the function that advances it by a number of bytes."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task(name, completed=start, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock that ends with the process, so that only one fetches at a time."""
+    with path.open("a+b") as file:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _reason(error: Exception) -> str:
+    reason = error.reason if type(error) is urllib.error.URLError else error
+    return str(reason) or type(error).__name__

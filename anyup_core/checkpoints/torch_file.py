@@ -1,0 +1,246 @@
+"""Reads and writes PyTorch's checkpoint files (.pth, .pt) with numpy: no torch, and no code of the file is executed.
+
+A file is an uncompressed zip archive: `data.pkl` describes containers and tensors, `data/<key>` is the memory of one
+storage, and a tensor is an offset, a shape and strides within a storage. Files of PyTorch before 1.6 are read too.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import itertools
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from anyup_core.checkpoints import pickle_reader, pickle_writer, torch_legacy_file
+
+STORAGES = {
+    "FloatStorage": np.dtype(np.float32),
+    "DoubleStorage": np.dtype(np.float64),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+    "ComplexFloatStorage": np.dtype(np.complex64),
+    "ComplexDoubleStorage": np.dtype(np.complex128),
+}
+UNTYPED = ("torch.storage.UntypedStorage", "torch.UntypedStorage")
+DTYPES = {
+    **{f"torch.{dtype.name}": dtype for dtype in STORAGES.values()},
+    **{f"torch.{name}": np.dtype(name) for name in ("uint16", "uint32", "uint64")},
+    "torch.float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "torch.float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+}
+ROOT = "archive"  # the directory within the archives written here
+ALIGNMENT = 64  # of every storage's first byte, as torch.save writes it
+RESAVE = (
+    "Where the file's own classes can be imported and its origin is trusted, keep only the weights: "
+    'torch.save(torch.load(path, weights_only=False)["anyup"], "weights.pth").'
+)
+
+
+class Storage(NamedTuple):
+    """A run of memory: its bytes, and their type where the pickle says it."""
+
+    key: str
+    data: bytes
+    dtype: np.dtype | None
+
+
+def read(path: Path) -> Any:
+    """Return what the file holds: plain containers, and tensors as read-only arrays (views of the storages).
+
+    Raises:
+        ValueError: if the file is no such checkpoint, is damaged, or holds more than tensors and plain data.
+    """
+    content = path.read_bytes()
+    try:
+        if content.startswith(torch_legacy_file.MAGIC):
+            pickle, memory = torch_legacy_file.split(content, _CONSTRUCTORS, STORAGES)
+            return _load(pickle, memory.__getitem__)
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            return _read_archive(archive)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} {_what_it_is(content, error)}") from error
+    except pickle_reader.ForbiddenGlobal as error:
+        raise ValueError(f"{path} is refused: {error}, and nothing in it was executed. {RESAVE}") from error
+    except (ValueError, EOFError, NotImplementedError, RuntimeError, struct.error) as error:
+        raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {error}") from error
+
+
+def _what_it_is(content: bytes, error: Exception) -> str:
+    if content[257:262] == b"ustar":
+        return (
+            "is a tar archive, as the first versions of PyTorch wrote them. "
+            "Load it with torch.load and save it again with torch.save."
+        )
+    if content.startswith(b"PK"):
+        return f"is truncated or damaged ({error}). Fetch or copy it again."
+    return "is no PyTorch checkpoint: it does not start as a zip archive does."
+
+
+def _read_archive(archive: zipfile.ZipFile) -> Any:
+    names = archive.namelist()
+    if len(set(names)) < len(names):
+        raise ValueError("two of its records have the same name")
+    pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError(f"it holds {len(pickles)} records named data.pkl instead of one")
+    root = pickles[0].removesuffix("data.pkl")
+    if f"{root}byteorder" in names and (order := _record(archive, f"{root}byteorder")) != b"little":
+        raise ValueError(
+            f"its byte order is {order[:8].decode('ascii', 'replace')}; save it on a little-endian machine"
+        )
+    return _load(_record(archive, pickles[0]), lambda key: _record(archive, f"{root}data/{key}"))
+
+
+def _load(pickle: bytes, memory: Callable[[str], bytes]) -> Any:
+    """Return the object of a pickle, given the memory of each storage by its key."""
+    storages: dict[str, Storage] = {}
+
+    def storage(reference: Any) -> Storage:
+        match reference:
+            case ("storage", pickle_reader.Global(kind), str(key), str(), int(count), *rest) if rest in ([], [None]):
+                pass
+            case _:
+                raise ValueError("it refers to something that is no storage")
+        if kind not in UNTYPED and kind.removeprefix("torch.") not in STORAGES:
+            raise pickle_reader.ForbiddenGlobal(kind)
+        dtype = None if kind in UNTYPED else STORAGES[kind.removeprefix("torch.")]
+        if key not in storages:
+            storages[key] = Storage(key, memory(key), None)
+        data = storages[key].data
+        size = count * (1 if dtype is None else dtype.itemsize)
+        if not 0 <= size <= len(data):
+            raise ValueError(f"storage {key} should have {size} bytes and has {len(data)}")
+        return Storage(key, data, dtype)
+
+    return pickle_reader.loads(pickle, _CONSTRUCTORS, storage)
+
+
+def _record(archive: zipfile.ZipFile, name: str) -> bytes:
+    try:
+        info = archive.getinfo(name)
+    except KeyError:
+        raise ValueError(f"its record {name} is missing") from None
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"its record {name} is compressed, which torch.save never does")
+    return archive.read(info)
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: np.dtype | None) -> np.ndarray:
+    """View a storage as a tensor, after checking that every element lies within."""
+    if not isinstance(storage, Storage) or dtype is None:
+        raise ValueError("a tensor has no storage or no type")
+    numbers = (offset, *shape, *strides)
+    if len(shape) != len(strides) or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in numbers):
+        raise ValueError(f"a tensor in storage {storage.key} has impossible strides")
+    memory = np.frombuffer(storage.data, dtype, len(storage.data) // dtype.itemsize)
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    strides = [stride if size > 1 else 0 for size, stride in zip(shape, strides)]
+    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides))
+    if last >= len(memory):
+        raise ValueError(f"a tensor needs number {last} of storage {storage.key}, which holds {len(memory)}")
+    steps = [stride * dtype.itemsize for stride in strides]
+    return np.lib.stride_tricks.as_strided(memory[offset:], shape, steps, writeable=False)
+
+
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_hooks: Any) -> np.ndarray:
+    return _tensor(storage, offset, shape, strides, getattr(storage, "dtype", None))
+
+
+def _rebuild_tensor_v3(
+    storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, *_metadata: Any
+) -> np.ndarray:
+    return _tensor(storage, offset, shape, strides, DTYPES.get(getattr(dtype, "name", None)))
+
+
+def _rebuild_parameter(data: Any, *_state: Any) -> Any:
+    return data
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise ValueError(f"it encodes bytes as {encoding!r} instead of latin1")
+    return text.encode("latin1")
+
+
+def _ordered_dict(items: Any = ()) -> dict[Any, Any]:
+    return collections.OrderedDict(pickle_reader.pairs([part for key, value in items for part in (key, value)]))
+
+
+def _size(items: Any = ()) -> tuple[Any, ...]:
+    return tuple(items)
+
+
+def _device(kind: str, index: int | None = None) -> str:
+    return kind if index is None else f"{kind}:{int(index)}"
+
+
+_CONSTRUCTORS: dict[str, Any] = {
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
+    "torch.Size": _size,
+    "torch.device": _device,
+    "collections.OrderedDict": _ordered_dict,
+    "_codecs.encode": _encode,
+    **{
+        f"{module}.{name}": constructor
+        for module in ("builtins", "__builtin__")
+        for name, constructor in (
+            ("set", lambda items=(): set(pickle_reader.scalars(items))),
+            ("frozenset", lambda items=(): frozenset(pickle_reader.scalars(items))),
+            ("bytes", lambda: b""),
+            ("complex", lambda real, imag: complex(float(real), float(imag))),
+        )
+    },
+    **dict.fromkeys((*UNTYPED, *DTYPES, *(f"torch.{name}" for name in STORAGES))),  # constants
+}
+
+
+def write(path: Path, content: Mapping[Any, Any]) -> None:
+    """Write a state dict, or another dict of plain data and arrays, that `torch.load(weights_only=True)` reads.
+
+    Arrays become contiguous CPU tensors, each with a storage of its own, and the outermost dict an OrderedDict. The
+    same content always gives the same bytes.
+
+    Raises:
+        ValueError: for a number type that PyTorch has no storage for.
+        TypeError: for what is no plain data.
+    """
+    kinds = {dtype: name for name, dtype in STORAGES.items()}
+    tensors = pickle_writer.tensors(content)
+    unknown = {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype not in kinds}
+    if unknown:
+        raise ValueError("PyTorch has no storage type for " + ", ".join(f"{k} ({d})" for k, d in unknown.items()) + ".")
+    numbers = itertools.count()
+    pickle = pickle_writer.dumps(collections.OrderedDict(content), lambda tensor: (next(numbers), kinds[tensor.dtype]))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        _store(archive, f"{ROOT}/data.pkl", pickle)
+        _store(archive, f"{ROOT}/byteorder", b"little")
+        for index, tensor in enumerate(tensors.values()):
+            _store(archive, f"{ROOT}/data/{index}", tensor.tobytes())
+        _store(archive, f"{ROOT}/version", b"3\n")
+
+
+def _store(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
+    """Add a record whose first byte is aligned, by padding the header with an extra field."""
+    info = zipfile.ZipInfo(name)  # dated 1980: the same tensors give the same file
+    header = archive.fp.tell() + 30 + len(name.encode()) + 4
+    padding = -header % ALIGNMENT
+    info.extra = b"FB" + struct.pack("<H", padding) + bytes(padding)
+    archive.writestr(info, data)

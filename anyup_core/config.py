@@ -1,0 +1,99 @@
+"""Hyper-parameters of AnyUp."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+NORM_GROUPS = 8  # groups of every GroupNorm
+WINDOWS = ("paper", "natten")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnyUpConfig:
+    """Architecture of one AnyUp model; the argument names are those of the published implementation.
+
+    Attributes:
+        input_dim: channels of the guidance image.
+        qk_dim: width D of guide, queries and keys; a multiple of 8 and of `num_heads`.
+        kernel_size: odd side of the image encoder's first convolution.
+        kernel_size_lfu: odd side of the filters that unify the features.
+        lfu_dim: number M of those filters, a multiple of 8; `qk_dim` if None.
+        window_ratio: half-width r of the attention window as a share of the feature map; 0 or less means every key.
+        num_heads: attention heads N.
+        init_gaussian_derivatives: start the filters as Gaussian derivatives instead of white noise.
+        window: which keys a query sees: "paper", or "natten", the windows of the published model's NATTEN variant.
+        backend: how attention is computed: "auto", or a name in `attention.BACKENDS`. It never changes the result.
+
+    Raises:
+        ValueError: if a field has a value no model can have.
+    """
+
+    input_dim: int = 3
+    qk_dim: int = 128
+    kernel_size: int = 1
+    kernel_size_lfu: int = 5
+    lfu_dim: int | None = None
+    window_ratio: float = 0.1
+    num_heads: int = 4
+    init_gaussian_derivatives: bool = False
+    window: Literal["paper", "natten"] = "paper"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("input_dim", "qk_dim", "kernel_size", "kernel_size_lfu", "num_heads", "filters"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{_field(name)}={value!r} must be a positive integer.")
+        for name in ("kernel_size", "kernel_size_lfu"):
+            if getattr(self, name) % 2 == 0:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be odd, so that a pixel is the centre of its patch."
+                )
+        for name in ("qk_dim", "filters"):
+            if getattr(self, name) % NORM_GROUPS:
+                raise ValueError(
+                    f"{_field(name)}={getattr(self, name)} must be a multiple of the {NORM_GROUPS} norm groups."
+                )
+        if self.qk_dim % self.num_heads:
+            raise ValueError(f"qk_dim={self.qk_dim} must be a multiple of num_heads={self.num_heads}.")
+        if not isinstance(self.window_ratio, int | float) or not -float("inf") < self.window_ratio < float("inf"):
+            raise ValueError(
+                f"window_ratio={self.window_ratio!r} must be a finite number; 0 lets a query see every key."
+            )
+        if self.window not in WINDOWS:
+            raise ValueError(f"window={self.window!r} is unknown; choose one of {', '.join(WINDOWS)}.")
+
+    @property
+    def filters(self) -> int:
+        """Number M of filters of the feature unification."""
+        return self.qk_dim if self.lfu_dim is None else self.lfu_dim
+
+    @property
+    def head_dim(self) -> int:
+        """Channels K of one attention head."""
+        return self.qk_dim // self.num_heads
+
+    def replace(self, **overrides: Any) -> AnyUpConfig:
+        """Return a copy with some fields changed. Raises TypeError for a field that does not exist."""
+        known = [field.name for field in dataclasses.fields(self)]
+        if unknown := sorted(set(overrides) - set(known)):
+            raise TypeError(f"AnyUpConfig has no field {', '.join(unknown)}; its fields are {', '.join(known)}.")
+        return dataclasses.replace(self, **overrides)
+
+    def to_json(self) -> str:
+        """Return the fields as a JSON object; `from_json` reads it back."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | Path) -> AnyUpConfig:
+        """Read what `to_json` wrote, from a string or from a file."""
+        if isinstance(text, Path):
+            text = text.read_text()
+        return cls().replace(**json.loads(text))
+
+
+def _field(name: str) -> str:
+    return "lfu_dim" if name == "filters" else name

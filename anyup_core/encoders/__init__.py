@@ -1,0 +1,1 @@
+"""The vision encoders as data: names, published weights, sizes and key tables, a file per family."""

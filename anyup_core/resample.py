@@ -1,0 +1,30 @@
+"""Interpolation along an axis, as tables of weights."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+
+
+def axis_weights(kernel: str, cells: int, size: int) -> Float[np.ndarray, "size cells"]:
+    """Return what each of `size` positions takes of each of `cells`; positions beyond the edge repeat it."""
+    position = (np.arange(size) + 0.5) * cells / size - 0.5
+    if kernel == "nearest":
+        taps, weights = np.floor(position + 0.5)[:, None], np.ones((size, 1))
+    elif kernel == "bilinear":
+        position = position.clip(0, cells - 1)
+        taps = np.floor(position)[:, None] + np.arange(2)
+        weights = 1 - np.abs(position[:, None] - taps)
+    else:
+        taps = np.floor(position)[:, None] + np.arange(-1, 3)
+        weights = _cubic(np.abs(position[:, None] - taps))
+    matrix = np.zeros((size, cells))
+    np.add.at(matrix, (np.arange(size)[:, None], taps.clip(0, cells - 1).astype(int)), weights)
+    return matrix.astype(np.float32)
+
+
+def _cubic(distance: np.ndarray, a: float = -0.75) -> np.ndarray:
+    """The cubic convolution kernel of Keys, "Cubic convolution interpolation for digital image processing" (1981)."""
+    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+    return np.where(distance <= 1, near, np.where(distance < 2, far, 0))

@@ -1,1 +1,0 @@
-"""The key tables of the encoders, a file per family: each holds `rows(config)`."""

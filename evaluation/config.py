@@ -1,0 +1,184 @@
+"""The configuration of an evaluation: frozen dataclasses, in which an impossible one cannot be written down."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+from anyup_core.settings import require
+from anyup_jax.encoders.settings import EncoderConfig
+
+Size = tuple[int, int]
+GEOMETRY = ("depth", "normals")  # tasks
+LEVELS = 4  # feature maps of the DPT head
+METHODS = ("nearest", "bilinear", "bicubic", "joint_bilateral", "anyup", "high_resolution", "label_guided")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """Images and what is to be predicted of them.
+
+    Attributes:
+        kind: how the files lie: "folder" (`root/SPLIT/images/NAME.jpg` and `root/SPLIT/labels/NAME.png`), the published
+            layout of "voc", "ade20k", "cityscapes", "cocostuff27" or "nyu", or "tfds" (TensorFlow Datasets).
+        root: the folder; for tfds its `data_dir`.
+        name: of a TFDS data set; in tables, of any.
+        train, val: the split that the probe is trained on, and the one it is scored on; None for the usual ones.
+        classes: number of classes; None where the layout or `root/classes.json` says it.
+        ignore: label that is neither trained on nor scored.
+        image, label: names of the features of a TFDS data set.
+        size: height and width that image and label are resized (short side) and centre cropped to.
+    """
+
+    kind: Literal["folder", "voc", "ade20k", "cityscapes", "cocostuff27", "nyu", "tfds"] = "folder"
+    root: str | None = None
+    name: str | None = None
+    train: str | None = None
+    val: str | None = None
+    classes: int | None = None
+    ignore: int = 255
+    image: str = "image"
+    label: str = "segmentation_label"
+    size: Size = (448, 448)
+
+    def __post_init__(self) -> None:
+        require(self.root or self.kind == "tfds", "dataset.root", self.root,
+                "name the folder with images and labels, dataset.root=FOLDER")  # fmt: skip
+        require(self.kind != "tfds" or self.name, "dataset.name", self.name,
+                "name a TFDS data set, dataset.name=NAME")  # fmt: skip
+        require(self.classes is None or self.classes >= 2, "dataset.classes", self.classes, "give at least 2, or null")
+        require(0 <= self.ignore <= 255, "dataset.ignore", self.ignore, "labels are from 0 to 255")
+        require(min(self.size) >= 1, "dataset.size", self.size, "give a positive height and width")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """A head that is trained on frozen features.
+
+    Attributes:
+        head: "linear"; or "dpt", for depth and normals, which takes one layer of the encoder or four.
+        class_token: put the encoder's class token beside the features of every position; for depth and normals.
+        augment: change colours and take parts of the image, as Probe3D does; for depth and normals.
+        learning_rate, weight_decay: of AdamW.
+        schedule: "cosine_per_epoch" (AnyUp's), "cosine_per_iteration", "warmup_cosine" (Probe3D's: linear from 0.01 of
+            the rate over `warmup_epochs`, then cosine to 0.01 of it), "constant", or "per_iteration_bug": a cosine with
+            a period of twice the number of epochs that is stepped with every iteration, as JAFAR's published code does.
+        epochs: passes over the training split.
+        batch_size: images of a step.
+        flip: mirror whole batches, each with probability 1/2; for segmentation.
+        warmup_epochs: of "warmup_cosine".
+        pixel_stride: of every square of this many pixels a side, one is trained on, drawn once for each image; 1 for
+            all pixels. Scores are over all pixels either way. For segmentation.
+        repeats: probes trained side by side on the same batches, from initial weights of their own; scores are means
+            over them, and their standard deviations are told. For segmentation.
+    """
+
+    head: Literal["linear", "dpt"] = "linear"
+    class_token: bool = False
+    augment: bool = False
+    learning_rate: float = 5e-4
+    weight_decay: float = 1e-5
+    schedule: Literal["cosine_per_epoch", "cosine_per_iteration", "warmup_cosine", "constant", "per_iteration_bug"] = (
+        "cosine_per_epoch"
+    )
+    epochs: int = 20
+    batch_size: int = 4
+    flip: bool = True
+    warmup_epochs: float = 1.5
+    pixel_stride: int = 1
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, "probe.learning_rate", self.learning_rate, "give a positive rate")
+        require(self.weight_decay >= 0, "probe.weight_decay", self.weight_decay, "give 0 or more")
+        require(self.epochs >= 1, "probe.epochs", self.epochs, "give at least 1")
+        require(self.batch_size >= 1, "probe.batch_size", self.batch_size, "give at least 1")
+        require(self.warmup_epochs >= 0, "probe.warmup_epochs", self.warmup_epochs, "give 0 or more")
+        require(self.pixel_stride >= 1, "probe.pixel_stride", self.pixel_stride, "give at least 1")
+        require(self.repeats >= 1, "probe.repeats", self.repeats, "train at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UpsamplerConfig:
+    """AnyUp, as a method.
+
+    Attributes:
+        weights: what `anyup_jax.from_pretrained` takes: a published name, a file, a folder, a training run.
+        ema: of a training run, the moving average of the parameters.
+        window: "paper" or "natten"; None for the one the checkpoint says.
+        dtype: type of the computation.
+    """
+
+    weights: str = "anyup_multi_backbone"
+    ema: bool = False
+    window: Literal["paper", "natten"] | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """An evaluation: every encoder with every method.
+
+    Attributes:
+        task: "segmentation", "depth" and "normals" train and score probes; "fidelity" compares with what the encoder
+            makes of a larger image, and with the features themselves, on images of the validation split.
+        encoders: a name of one's own for each -> the encoder.
+        methods: of `METHODS`; "anyup" with the window of `anyup.window`. "label_guided" looks at the labels, and
+            says how much an upsampler could gain that knows every edge; for segmentation.
+        anyup: the upsampler behind "anyup".
+        high_resolution: how many times larger the image is that "high_resolution", or "fidelity", shows to the encoder.
+        cache: where what a frozen method does to each image is kept, so that it is computed once instead of in every
+            epoch; None computes it anew, which is what large data sets need. For segmentation.
+        limit: use only this many images of each split; None for all.
+        pictures: images of the validation split, evenly spread, in the sheet of predictions of each encoder.
+        seed: of the probes' initial weights, the order of images and the flips.
+        output_dir: everything the evaluation writes; starting again with the same one resumes.
+    """
+
+    task: Literal["segmentation", "depth", "normals", "fidelity"] = "segmentation"
+    encoders: Mapping[str, EncoderConfig]
+    methods: tuple[str, ...] = ("bilinear", "anyup")
+    dataset: DatasetConfig
+    probe: ProbeConfig = ProbeConfig()
+    anyup: UpsamplerConfig = UpsamplerConfig()
+    high_resolution: int = 2
+    cache: str | None = None
+    limit: int | None = None
+    pictures: int = 6
+    seed: int = 0
+    output_dir: str = "outputs/evaluation"
+
+    def __post_init__(self) -> None:
+        require(len(self.encoders) >= 1, "encoders", dict(self.encoders), "name at least one encoder")
+        unknown = [name for name in self.methods if name not in METHODS]
+        require(not unknown, "methods", list(self.methods), f"choose of {', '.join(METHODS)}")
+        require(len(set(self.methods)) == len(self.methods) > 0, "methods", list(self.methods), "name each once")
+        require(self.high_resolution >= 2, "high_resolution", self.high_resolution, "give at least 2")
+        require(self.limit is None or self.limit >= 1, "limit", self.limit, "give at least 1, or null for all")
+        require(self.seed >= 0, "seed", self.seed, "give a whole number of at least 0")
+        require(self.pictures >= 0, "pictures", self.pictures, "give 0 or more")
+        enlarged = self.task == "fidelity" and "high_resolution" in self.methods
+        require(not enlarged, "methods", list(self.methods), "fidelity compares the others with high_resolution")
+        guided = self.task == "segmentation" or "label_guided" not in self.methods
+        require(guided, "methods", list(self.methods), f"{self.task} has no labels to be guided by")
+        keeps = self.task == "segmentation" or self.cache is None
+        require(keeps, "cache", self.cache, f"{self.task} keeps nothing; leave it out")
+        self._check_geometry() if self.task in GEOMETRY else self._check_flat()
+
+    def _check_geometry(self) -> None:
+        probe, task = self.probe, self.task
+        require(self.dataset.kind == "nyu", "dataset.kind", self.dataset.kind, f"{task} is that of nyu")
+        require(not probe.flip, "probe.flip", True, f"{task} does not mirror; take probe=geometry")
+        require(probe.pixel_stride == 1, "probe.pixel_stride", probe.pixel_stride, f"{task} takes all pixels")
+        require(probe.repeats == 1, "probe.repeats", probe.repeats, f"{task} trains one probe")
+        layers = {name: len(encoder.layer) for name, encoder in self.encoders.items()}
+        fitting = probe.head == "linear" or set(layers.values()) <= {1, LEVELS}
+        require(fitting, "encoders", layers, f"probe.head=dpt takes 1 layer or {LEVELS}")
+
+    def _check_flat(self) -> None:
+        probe, task = self.probe, self.task
+        require(self.dataset.kind != "nyu", "dataset.kind", "nyu", f"it has no labels for {task}")
+        require(probe.head == "linear", "probe.head", probe.head, f"{task} has linear probes")
+        for name in ("class_token", "augment"):
+            require(not getattr(probe, name), f"probe.{name}", True, "it is for depth and normals")

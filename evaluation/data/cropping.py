@@ -1,0 +1,47 @@
+"""Short side to size, then the centre: the same integers for an image and for what is predicted of its pixels."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Shaped, UInt8
+from PIL import Image
+
+from evaluation.config import Size
+
+
+def covering(native: Size, size: Size) -> Size:
+    """Return the height and width that something of `native` is resized to so that it just covers `size`.
+
+    The side that needs the larger factor becomes that of `size`; the other one is rounded down, as torchvision's
+    `Resize` does with the long side.
+    """
+    height, width = native
+    if size[0] * width >= size[1] * height:
+        return size[0], max(size[1], size[0] * width // height)
+    return max(size[0], size[1] * height // width), size[1]
+
+
+def centre(whole: Size, size: Size) -> tuple[int, int]:
+    """Return the first row and column of the centre crop; halves go to the even side, as in torchvision."""
+    return round((whole[0] - size[0]) / 2), round((whole[1] - size[1]) / 2)
+
+
+def crop_image(image: Image.Image, size: Size) -> UInt8[np.ndarray, "h w 3"]:
+    """Return the centre of an 8-bit RGB image, resized (bilinear, antialiased) so that it just covers `size`."""
+    whole = covering((image.height, image.width), size)
+    y, x = centre(whole, size)
+    image = image.resize(whole[::-1], Image.Resampling.BILINEAR)
+    return np.asarray(image.crop((x, y, x + size[1], y + size[0])))
+
+
+def crop_nearest(array: Shaped[np.ndarray, "H W *rest"], size: Size) -> Shaped[np.ndarray, "h w *rest"]:
+    """Return the part of `array` that `crop_image` shows, each pixel the one nearest to its centre.
+
+    Of n pixels resized to m, pixel i is number floor((i + 1/2) n / m), PyTorch's "nearest-exact", in integers.
+    """
+    whole = covering(array.shape[:2], size)
+    rows, cols = (
+        (2 * np.arange(first, first + count) + 1) * native // (2 * resized)
+        for first, count, native, resized in zip(centre(whole, size), size, array.shape, whole)
+    )
+    return array[rows[:, None], cols]

@@ -1,0 +1,223 @@
+"""NYUv2 with depth and surface normals, where and as Probe3D keeps and reads it.
+
+Source: github.com/mbanani/probe3d, evals/datasets/nyu.py and data_processing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float32, Shaped, UInt8
+from PIL import Image
+
+from evaluation.config import DatasetConfig, Size
+from evaluation.data.cropping import centre, crop_image, crop_nearest
+from evaluation.data.pickled_arrays import read_arrays
+
+NATIVE = (480, 640)
+MAX_DEPTH = 10.0  # metres; what is further away counts as unknown
+TRAIN_FOLDERS = ("nyuv2_geonet", "nyu_geonet")  # of Probe3D's configuration, and of its instructions
+TEST_FILES = ("nyuv2/nyuv2_snorm_all.pkl", "nyuv2_snorm_all.pkl")
+COMPLETE = 30916
+BAD = {
+    6919: "bedroom_0129_r-1315328302.785180-1089784518.mat",
+    21181: "library_0006_r-1300708259.539496-3335480784.mat",
+}
+"""Positions of the two bad files in the complete sorted folder, and what they are called."""
+MEAN = (122.175, 116.169, 103.508)  # twice of which GeoNet's files have subtracted from R, G and B
+CONTENTS = (
+    "nyuv2_geonet (the .mat files of data1.zip and data2.zip from github.com/xjqi/GeoNet) for training, and "
+    "nyuv2/nyuv2_snorm_all.pkl for testing, which create_nyu_pkl.py of github.com/mbanani/probe3d makes of "
+    "nyu_depth_v2_labeled.mat (from NYU) and nyuv2_surfacenormal_metadata.zip (from FAIR's self-supervision benchmark)"
+)
+
+Square = tuple[int, int, int]  # top, left, side
+Planes = tuple[Shaped[np.ndarray, "480 640 3"], Shaped[np.ndarray, "480 640"], Shaped[np.ndarray, "480 640 3"]]
+
+
+class Scene(NamedTuple):
+    """A photograph and its geometry.
+
+    Attributes:
+        image: RGB, 8 bits.
+        depth: in metres, up to 10; 0 where it is unknown, which is where Probe3D neither trains nor scores anything.
+        normals: unit vectors; 0 where they or the depth are unknown.
+    """
+
+    image: UInt8[np.ndarray, "H W 3"]
+    depth: Float32[np.ndarray, "H W"]
+    normals: Float32[np.ndarray, "H W 3"]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Images, depth and normals by index, as they are stored."""
+
+    def __len__(self) -> int: ...
+    def name(self, index: int) -> str:
+        """What messages call a scene."""
+        ...
+
+    def planes(self, index: int) -> Planes:
+        """Return the image, 8 bits, the depth in metres and the normals."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class GeoNet:
+    """The .mat files of GeoNet, 30914 frames of the raw videos."""
+
+    root: Path
+    files: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        return self.files[index]
+
+    def planes(self, index: int) -> Planes:
+        import scipy.io  # takes a second
+
+        path = self.root / self.files[index]
+        try:
+            held = scipy.io.loadmat(path, variable_names=("img", "depth", "norm"))
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # damage makes SciPy raise nearly anything
+            raise OSError(f"{path} is damaged or no MATLAB file: {error!r}.") from error
+        if missing := {"img", "depth", "norm"} - set(held):
+            raise ValueError(f"{path} lacks {', '.join(sorted(missing))}.")
+        image, depth, normals = (held[name][: NATIVE[0], : NATIVE[1]] for name in ("img", "depth", "norm"))
+        _check(str(path), image, depth, normals)
+        # Probe3D cuts the fraction off, so that rounding errors of the mean's subtraction can darken a pixel by one
+        mean = np.array(MEAN, np.result_type(image.dtype, np.float32))
+        return (image + 2 * mean).clip(0, 255).astype(np.uint8), depth, normals
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """The 654 test images of the labelled set, with the normals of Ladicky et al."""
+
+    path: Path
+    arrays: Mapping[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.arrays["test_indices"])
+
+    def name(self, index: int) -> str:
+        return f"{self.path.name}#{self.arrays['test_indices'][index]}"
+
+    def planes(self, index: int) -> Planes:
+        number = int(self.arrays["test_indices"][index])
+        image, depth, normals = (self.arrays[name][number] for name in ("images", "depths", "snorms"))
+        return image.transpose(1, 2, 0), depth, normals.transpose(1, 2, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenes:
+    """The scenes of a split.
+
+    Attributes:
+        source: where they are.
+        size: height and width that they are resized to.
+        limit: use only the first ones; None for all.
+    """
+
+    source: Source
+    size: Size
+    limit: int | None = None
+
+    def __len__(self) -> int:
+        return min(len(self.source), self.limit or len(self.source))
+
+    def name(self, index: int) -> str:
+        """Return what messages and pictures call a scene: its file, or its number in the labelled set from 0."""
+        return self.source.name(index)
+
+    def read(self, index: int, part: Square | None = None) -> Scene:
+        """Return the square centre of a scene, resized: the image bilinearly (antialiased), the rest to the nearest.
+
+        Args:
+            index: which scene.
+            part: top, left and side of a part of the centre, in its 480 x 480 pixels; None for the whole.
+
+        Raises:
+            OSError: if it cannot be read.
+            ValueError: if it is not in Probe3D's layout.
+        """
+        top, left, side = part or (0, 0, NATIVE[0])
+        left += centre(NATIVE, (NATIVE[0], NATIVE[0]))[1]
+        planes = (plane[top : top + side, left : left + side] for plane in self.source.planes(index))
+        image, depth, normals = planes
+        depth, normals = (crop_nearest(plane, self.size).astype(np.float32) for plane in (depth, normals))
+        known = np.isfinite(depth) & (depth > 0) & (depth <= MAX_DEPTH)
+        length = np.sqrt(np.square(normals, dtype=np.float64).sum(-1))
+        directed = (known & np.isfinite(length) & (length > 0))[..., None]
+        unit = np.divide(normals, length[..., None], out=np.zeros_like(normals), where=directed, casting="same_kind")
+        picture = crop_image(Image.fromarray(np.ascontiguousarray(image)), self.size)
+        return Scene(picture, np.where(known, depth, np.float32(0)), unit)
+
+
+def open_nyu(config: DatasetConfig, split: Literal["train", "val"]) -> Scenes:
+    """Return the scenes of a split; none is read yet.
+
+    The splits are Probe3D's: "trainval" (the usual one for training: all of GeoNet's frames but two bad ones), of
+    which "valid" is every 20th and "train" the rest, and "test" (the usual one for scoring).
+
+    Args:
+        config: its `root` holds the folder and the file that Probe3D uses; `train` and `val` override the splits.
+        split: the one that probes are trained on, or the one that they are scored on.
+
+    Raises:
+        FileNotFoundError: if the data is not there; the message says what to put where.
+        ValueError: if there is no such split, or the file is not the one that Probe3D makes.
+    """
+    root, chosen = Path(str(config.root)), getattr(config, split) or {"train": "trainval", "val": "test"}[split]
+    if chosen == "test":
+        return Scenes(_labelled(_first(root, TEST_FILES, chosen)), config.size)
+    if chosen not in ("trainval", "train", "valid"):
+        raise ValueError(f"dataset.{split}={chosen} is no split of NYUv2; choose of trainval, train, valid, test.")
+    folder = _first(root, TRAIN_FOLDERS, chosen)
+    files = sorted(path.name for path in folder.glob("*.mat"))
+    bad = {files[position] for position in BAD} if len(files) == COMPLETE else set(BAD.values())
+    files = [name for name in files if name not in bad]
+    if chosen != "trainval":
+        files = [name for index, name in enumerate(files) if (index % 20 == 0) == (chosen == "valid")]
+    if not files:
+        raise FileNotFoundError(f"The split {chosen} in {folder} has no .mat files; {root} must hold {CONTENTS}.")
+    return Scenes(GeoNet(folder, files), config.size)
+
+
+def _first(root: Path, names: Sequence[str], split: str) -> Path:
+    for path in (root / name for name in names):
+        if path.exists():
+            return path
+    missing = f"has no {names[0]} for the split {split}" if root.is_dir() else "does not exist"
+    raise FileNotFoundError(f"dataset.root={root} {missing}; it must hold {CONTENTS}.")
+
+
+def _labelled(path: Path) -> Labelled:
+    arrays = read_arrays(path, ("images", "depths", "snorms", "test_indices"))
+    images, depths, normals, indices = arrays.values()
+    if not images.ndim == normals.ndim == 4 or depths.ndim != 3 or not 0 < len(images) == len(depths) == len(normals):
+        raise ValueError(
+            f"{path} has images of shape {images.shape}, depths of {depths.shape} and snorms of {normals.shape}; "
+            "Probe3D's are N x 3 x 480 x 640, N x 480 x 640 and N x 3 x 480 x 640."
+        )
+    if images.dtype != np.uint8:
+        raise ValueError(f"{path} has images of {images.dtype}; Probe3D's are uint8.")
+    _check(str(path), images[0].transpose(1, 2, 0), depths[0], normals[0].transpose(1, 2, 0))
+    if indices.ndim != 1 or not len(indices) or not 0 <= indices.min() <= indices.max() < len(images):
+        raise ValueError(f"{path} has test_indices of shape {indices.shape} that do not fit its {len(images)} images.")
+    return Labelled(path, arrays)
+
+
+def _check(name: str, image: np.ndarray, depth: np.ndarray, normals: np.ndarray) -> None:
+    shapes = image.shape, depth.shape, normals.shape
+    if shapes != ((*NATIVE, 3), NATIVE, (*NATIVE, 3)):
+        raise ValueError(f"{name} has an image, depth and normals of shape {shapes}; NYUv2 has 480 x 640 pixels.")

@@ -1,0 +1,35 @@
+"""`python -m evaluation.run [NAME=VALUE ...]`: score upsamplers; the same command goes on where it was stopped.
+
+Exit status: 0 finished, 2 impossible as configured.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from anyup_core.settings import from_dict
+from evaluation import presets
+from evaluation.config import Config
+
+IMPOSSIBLE = 2
+presets.register()
+
+
+@hydra.main(version_base="1.3", config_path=None, config_name=presets.NAME)
+def launch(settings: DictConfig) -> None:
+    try:
+        config = from_dict(Config, OmegaConf.to_container(settings, resolve=True))
+        from evaluation import results, tasks  # jax comes after the configuration
+
+        found = tasks.run(config)
+        results.show(found, config)
+    except (ValueError, ImportError, FileNotFoundError, FileExistsError, ConnectionError, PermissionError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(IMPOSSIBLE)
+
+
+if __name__ == "__main__":
+    launch()

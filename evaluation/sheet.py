@@ -1,0 +1,95 @@
+"""The picture sheet of an encoder: of every image shown, what is true and what each method's probe predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Shaped, UInt8
+
+from anyup_core import figure
+from anyup_core.files import replacing
+
+FILE = "predictions.npy"  # of a method, beside its result
+IGNORED = (255, 255, 255)
+COLOURS = 20  # of matplotlib's "tab20"; classes beyond share them
+
+Paint = Callable[[np.ndarray], np.ndarray]  # predictions or truth -> a picture
+
+
+def shown(count: int, wanted: int) -> tuple[int, ...]:
+    """Return which of `count` images are shown: `wanted` of them, evenly spread, in rising order."""
+    wanted = min(count, wanted)
+    return tuple((2 * i + 1) * count // (2 * wanted) for i in range(wanted))
+
+
+def write(folder: Path, predictions: Shaped[np.ndarray, "N H W *_"]) -> None:
+    """Keep the predictions of a method for the sheet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / FILE) as temporary, temporary.open("wb") as file:
+        np.save(file, predictions)
+
+
+def count(folder: Path) -> int:
+    """Return how many predictions of a method are kept."""
+    path = folder / FILE
+    return len(np.load(path, mmap_mode="r")) if path.is_file() else 0
+
+
+def draw(
+    path: Path,
+    images: Sequence[tuple[str, UInt8[np.ndarray, "H W 3"], np.ndarray]],
+    methods: Mapping[str, Path],
+    paint: Paint,
+    truth: str,
+    title: str,
+    subtitle: str,
+) -> None:
+    """Draw the sheet: a row for each image, which is beside its truth and the predictions of every method.
+
+    Args:
+        path: the picture.
+        images: name, image and truth of everything shown, as the predictions were written.
+        methods: name -> the folder its predictions are in.
+        paint: makes a picture of truth or of a prediction.
+        truth: what the truth is called.
+        title, subtitle: above the pictures.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    predictions = {name: np.load(folder / FILE) for name, folder in methods.items()}
+    panels: list[tuple[str, Any]] = []
+    for row, (name, image, target) in enumerate(images):
+        panels += [(name, image), (truth, paint(target))]
+        panels += [(method, paint(found[row])) for method, found in predictions.items()]
+    figure.draw_panels(path, panels, columns=2 + len(methods), title=title, subtitle=subtitle)
+
+
+def paint_classes(ignore: int) -> Paint:
+    """Return what paints classes: the first black, the others in colours, white what is not labelled."""
+    from matplotlib import colormaps
+
+    colours = np.array([colormaps["tab20"](i % COLOURS)[:3] for i in range(256)])
+    colours = np.concatenate([np.zeros((1, 3)), colours])[:256]
+    table = (255 * colours).astype(np.uint8)
+    table[ignore] = IGNORED
+    return lambda classes: table[classes]
+
+
+def paint_depth(depth: Float[np.ndarray, "H W"]) -> UInt8[np.ndarray, "H W 3"]:
+    """Paint depth from 0 (dark) to 10 metres; white where it is unknown."""
+    from matplotlib import colormaps
+
+    picture = (255 * colormaps["viridis"](depth / 10)[..., :3]).astype(np.uint8)
+    picture[depth <= 0] = IGNORED
+    return picture
+
+
+def paint_normals(normals: Float[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
+    """Paint normals with x, y and z from -1 to 1 as red, green and blue; white where they are unknown."""
+    picture = (127.5 * (normals + 1)).clip(0, 255).astype(np.uint8)
+    picture[~normals.any(-1)] = IGNORED
+    return picture

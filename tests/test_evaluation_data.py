@@ -1,0 +1,339 @@
+"""Data sets in every layout that the evaluation reads: what they hold, how it is resized, what is said without it."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode, v2
+
+from evaluation.config import DatasetConfig
+from evaluation.data import open_nyu, open_segmentation, tables
+from evaluation.data.cropping import centre, covering, crop_image, crop_nearest
+from parity_tests.golden import DATA, needs_photos
+
+SIZE = (12, 12)
+random = np.random.default_rng(0)
+
+
+def picture(height: int = 16, width: int = 24) -> Image.Image:
+    return Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8))
+
+
+def save(root: Path, name: str, values: np.ndarray | Image.Image) -> np.ndarray | Image.Image:
+    """Write an image, in the format that its suffix names, and return it."""
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (values if isinstance(values, Image.Image) else Image.fromarray(values)).save(path)
+    return values
+
+
+def ids(values: list[int], height: int = 16, width: int = 24) -> np.ndarray:
+    """A label in which each of these values has columns of its own."""
+    columns = np.array(values, np.uint8)[np.arange(width) * len(values) // width]
+    return np.tile(columns, (height, 1))
+
+
+def config(kind: str, root: Path, **settings: Any) -> DatasetConfig:
+    return DatasetConfig(kind=kind, root=str(root), **(dict(size=SIZE) | settings))
+
+
+@pytest.mark.parametrize("size", [(12, 12), (448, 448), (7, 12), (20, 9), (224, 300)])
+@pytest.mark.parametrize("native", [(16, 24), (375, 500), (500, 333), (12, 12), (427, 640)])
+def test_image_and_label_are_resized_as_torch_and_torchvision_do(
+    native: tuple[int, int], size: tuple[int, int]
+) -> None:
+    image, whole = picture(*native), covering(native, size)
+    assert min(w - s for w, s in zip(whole, size)) == 0 <= max(w - s for w, s in zip(whole, size))
+    expected = v2.functional.center_crop(v2.functional.resize(image, whole, InterpolationMode.BILINEAR), size)
+    assert np.array_equal(crop_image(image, size), np.asarray(expected))
+    if size[0] == size[1]:
+        assert expected == v2.CenterCrop(size)(v2.Resize(size[0], InterpolationMode.BILINEAR)(image))
+
+    numbers = np.arange(native[0] * native[1], dtype=np.float64).reshape(native)
+    resized = torch.nn.functional.interpolate(torch.from_numpy(numbers)[None, None], whole, mode="nearest-exact")[0, 0]
+    y, x = centre(whole, size)
+    found = crop_nearest(np.stack([numbers, -numbers], -1), size)
+    assert np.array_equal(found[..., 0], resized[y : y + size[0], x : x + size[1]])
+    assert np.array_equal(found[..., 1], -found[..., 0])
+
+
+def test_folder(tmp_path: Path) -> None:
+    (tmp_path / "classes.json").write_text(json.dumps({"0": "sky", "1": "ground", "2": "rest"}))
+    image, label = (
+        save(tmp_path, "train/images/a.png", picture()),
+        save(tmp_path, "train/labels/a.png", ids([2, 0, 255])),
+    )
+    save(tmp_path, "train/images/b.jpg", picture())
+    palette = Image.fromarray(ids([1, 0]))
+    palette.putpalette([0, 0, 0, 255, 255, 255])
+    save(tmp_path, "train/labels/b.png", palette)
+    save(tmp_path, "train/images/c.png", picture().convert("L"))
+    save(tmp_path, "train/labels/c.png", Image.fromarray(ids([1, 0])).point(lambda value: 255 * value, "1"))
+    (tmp_path / "train/images/notes.txt").write_text("not an image")
+
+    examples = open_segmentation(config("folder", tmp_path), "train")
+    assert [examples.name(index) for index in range(len(examples))] == [
+        f"train/images/{n}" for n in ("a.png", "b.jpg", "c.png")
+    ]
+    assert (examples.classes, examples.ignore) == (("sky", "ground", "rest"), 255)
+    pixels, classes = examples.read(0)
+    assert (pixels.dtype, classes.dtype, pixels.shape, classes.shape) == (np.uint8, np.uint8, (*SIZE, 3), SIZE)
+    assert np.array_equal(pixels, crop_image(image, SIZE))
+    assert np.array_equal(classes, crop_nearest(label, SIZE))
+    assert set(np.unique(classes)) == {0, 2, 255}
+    for index in (1, 2):
+        assert np.array_equal(examples.read(index)[1], crop_nearest(ids([1, 0]), SIZE))
+
+    numbered = open_segmentation(config("folder", tmp_path, val="train", ignore=2, classes=3), "val")
+    assert numbered.ignore == 2
+    with pytest.raises(
+        ValueError, match=r"label train/labels/a.png has the value 255, .* 3 classes and not dataset.ignore=2"
+    ):
+        numbered.read(0)
+    (tmp_path / "classes.json").unlink()
+    assert open_segmentation(config("folder", tmp_path, classes=2), "train").classes == ("class 0", "class 1")
+
+
+def test_voc(tmp_path: Path) -> None:
+    root = tmp_path / "VOCdevkit" / "VOC2012"
+    for name in ("2007_000032", "2007_000039", "2007_000063"):
+        save(root, f"JPEGImages/{name}.jpg", picture())
+        save(root, f"SegmentationClass/{name}.png", ids([0, 20, 255]))
+    lists = root / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("2007_000039\n2007_000032\n")
+    (lists / "val.txt").write_text("2007_000063\n")
+    for place in (tmp_path, root, root.parent):
+        examples = open_segmentation(config("voc", place), "train")
+        assert [examples.name(index) for index in range(2)] == [f"JPEGImages/2007_0000{n}.jpg" for n in (39, 32)]
+    assert len(open_segmentation(config("voc", tmp_path), "val")) == 1
+    assert (len(examples.classes), examples.classes[20], examples.ignore) == (21, "tvmonitor", 255)
+    assert set(np.unique(examples.read(0)[1])) == {0, 20, 255}
+    other = open_segmentation(config("voc", tmp_path, ignore=100), "train")
+    assert set(np.unique(other.read(0)[1])) == {0, 20, 100}
+    with pytest.raises(FileNotFoundError, match=r"The split trainval has no list of images: .*trainval.txt does not"):
+        open_segmentation(config("voc", tmp_path, train="trainval"), "train")
+    with pytest.raises(ValueError, match=r"dataset.classes=20 contradicts dataset.kind=voc, which has 21"):
+        open_segmentation(config("voc", tmp_path, classes=20), "train")
+    (lists / "val.txt").write_text("2007_000064\n")
+    with pytest.raises(
+        FileNotFoundError, match=r"The image JPEGImages/2007_000064.jpg of the split val does not exist"
+    ):
+        open_segmentation(config("voc", tmp_path), "val")
+
+
+def test_ade20k(tmp_path: Path) -> None:
+    for split in ("training", "validation"):
+        save(tmp_path, f"ADEChallengeData2016/images/{split}/ADE_1.jpg", picture())
+        save(tmp_path, f"ADEChallengeData2016/annotations/{split}/ADE_1.png", ids([0, 150]))
+    for split in ("train", "val"):
+        examples = open_segmentation(config("ade20k", tmp_path), split)
+        assert (len(examples), len(examples.classes), len(set(examples.classes))) == (1, 151, 151)
+        assert [examples.classes[index] for index in (0, 1, 13, 150)] == ["background", "wall", "person", "flag"]
+        assert set(np.unique(examples.read(0)[1])) == {0, 150}  # neither of which is ignored
+    save(tmp_path, "ADEChallengeData2016/annotations/validation/ADE_1.png", ids([0, 151]))
+    with pytest.raises(ValueError, match=r"annotations/validation/ADE_1.png has the value 151, .* 151 classes"):
+        examples.read(0)
+
+
+def test_cityscapes(tmp_path: Path) -> None:
+    for city in ("ulm", "bonn"):
+        save(tmp_path, f"leftImg8bit/val/{city}/{city}_0_1_leftImg8bit.png", picture())
+        save(tmp_path, f"gtFine/val/{city}/{city}_0_1_gtFine_labelIds.png", ids([7, 0, 33, 26, 30, 255]))
+    examples = open_segmentation(config("cityscapes", tmp_path, size=(16, 24)), "val")
+    assert examples.name(0) == "leftImg8bit/val/bonn/bonn_0_1_leftImg8bit.png"
+    assert (len(examples), len(examples.classes), examples.classes[13]) == (2, 19, "car")
+    assert set(np.unique(examples.read(1)[1])) == {0, 13, 18, 255}
+    with pytest.raises(
+        FileNotFoundError, match=r"The split train in .* has no images; it must hold leftImg8bit/.train"
+    ):
+        open_segmentation(config("cityscapes", tmp_path), "train")
+
+
+def test_cityscapes_ids_are_those_of_torchvision() -> None:
+    from torchvision.datasets import Cityscapes
+
+    known = {kind.id: None if kind.train_id == 255 else kind.train_id for kind in Cityscapes.classes if kind.id >= 0}
+    assert {value: index for value, index in tables.CITYSCAPES_IDS.items() if value in known} == known
+    names = {kind.train_id: kind.name for kind in Cityscapes.classes}
+    assert tuple(names[index] for index in range(19)) == tables.CITYSCAPES
+
+
+def test_cocostuff27(tmp_path: Path) -> None:
+    fine = [0, 17, 123, 181, 255]  # person, dog, grass, wood, nothing
+    for name in ("000000000139", "000000000285"):
+        save(tmp_path, f"images/val2017/{name}.jpg", picture())
+        save(tmp_path, f"annotations/val2017/{name}.png", ids(fine))
+    examples = open_segmentation(config("cocostuff27", tmp_path), "val")
+    assert (len(examples), len(set(examples.classes))) == (2, 27)
+    found = set(np.unique(examples.read(0)[1])) - {255}
+    assert {examples.classes[index] for index in found} == {"person", "animal", "plant", "solid"}
+    curated = tmp_path / "curated" / "val2017"
+    curated.mkdir(parents=True)
+    with pytest.raises(
+        FileNotFoundError, match=r"The split val2017 has no list of images: .*Stuff_Coarse.txt does not"
+    ):
+        open_segmentation(config("cocostuff27", tmp_path), "val")
+    (curated / "Coco164kFull_Stuff_Coarse.txt").write_text("000000000285\n")
+    (curated / "Coco164kFull_Stuff_Coarse_7.txt").write_text("000000000139\n")
+    assert open_segmentation(config("cocostuff27", tmp_path), "val").name(0) == "images/val2017/000000000285.jpg"
+    stego = open_segmentation(config("cocostuff27", tmp_path, val="val2017/Coco164kFull_Stuff_Coarse_7"), "val")
+    assert (len(stego), stego.name(0)) == (1, "images/val2017/000000000139.jpg")
+    save(tmp_path, "annotations/val2017/000000000285.png", ids([182]))
+    with pytest.raises(ValueError, match=r"000000000285.png has the value 182, which is none of the 27 classes"):
+        open_segmentation(config("cocostuff27", tmp_path), "val").read(0)
+
+
+def test_cocostuff27_supercategories() -> None:
+    """Labels of COCO-Stuff's own list, which counts from 1, in the supercategories of its hierarchy."""
+    kinds = {
+        "vehicle": (2, 9), "outdoor": (10, 15), "animal": (16, 25), "accessory": (26, 33), "sports": (34, 43),
+        "kitchen": (44, 51), "food": (52, 61), "furniture": (62, 71), "electronic": (72, 77), "appliance": (78, 83),
+        "indoor": (84, 91), "textile": (92, 131, 141), "building": (95, 96), "ceiling": (102, 103), "sky": (106, 157),
+        "floor": (114, 118), "food (stuff)": (121, 122, 153, 170), "ground": (125, 149, 154), "plant": (129, 169),
+        "wall": (171, 177), "water": (120, 148, 155, 178, 179), "window": (180, 181), "solid": (127, 182),
+    }  # fmt: skip
+    for name, labels in kinds.items():
+        assert {tables.COCOSTUFF27[tables.COCOSTUFF27_IDS[label - 1]] for label in labels} == {name}
+    assert set(tables.COCOSTUFF27_IDS) == {*range(182), 255}
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [("folder", "SPLIT/images/NAME.jpg and SPLIT/labels/NAME.png"), ("voc", "VOCtrainval_11-May-2012.tar"),
+     ("ade20k", "ADEChallengeData2016.zip"), ("cityscapes", "gtFine_trainvaltest.zip"),
+     ("cocostuff27", "stuffthingmaps_trainval2017.zip"), ("nyu", "nyuv2_snorm_all.pkl")],
+)  # fmt: skip
+def test_missing_data_says_what_to_put_there(kind: str, advice: str, tmp_path: Path) -> None:
+    opener = open_nyu if kind == "nyu" else open_segmentation
+    for root, message in ((tmp_path / "nowhere", "nowhere does not exist; it must hold"), (tmp_path, "must hold")):
+        with pytest.raises(FileNotFoundError, match=message) as caught:
+            opener(config(kind, root), "val")
+        assert advice in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_examples_that_cannot_be_used(tmp_path: Path) -> None:
+    save(tmp_path, "val/images/0.png", picture())
+    with pytest.raises(
+        FileNotFoundError, match=r"val/images/0.png in .* has no label: val/labels/0.png does not exist"
+    ):
+        open_segmentation(config("folder", tmp_path), "val")
+    for label, message in (
+        (ids([0], 16, 23), r"label val/labels/0.png has 16x23 pixels and its image val/images/0.png 16x24"),
+        (ids([0, 5]), r"label val/labels/0.png has the value 5, which is none of the 5 classes"),
+        (picture(), r"label val/labels/0.png is an image of mode RGB"),
+        (ids([0]).astype(np.uint16), r"label val/labels/0.png is an image of mode I;16"),
+    ):
+        save(tmp_path, "val/labels/0.png", label)
+        with pytest.raises(ValueError, match="The " + message):
+            open_segmentation(config("folder", tmp_path, classes=5), "val").read(0)
+    save(tmp_path, "val/labels/0.png", ids([0]))
+    image = tmp_path / "val/images/0.png"
+    image.write_bytes(image.read_bytes()[:200])
+    with pytest.raises(OSError, match=r"val/images/0.png is damaged"):
+        open_segmentation(config("folder", tmp_path, classes=5), "val").read(0)
+
+    with pytest.raises(ValueError, match=r"number of classes is unknown: give dataset.classes=NUMBER, or name them in"):
+        open_segmentation(config("folder", tmp_path), "val")
+    (tmp_path / "classes.json").write_text('{"0": "a", "1": "b"}')
+    with pytest.raises(ValueError, match=r"dataset.classes=5 contradicts .*classes.json, which has 2"):
+        open_segmentation(config("folder", tmp_path, classes=5), "val")
+    for text in ('{"1": "a", "2": "b"}', '["a", "b"]', "{"):
+        (tmp_path / "classes.json").write_text(text)
+        with pytest.raises(ValueError, match=r"classes.json must be a JSON object that names the classes in order"):
+            open_segmentation(config("folder", tmp_path), "val")
+    with pytest.raises(ValueError, match=r"dataset.kind=nyu has no labels for segmentation"):
+        open_segmentation(config("nyu", tmp_path), "val")
+
+
+@needs_photos
+def test_cutouts() -> None:
+    settings = config("folder", DATA / "cutouts", size=(448, 448))
+    train, val = (open_segmentation(settings, split) for split in ("train", "val"))
+    assert (len(train), len(val), len(val.classes)) == (240, 80, 8)
+    assert val.classes[0] == "background"
+    pixels, classes = val.read(3)
+    with Image.open(DATA / "cutouts" / val.name(3)) as image:
+        assert np.array_equal(pixels, np.asarray(image))
+    with Image.open(DATA / "cutouts" / "val" / "labels" / "0003.png") as label:
+        assert np.array_equal(classes, np.asarray(label))
+
+
+def png(values: np.ndarray | Image.Image) -> io.BytesIO:
+    file = io.BytesIO()
+    (values if isinstance(values, Image.Image) else Image.fromarray(values)).save(file, "PNG")
+    file.seek(0)
+    return file
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Image.Image]]:
+    """A data set of TFDS with two records, and their images."""
+    import tensorflow_datasets as tfds
+
+    images, folder = [picture(), picture()], tmp_path_factory.mktemp("tfds")
+
+    class Mine(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        """Two images."""
+
+        VERSION = tfds.core.Version("1.0.0")
+        name = "mine"
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            names = tfds.features.LabeledImage(labels=["sky", "ground"])
+            features = dict(
+                image=tfds.features.Image(), mask=names, plain=tfds.features.Image(shape=(None, None, 1)), n=np.int64
+            )
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, _manager: Any) -> dict[str, Any]:
+            return {"validation": self._generate_examples()}
+
+        def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+            for key, image in enumerate(images):
+                yield key, dict(image=png(image), mask=png(ids([1, 0, 255])), plain=png(ids([3])), n=key)
+
+    Mine(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder, images
+
+
+def test_tfds(prepared: tuple[Path, list[Image.Image]]) -> None:
+    folder, images = prepared
+    mine = dict(name="mine", label="mask")
+    examples = open_segmentation(config("tfds", folder, **mine), "val")
+    assert (len(examples), examples.name(1), examples.classes) == (2, "mine/validation#1", ("sky", "ground"))
+    found = [examples.read(index) for index in range(2)]
+    for image in images:
+        assert any(np.array_equal(crop_image(image, SIZE), pixels) for pixels, _ in found)
+    assert np.array_equal(found[0][1], crop_nearest(ids([1, 0, 255]), SIZE))
+
+    counted = open_segmentation(config("tfds", folder, name="mine", label="plain", classes=3), "val")
+    assert counted.classes == ("class 0", "class 1", "class 2")
+    with pytest.raises(ValueError, match=r"label mine/validation#0 \(plain\) has the value 3, .* 3 classes"):
+        counted.read(0)
+    for settings, split, message in (
+        (dict(name="mine", label="plain"), "val", "number of classes is unknown"),
+        (
+            dict(name="mine"),
+            "val",
+            r"dataset.label=segmentation_label is no image of mine, whose features are image, mask, n, plain",
+        ),
+        (mine | dict(image="n"), "val", "dataset.image=n is no image of mine"),
+        (mine | dict(classes=5), "val", "dataset.classes=5 contradicts the feature mask of mine, which has 2"),
+        (mine, "train", "The split train of mine cannot be read: Unknown split"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_segmentation(config("tfds", folder, **settings), split)
+    with pytest.raises(
+        FileNotFoundError, match=r"The data set other, split validation, is not prepared as array_record"
+    ):
+        open_segmentation(config("tfds", folder, name="other"), "val")

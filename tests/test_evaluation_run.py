@@ -1,0 +1,290 @@
+"""`python -m evaluation.run` as a user types it, and the probe by itself."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from PIL import Image
+from safetensors.numpy import load_file
+
+import anyup_jax
+import convert
+from anyup_jax.encoders.settings import EncoderConfig
+from evaluation import fidelity, fitting, results, segmentation, sheet
+from evaluation.config import Config, DatasetConfig, ProbeConfig
+from evaluation.data import Examples, open_segmentation
+from evaluation.frozen import Live, Split
+from evaluation.methods import Interpolation
+from evaluation.prefetch import ahead
+from evaluation.published import figures
+from evaluation.results import Result
+from tests.training import environment
+
+OPTIONS = (
+    "encoders.lite0.layer=[2]", "dataset.root=data", "dataset.size=64", "dataset.classes=3", "probe.epochs=3",
+    "probe.learning_rate=0.02", "anyup.weights=weights.safetensors",
+)  # fmt: skip
+OFFICIAL = "vit_small_patch14_dinov2.lvd142m"
+COLOURS = np.array([[40, 90, 60], [220, 60, 40], [60, 80, 230]])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of coloured rectangles, the colour being the class, and a small AnyUp."""
+    folder, random = tmp_path_factory.mktemp("evaluate"), np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 3)):
+        for kind in ("images", "labels"):
+            (folder / "data" / split / kind).mkdir(parents=True)
+        for number in range(count):
+            label = np.zeros((64, 64), np.uint8)
+            for which in (1, 2):
+                top, left = random.integers(0, 40, 2)
+                label[top : top + 24, left : left + 24] = which
+            image = np.array([[40, 90, 60], [220, 60, 40], [60, 80, 230]])[label] + random.integers(
+                -20, 20, (64, 64, 3)
+            )
+            Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / f"data/{split}/images/{number}.png")
+            Image.fromarray(label).save(folder / f"data/{split}/labels/{number}.png")
+    net = anyup_jax.AnyUp(anyup_jax.AnyUpConfig(qk_dim=16, num_heads=2), rngs=nnx.Rngs(0))
+    arrays = {".".join(map(str, path)): np.asarray(x[...]) for path, x in nnx.to_flat_state(nnx.state(net))}
+    convert.write(folder / "weights.safetensors", convert.Checkpoint.from_flax(arrays, dict(qk_dim=16, num_heads=2)))
+    return folder
+
+
+def evaluate(folder: Path, *words: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "evaluation.run", *OPTIONS, *words]
+    run = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    assert run.returncode == status, run.stdout[-1500:] + run.stderr[-3000:]
+    return run
+
+
+def scores(folder: Path) -> dict[str, dict[str, float]]:
+    return {row["method"]: row["scores"] for row in json.loads((folder / "results.json").read_text())}
+
+
+def test_what_is_kept_scores_as_what_is_computed_anew(folder: Path) -> None:
+    methods = "methods=[bilinear,anyup,label_guided]"
+    evaluate(folder, "output_dir=live", methods)
+    run = evaluate(folder, "output_dir=kept", "cache=cache", methods)
+    assert "anyup: 12 of 12 views of lite0 computed" in run.stdout
+    live, kept = scores(folder / "live"), scores(folder / "kept")
+    assert live.keys() == kept.keys() == {"bilinear", "anyup", "label_guided"}
+    for method, values in live.items():
+        for name in ("mIoU", "band_mIoU", "accuracy"):
+            assert kept[method][name] == pytest.approx(values[name], abs=0.01), (method, name)
+    assert live["bilinear"]["mIoU"] > 0.3  # the colours are learned
+    for name in ("mIoU", "band_mIoU"):  # who knows the edges is best at them
+        assert live["label_guided"][name] > max(live[method][name] for method in ("bilinear", "anyup"))
+    assert {"mIoU_bilinear_probe", "band_bilinear_probe"} <= set(live["anyup"])
+    rows = list(csv.DictReader((folder / "live/results.csv").read_text().splitlines()))
+    assert [row["method"] for row in rows] == ["bilinear", "anyup", "label_guided"]
+    assert (folder / "live/results.md").read_text().startswith("| encoder | stride | method | mIoU |")
+    rows = list(csv.DictReader((folder / "live/classes.csv").read_text().splitlines()))
+    assert [(row["method"], row["class"]) for row in rows[:4]] == [
+        ("bilinear", "class 0"), ("bilinear", "class 1"), ("bilinear", "class 2"), ("anyup", "class 0"),
+    ]  # fmt: skip
+    assert np.mean([float(row["IoU"]) for row in rows[:3]]) == pytest.approx(live["bilinear"]["mIoU"], abs=1e-4)
+    shown = [np.load(folder / output / "lite0/anyup/predictions.npy") for output in ("live", "kept")]
+    assert shown[0].shape == (3, 64, 64)
+    assert np.mean(shown[0] == shown[1]) > 0.98  # the tiles are put back in their places
+    with Image.open(folder / "live/lite0/sheet.png") as picture:
+        assert abs(picture.width / picture.height - 4 / 3) < 0.3
+    again = evaluate(folder, "output_dir=live", methods)
+    assert "epoch" not in again.stdout  # nothing is left to do
+    assert "lite0" in again.stdout
+    other = evaluate(folder, "output_dir=live", "probe.epochs=4", status=2)
+    assert "was made with other settings (probe.epochs: 3 -> 4)" in other.stderr
+    details = json.loads((folder / "live/lite0/anyup/result.json").read_text(), parse_constant=pytest.fail)["details"]
+    assert len(details["iou"]) == len(details["class_names"]) == 3
+
+
+def test_repeated_probes_are_those_of_their_seeds(folder: Path, tmp_path: Path) -> None:
+    evaluate(folder, "output_dir=repeated", "probe.repeats=2", "methods=[bilinear]")
+    path = folder / "repeated/lite0/bilinear"
+    found, state = json.loads((path / "result.json").read_text()), load_file(path / "probe.safetensors")
+    both = {name: jnp.asarray(state[f"['head']['{name}']"]) for name in ("weight", "bias")}
+
+    data, settings = DatasetConfig(root=str(folder / "data"), classes=3, size=(64, 64)), found["settings"]
+    train, val = (
+        Split(open_segmentation(data, part), (), data.size, mirrored=part == "train") for part in ("train", "val")
+    )
+    encoder = EncoderConfig(**settings["encoder"]).load()
+    views = [Live(split, encoder, Interpolation("bilinear", "bilinear")) for split in (train, val)]
+    alone = []
+    for number in range(2):
+        head = {name: value[number : number + 1] for name, value in both.items()}
+        alone.append(segmentation.score(views[1], val, dict(one=head))[0]["one"])
+    for name, value, spread in (("mIoU", "mean_iou", "mIoU_std"), ("band_mIoU", "band_iou", "band_mIoU_std")):
+        values = [getattr(scores, value) for scores in alone]
+        assert found["scores"][name] == pytest.approx(np.mean(values), abs=1e-6)
+        assert found["scores"][spread] == pytest.approx(abs(values[0] - values[1]) / 2, abs=1e-6)
+        assert [getattr(scores, f"{value}_std") for scores in alone] == [0, 0]
+    assert np.mean([scores.classes for scores in alone], 0) == pytest.approx(np.array(found["details"]["iou"]))
+
+    probe = ProbeConfig(**(settings["probe"] | dict(repeats=1)))
+    config = Config(encoders=dict(lite0=EncoderConfig(**settings["encoder"])), dataset=data, probe=probe)
+    single = segmentation.train(
+        views[0], train, encoder.channels, config, tmp_path / "probe.safetensors", {}, lambda *_: None
+    )
+    for name, value in both.items():
+        assert np.abs(value[0] - single[name][0]).max() < 1e-4 < np.abs(value[1] - value[0]).max()
+
+
+def test_published_figures_stand_beside_the_same_data_and_encoder(capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = DatasetConfig(kind="voc", root="VOC")
+    encoders = dict(mine=EncoderConfig(name=OFFICIAL), other=EncoderConfig(name="resnet50"))
+    config = Config(encoders=encoders, dataset=dataset)
+    found = [Result(key, "bilinear", 14, dict(mIoU=0.8, accuracy=0.9, seconds=3.0), {}, {}) for key in encoders]
+    results.show(found, config)
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+    assert [row[2] for row in rows] == [
+        "bilinear", *["bilinear", "FeatUp", "LoftUp", "JAFAR", "AnyUp"] * 2, "bilinear",
+    ]  # fmt: skip
+    assert rows[5] == ["(AnyUp, tab. 2)", "", "AnyUp", "0.8400", "0.9619", "-"]
+    for change in (dict(size=(224, 224)), dict(kind="folder")):
+        other = dataclasses.replace(config, dataset=dataclasses.replace(dataset, **change))
+        assert not figures(other, config.encoders["mine"])
+    nyu = DatasetConfig(kind="nyu", root="NYU", size=(224, 224))
+    options = dict(encoders=encoders, dataset=nyu, probe=ProbeConfig(flip=False))
+    raw = dataclasses.replace(encoders["mine"], norm=False)
+    said = {task: figures(Config(task=task, **options), raw) for task in ("depth", "normals")}
+    assert not figures(Config(task="depth", **options), encoders["mine"])
+    assert not figures(dataclasses.replace(config, limit=5), encoders["mine"])
+    assert said["depth"][4].scores == dict(rmse=0.4755, d1=0.8216, aligned_rmse=0.3378, aligned_d1=0.9233)
+    assert said["normals"][0].scores == {"rmse": 32.7, "11.25": 0.26, "22.5": 0.53, "30": 0.66}
+
+
+def test_images_shown_are_spread_evenly() -> None:
+    assert sheet.shown(80, 4) == (10, 30, 50, 70)
+    assert sheet.shown(3, 6) == (0, 1, 2)
+    assert sheet.shown(5, 0) == ()
+    paint = sheet.paint_classes(255)
+    picture = paint(np.array([[0, 1, 2, 255]], np.uint8))[0]
+    assert picture[[0, 3]].tolist() == [[0, 0, 0], [255, 255, 255]]
+    assert len({tuple(colour) for colour in picture.tolist()}) == 4
+
+
+def test_fidelity(folder: Path) -> None:
+    evaluate(folder, "task=fidelity", "output_dir=fidelity", "methods=[nearest,bilinear,anyup]", "limit=2")
+    found = scores(folder / "fidelity")
+    assert found.keys() == {"nearest", "bilinear", "anyup"}
+    assert found["nearest"]["cosine_down"] == pytest.approx(1, abs=1e-5)  # averages of what was copied
+    assert found["bilinear"]["cosine_high"] > found["nearest"]["cosine_high"]
+
+
+class Means:
+    """An encoder whose features are the mean colours of cells of 4 x 4 pixels, less a constant."""
+
+    stride, channels = 4, 3
+
+    def normalize(self, image):
+        return image
+
+    def __call__(self, image):
+        batch, height, width, _ = image.shape
+        return image.reshape(batch, height // 4, 4, width // 4, 4, 3).mean((2, 4)) - 0.3
+
+
+def test_fidelity_by_its_definition() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (16, 24, 3)).astype(np.uint8)
+    found = fidelity.scores(Means(), Interpolation("nearest", "nearest"), [image], 2)
+    large = jax.image.resize(jnp.asarray(image[None], jnp.float32) / 255, (1, 32, 48, 3), "bilinear")
+    high, low = np.asarray(Means()(large))[0], np.asarray(Means()(jnp.asarray(image[None], jnp.float32) / 255))[0]
+    copied = low.repeat(2, 0).repeat(2, 1)
+    cosine = (copied * high).sum(-1) / np.linalg.norm(copied, axis=-1) / np.linalg.norm(high, axis=-1)
+    assert found["cosine_high"] == pytest.approx(cosine.mean(), abs=1e-5)
+    assert found["cosine_down"] == pytest.approx(1, abs=1e-5)
+
+
+def test_a_probe_goes_on_where_it_was_and_not_with_other_settings(tmp_path: Path) -> None:
+    state, path = dict(head=dict(weight=jnp.ones((2, 3)), bias=jnp.zeros(3))), tmp_path / "probe.safetensors"
+    assert fitting.restore(path, state, dict(x=1))[0] == 0
+    fitting.save(path, 5, dict(head=dict(weight=jnp.full((2, 3), 7.0), bias=jnp.ones(3))), dict(x=1))
+    epoch, found = fitting.restore(path, state, dict(x=1))
+    assert (epoch, float(found["head"]["weight"][1, 2]), float(found["head"]["bias"][0])) == (5, 7, 1)
+    with pytest.raises(ValueError, match="a probe that was trained with other settings"):
+        fitting.restore(path, state, dict(x=2))
+
+
+def test_work_ahead_keeps_the_order_and_stops() -> None:
+    done = []
+
+    def work(number: int) -> int:
+        done.append(number)
+        return 10 // (3 - number)
+
+    iterator = ahead(work, range(100))
+    assert [next(iterator) for _ in range(3)] == [3, 5, 10]
+    with pytest.raises(ZeroDivisionError):
+        next(iterator)
+    assert max(done) <= 4
+    assert list(ahead(work, [])) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["methods=[bilinear,magic]"], "methods=['bilinear', 'magic'] cannot be: choose of nearest, bilinear"),
+        (["dataset.root=nowhere"], "nowhere"),
+        (["dataset.size=60"], "dataset.size=(60, 60) is not a multiple of the 8 pixels of a cell of the encoder lite0"),
+        (["task=fidelity", "methods=[label_guided]"], "fidelity has no labels to be guided by"),
+        (["task=height"], "task='height' is unknown; choose one of segmentation, depth, normals, fidelity"),
+    ],
+)
+def test_what_is_impossible_is_one_sentence(folder: Path, words: list[str], message: str) -> None:
+    run = evaluate(folder, *words, status=2)
+    assert message in run.stderr
+    assert run.stderr.count("error:") == 1
+    assert "Traceback" not in run.stderr
+
+
+def test_cross_entropy_is_that_of_pytorch() -> None:
+    random = np.random.default_rng(0)
+    logits, labels = random.standard_normal((2, 5, 6, 4), np.float32), random.integers(0, 4, (2, 5, 6)).astype(np.uint8)
+    labels[0, :2] = 255
+    expected = torch.nn.functional.cross_entropy(
+        torch.from_numpy(logits).permute(0, 3, 1, 2), torch.from_numpy(labels).long(), ignore_index=255
+    )
+    ours = segmentation.cross_entropy(jnp.asarray(logits), jnp.asarray(labels), 255)
+    assert float(ours) == pytest.approx(float(expected), rel=1e-6)
+    assert float(segmentation.cross_entropy(jnp.asarray(logits), jnp.full((2, 5, 6), 255, jnp.uint8), 255)) == 0
+
+
+def test_order_is_a_permutation_of_the_seed_and_flips_whole_batches() -> None:
+    probe = ProbeConfig(batch_size=4)
+    epochs = [list(fitting.epoch_order(10, probe, 0, epoch)) for epoch in range(40)]
+    assert [len(batch) for batch, _ in epochs[0]] == [4, 4, 2]
+    assert sorted(np.concatenate([batch for batch, _ in epochs[3]])) == list(range(10))
+    flips = [flip for epoch in epochs for _, flip in epoch]
+    assert 40 < sum(flips) < 80
+    assert not any(flip for _, flip in fitting.epoch_order(10, ProbeConfig(flip=False), 0, 0))
+
+
+def test_one_pixel_of_every_block_counts() -> None:
+    class Labels(Examples):
+        ignore = 255
+
+        def __init__(self) -> None: ...
+
+        def read(self, index: int):
+            return np.zeros((9, 12, 3), np.uint8), np.ones((9, 12), np.uint8)
+
+    split = Split(Labels(), ("here",), (9, 12), mirrored=True, pixel_stride=3, seed=1)
+    chosen = [split.chosen(0, mirror) for mirror in (False, True)]
+    assert all((mask.reshape(3, 3, 4, 3).sum((1, 3)) == 1).all() for mask in chosen)
+    assert (chosen[0] != chosen[1]).any()
+    label = split.thinned(split.view(0, False)[1], 0, False)
+    assert np.array_equal(label == 1, chosen[0])
+    assert set(label[~chosen[0]]) == {255}

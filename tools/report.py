@@ -1,0 +1,327 @@
+"""`python -m tools.report OUT.md --attempt RUN EVALUATION ...`: training runs and their scores as one document.
+
+Of every attempt, a folder of `train.run` and one of `evaluation.run` that scored it: the curve of the objective, what
+was set otherwise than in the first attempt, and the scores of each encoder beside those of bilinear interpolation. The
+table and the sheets of predictions are those of the first attempt. Runs that were not scored, such as the one whose
+weights an attempt started from, have their curves and settings shown (`--training`). All numbers are read from the
+folders, and kept in OUT.json: when the folders are gone, a later document still has these attempts beside its own
+(`--earlier OUT.json`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from anyup_core import figure
+from anyup_core.files import replacing
+from anyup_core.settings import changes, flat
+from evaluation.results import Result, markdown, text_of
+
+LOCAL = (
+    "output_dir", "dataset.root", "dataset.index", "log.", "checkpoint.every", "checkpoint.keep", "profile.", "mesh."
+)  # fmt: skip
+SMOOTHED = 25  # points of the curve that are averaged
+LOGGED = ("step", "time", "loss")  # of each line of the log
+GAINS = ("mIoU", "band_mIoU")
+REFERENCE_GAINS = *GAINS, "mIoU_bilinear_probe", "band_bilinear_probe"
+HOUR = 3600
+PAUSE = 600  # seconds without a line after which a run counts as stopped
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """A training run and its scores.
+
+    Attributes:
+        name: of the run's folder.
+        settings: of the run.
+        metrics: what it logged, line by line.
+        results: of its evaluation; none if it was not scored.
+        evaluation: the folder they are from; None if they are from a record, or none.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, int | float]]
+    results: Sequence[Result]
+    evaluation: Path | None
+
+    @classmethod
+    def read(cls, run: Path, evaluation: Path | None = None) -> Attempt:
+        """Read the folders. Raises FileNotFoundError if one is none of `train.run` or `evaluation.run`."""
+        _check(run / "config.yaml", "train.run")
+        lines = {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+        results = read_results(evaluation) if evaluation else []
+        settings = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+        return cls(run.name, settings, [lines[step] for step in sorted(lines)], results, evaluation)
+
+    @classmethod
+    def recorded(cls, found: Mapping[str, Any]) -> Attempt:
+        """Make of `record` what it was made of, as far as the document needs it."""
+        results = [Result(**result, details={}) for result in found["results"]]
+        metrics = [dict(zip(LOGGED, row)) for row in found["metrics"]]
+        return cls(found["name"], found["settings"], metrics, results, None)
+
+    def record(self) -> dict[str, Any]:
+        """Return all that the document needs, for JSON; nothing of the machine it ran on."""
+        settings = {name: value for name, value in flat(self.settings).items() if not name.startswith(LOCAL)}
+        results = [dataclasses.asdict(result) for result in self.results]
+        for result in results:
+            del result["details"]
+        metrics = [[row[name] for name in LOGGED] for row in self.metrics]
+        return dict(name=self.name, settings=settings, metrics=metrics, results=results)
+
+    @property
+    def steps(self) -> int:
+        """Steps done."""
+        return int(self.metrics[-1]["step"])
+
+    @property
+    def hours(self) -> float:
+        """Time between the lines of the log, without pauses."""
+        times = np.diff([row["time"] for row in self.metrics])
+        return float(times[times < PAUSE].sum()) / HOUR
+
+    @property
+    def images(self) -> str:
+        """What of each split it was scored with."""
+        return images_of(self.results)
+
+    def gains(self) -> dict[str, dict[str, float]]:
+        """Return, of each encoder, AnyUp's scores less those of bilinear interpolation."""
+        return gains_of(self.results, "anyup", GAINS)
+
+
+def _check(path: Path, maker: str) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; give a folder that python -m {maker} has finished.")
+
+
+def read_results(evaluation: Path) -> list[Result]:
+    """Return the results in a folder. Raises FileNotFoundError if it is none of `evaluation.run`."""
+    _check(evaluation / "results.json", "evaluation.run")
+    return [Result(**found) for found in json.loads((evaluation / "results.json").read_text())]
+
+
+def images_of(results: Sequence[Result]) -> str:
+    """What of each split was used."""
+    limit = results[0].settings["limit"]
+    return "all images" if limit is None else f"the first {limit} images"
+
+
+def gains_of(results: Sequence[Result], method: str, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return, of each encoder, a method's scores less those of bilinear interpolation."""
+    scores = {(r.encoder, r.method): r.scores for r in results}
+    return {
+        encoder: {name: scores[encoder, method][name] - scores[encoder, "bilinear"][_base(name)] for name in names}
+        for encoder, found in scores
+        if found == method and (encoder, "bilinear") in scores
+    }
+
+
+def _base(name: str) -> str:
+    """The score that bilinear interpolation has of its own where others have one of its probe."""
+    return {"mIoU_bilinear_probe": "mIoU", "band_bilinear_probe": "band_mIoU"}.get(name, name)
+
+
+def write(
+    path: Path,
+    attempts: Sequence[Attempt],
+    note: str = "",
+    shown: Sequence[str] | None = None,
+    reference: Sequence[Result] = (),
+) -> None:
+    """Write the document, its record and its pictures, which lie beside it; the note ends it.
+
+    Args:
+        path: the document.
+        attempts: the runs; the first, which is no recorded one, is shown most of.
+        note: its last words.
+        shown: encoders whose sheets of predictions are in it; None for all that have one.
+        reference: results of `label_guided` and of bilinear interpolation.
+
+    Raises:
+        FileNotFoundError: for an encoder to be shown that has no sheet.
+        ImportError: if matplotlib is not installed.
+        OSError: if something cannot be written.
+    """
+    first = attempts[0]
+    assert first.evaluation is not None
+    drawn = {sheet.parent.name: sheet for sheet in first.evaluation.glob("*/sheet.png")}
+    chosen = [r.encoder for r in first.results if r.encoder in drawn] if shown is None else shown
+    if missing := [encoder for encoder in chosen if encoder not in drawn]:
+        there = ", ".join(sorted(drawn)) or "none"
+        raise FileNotFoundError(f"{first.evaluation} has no sheet of {', '.join(missing)}; choose of {there}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_curves(path.with_name(f"{path.stem}_curves.png"), attempts)
+    sheets = {encoder: path.with_name(f"{path.stem}_{encoder}.png") for encoder in chosen}
+    for encoder, sheet in sheets.items():
+        with replacing(sheet) as temporary:
+            shutil.copyfile(drawn[encoder], temporary)
+    with replacing(path.with_suffix(".json")) as temporary:
+        temporary.write_text(dump([attempt.record() for attempt in attempts]))
+    with replacing(path) as temporary:
+        temporary.write_text(
+            "\n".join([*document(path, attempts, list(sheets.values()), reference), *([note, ""] if note else [])])
+        )
+
+
+def document(
+    path: Path, attempts: Sequence[Attempt], sheets: Sequence[Path], reference: Sequence[Result] = ()
+) -> list[str]:
+    """Return the lines of the document."""
+    first = attempts[0]
+    about = first.results[0].settings
+    names = list(dict.fromkeys(name for r in first.results for name in r.scores if name != "seconds"))
+    rows = [[r.encoder, r.stride, r.method, *(text_of(r.scores.get(name)) for name in names)] for r in first.results]
+    size = " x ".join(map(str, about["dataset"]["size"]))
+    repeats = about["probe"].get("repeats", 1)
+    seeds = f"seed {about['seed']}" if repeats == 1 else (
+        f"means of {repeats} probes from the seed {about['seed']} on (*std*: their standard deviation)"
+    )  # fmt: skip
+    lines = [
+        "# Results",
+        "",
+        "This page was written by `python -m tools.report`; every number is read from the folders of the runs.",
+        "",
+        "## Training",
+        "",
+        f"![the objective by step]({path.stem}_curves.png)",
+        "",
+        f"Shown is the mean of {SMOOTHED} logged steps. Tables and predictions are those of `{first.name}`.",
+        "",
+        markdown(["run", "steps", "hours", "objective at the end", f"set otherwise than in `{first.name}`"], [
+            [f"`{a.name}`", a.steps, f"{a.hours:.1f}", f"{smooth(a.metrics)[-1]:.4f}", _differences(first, a)]
+            for a in attempts
+        ]),
+        "## Probes",
+        "",
+        f"Linear probes for {about['task']} at {size}, {about['probe']['epochs']} epochs, {seeds}, "
+        f"{first.images} of each split, all trained in the same way on frozen features. *band*: pixels within 4 of an "
+        "edge. *bilinear_probe*: the probe of bilinear features on those of the method, without retraining.",
+        "",
+        markdown(["encoder", "stride", "method", *names], rows),
+        "AnyUp less bilinear, by run:",
+        "",
+        markdown(["run", "images", "encoder", *GAINS], [
+            [f"`{a.name}`", a.images, encoder, *(f"{gain[name]:+.4f}" for name in GAINS)]
+            for a in attempts
+            for encoder, gain in a.gains().items()
+        ]),
+    ]  # fmt: skip
+    if reference:
+        lines += [
+            "## What there is to be gained",
+            "",
+            "`label_guided` averages the cells of the same window by how many of their pixels have the label of the "
+            f"position: an upsampler that knows every edge. Less bilinear, {images_of(reference)}; *bilinear_probe* as "
+            "above:",
+            "",
+            markdown(["encoder", *REFERENCE_GAINS], [
+                [encoder, *(f"{gain[name]:+.4f}" for name in REFERENCE_GAINS)]
+                for encoder, gain in gains_of(reference, "label_guided", REFERENCE_GAINS).items()
+            ]),
+        ]  # fmt: skip
+    lines += ["## Predictions", ""] if sheets else []
+    for sheet in sheets:
+        lines += [f"![image, label and predictions]({sheet.name})", ""]
+    return lines
+
+
+def dump(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return JSON with a line for each attempt."""
+    return "[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n"
+
+
+def read_record(path: Path) -> list[Attempt]:
+    """Return the attempts of a record. Raises FileNotFoundError or ValueError if it is none."""
+    try:
+        return [Attempt.recorded(found) for found in json.loads(path.read_text())]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no record that python -m tools.report has written.") from error
+
+
+def draw_curves(path: Path, attempts: Sequence[Attempt]) -> None:
+    """Draw the objective of every attempt by step."""
+    drawing = figure.load_figure_class()(figsize=(8, 3.6), dpi=150, facecolor="white", layout="constrained")
+    axes = drawing.add_subplot()
+    for attempt in attempts:
+        steps = [row["step"] for row in attempt.metrics]
+        axes.plot(steps, smooth(attempt.metrics), label=attempt.name, linewidth=1.4)
+    axes.set_xlabel("step")
+    axes.set_ylabel("objective")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, title="run")
+    with replacing(path) as temporary:
+        drawing.savefig(temporary)
+
+
+def smooth(metrics: Sequence[Mapping[str, int | float]]) -> np.ndarray:
+    """Return the objective, each value the mean of the last ones logged."""
+    losses = np.cumsum([0.0, *(row["loss"] for row in metrics)])
+    ends = np.arange(1, len(losses))
+    starts = np.maximum(ends - SMOOTHED, 0)
+    return (losses[ends] - losses[starts]) / (ends - starts)
+
+
+def _differences(first: Attempt, other: Attempt) -> str:
+    """What a run was set otherwise, but for where it reads and writes; of encoders that one lacks, the name only."""
+    found, both = changes(first.settings, other.settings), [flat(run.settings) for run in (first, other)]
+
+    def told(name: str) -> bool:
+        encoder = ".".join(name.split(".")[:2]) + ".name"
+        shared = name == encoder or not name.startswith("encoders.") or all(encoder in run for run in both)
+        return shared and not name.startswith(LOCAL)
+
+    return "; ".join(f"`{text}`" for name, text in found.items() if told(name)) or "-"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the document and return the exit status: 0, or 2 after one line that says what was wrong."""
+    parser = argparse.ArgumentParser(prog="python -m tools.report", description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, metavar="OUT.md", help="the document; its pictures are put beside it")
+    parser.add_argument(
+        "--attempt", nargs=2, type=Path, action="append", required=True, metavar=("RUN", "EVALUATION"),
+        help="folders of train.run and evaluation.run; may be repeated, the first one is shown most of",
+    )  # fmt: skip
+    parser.add_argument(
+        "--training", type=Path, action="append", default=[], metavar="RUN",
+        help="a folder of train.run that was not scored; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--earlier", type=Path, metavar="OUT.json", help="the record of an earlier document, whose attempts come last"
+    )
+    parser.add_argument(
+        "--reference", type=Path, metavar="EVALUATION", help="a folder of evaluation.run with bilinear and label_guided"
+    )
+    parser.add_argument(
+        "--sheets", nargs="*", metavar="ENCODER", help="encoders whose sheets of predictions are shown; default: all"
+    )
+    parser.add_argument("--note", default="", metavar="TEXT", help="the last words, such as whose the images are")
+    args = parser.parse_args(argv)
+    try:
+        attempts = [Attempt.read(*folders) for folders in args.attempt]
+        attempts += [Attempt.read(folder) for folder in args.training]
+        attempts += read_record(args.earlier) if args.earlier else []
+        reference = read_results(args.reference) if args.reference else []
+        write(args.out, attempts, args.note, args.sheets, reference)
+    except (OSError, ValueError, ImportError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    print(f"written: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
