@@ -6,11 +6,14 @@ The names below and the modules are imported when they are first used, so that t
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from anyup_core import __version__
+
 if TYPE_CHECKING:
+    from anyup_core import visualize
     from anyup_core.config import AnyUpConfig
+    from anyup_jax import encoders
     from anyup_jax.bands import upsample_bands
     from anyup_jax.model import AnyUp, upsample
     from anyup_jax.pretrained import from_pretrained
@@ -21,15 +24,30 @@ _HOME = {
     "from_pretrained": "anyup_jax.pretrained",
     "upsample": "anyup_jax.model",
     "upsample_bands": "anyup_jax.bands",
+    "attention": "anyup_jax.attention",
+    "bands": "anyup_jax.bands",
+    "layers": "anyup_jax.layers",
+    "model": "anyup_jax.model",
+    "pretrained": "anyup_jax.pretrained",
+    "sharding": "anyup_jax.sharding",
+    "encoders": "anyup_jax.encoders",
+    "visualize": "anyup_core.visualize",
 }
 
-__all__ = ["AnyUp", "AnyUpConfig", "from_pretrained", "upsample", "upsample_bands"]
+__all__ = [
+    "AnyUp",
+    "AnyUpConfig",
+    "__version__",
+    "encoders",
+    "from_pretrained",
+    "upsample",
+    "upsample_bands",
+    "visualize",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    module = "anyup_core.visualize" if name == "visualize" else f"{__name__}.{name}"
-    if name.startswith("_") or importlib.util.find_spec(module) is None:
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(_HOME)}.")
-    return importlib.import_module(module)
+    module = importlib.import_module(_HOME[name])
+    return module if _HOME[name].endswith(f".{name}") else getattr(module, name)

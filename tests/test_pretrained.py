@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -295,19 +293,6 @@ def test_shipped_weights_are_the_same_model_in_both_frameworks(name, monkeypatch
     assert hub.config == anyup_torch.pretrained.from_pretrained(name).config
     assert names.SHIPPED[name].stat().st_size < 4e6
     assert f"# {name}" in names.SHIPPED[name].with_suffix(".md").read_text()
-
-
-def test_shipped_weights_are_in_the_wheel(tmp_path):
-    for item in ("pyproject.toml", "README.md", "LICENSE", "anyup_core", "anyup_jax", "anyup_torch"):
-        copy = shutil.copytree if (ROOT / item).is_dir() else shutil.copy
-        copy(ROOT / item, tmp_path / item)
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", "wheels", "."]
-    subprocess.run(build, cwd=tmp_path, check=True, capture_output=True)
-    with zipfile.ZipFile(next((tmp_path / "wheels").glob("*.whl"))) as wheel:
-        names = wheel.namelist()
-    for path in names.SHIPPED.values():
-        assert f"anyup_core/weights/{path.name}" in names
-        assert f"anyup_core/weights/{path.stem}.md" in names
 
 
 def test_saved_config_of_an_orbax_checkpoint_reaches_the_model(tmp_path):

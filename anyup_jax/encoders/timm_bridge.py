@@ -25,7 +25,7 @@ def create(name: str, **options: Any) -> Bridge:
         OSError: if the pretrained weights cannot be fetched or the file cannot be read.
     """
     try:
-        encoders, torch = (importlib.import_module(module) for module in ("anyup_torch.encoders", "torch"))
+        encoders, torch = importlib.import_module("anyup_torch.encoders"), importlib.import_module("torch")
     except ModuleNotFoundError as error:
         raise ImportError(
             f"{PREFIX}{name} runs in PyTorch, and {error.name} is not installed: pip install "
