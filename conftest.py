@@ -1,4 +1,4 @@
-"""What holds for all tests: no chip is looked for, and compiled programs are let go."""
+"""What holds for all tests: the checkout is importable, no chip is looked for, and compiled programs are let go."""
 
 import os
 import sys
@@ -6,6 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# for processes that tests start in other folders: `train`, `convert` and `evaluation` are not installed
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(
+    os.pathsep
+)
 
 # where the TPU's compiler is installed but no TPU is, looking for one takes time and writes to stderr
 if not Path("/dev/accel0").exists() and not Path("/dev/vfio/0").exists():

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from anyup_core.encoders import catalogue
+from anyup_core.encoders.layers import common_stride, resolve_layers
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
@@ -35,13 +38,11 @@ class EncoderConfig:
         Raises:
             ValueError: for an unknown name or layer.
         """
-        from anyup_core.encoders.layers import common_stride, resolve_layers
-        from anyup_jax.encoders import catalog  # jax comes after the configuration
-        from anyup_jax.encoders.timm_bridge import PREFIX
+        from anyup_jax.encoders.timm_bridge import PREFIX  # jax comes after the configuration
 
         if self.name.startswith(PREFIX):
             return None
-        strides = catalog.find(self.name).config.strides
+        strides = catalogue.find(self.name).config.strides
         return common_stride(self.name, resolve_layers(self.name, self.layers, len(strides)), strides)
 
     def load(self, dtype: str = "float32", *, class_token: bool = False) -> Any:
