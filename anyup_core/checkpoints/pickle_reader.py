@@ -1,18 +1,27 @@
 """Reads pickles that hold plain data, and executes nothing.
 
 A pickle is a program whose GLOBAL instruction can import anything and whose REDUCE instruction can call it. This
-interpreter imports nothing: a global is its name, and REDUCE looks that name up in a table of constructors of plain
-data. Names of configuration objects give an `Inert` stand-in, which holds what the pickle says of the object. Any other
-name is refused where it is mentioned.
+reader imports nothing: a global is its name, and REDUCE looks that name up in a table of constructors of plain data.
+Names of configuration objects give an `Inert` stand-in, which holds what the pickle says of the object. Any other name
+is refused where it is mentioned.
+
+It is the standard library's unpickler, in its Python form because only there an instruction can be replaced: the C form
+inserts keys into dictionaries by itself, and 60,000 whole numbers of one hash keep it busy for minutes.
 """
 
 from __future__ import annotations
 
-import pickletools
+import collections
+import dataclasses
+import io
+import pickle
+import struct
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-_MARK = object()
+MOST_SPARSE_KEYS = 4096
+"""Numbers used as keys in one pickle, besides whole numbers from 0 to 65535; more could be chosen to collide."""
+
 _INERT_MODULES = ("omegaconf.", "typing.")
 _INERT_NAMES = frozenset(
     (
@@ -35,7 +44,8 @@ class ForbiddenGlobal(ValueError):
         self.name = name
 
 
-class Global(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Global:
     """A function, class or constant by its full name."""
 
     name: str
@@ -59,15 +69,24 @@ class Inert:
     def __repr__(self) -> str:
         return f"Inert({self.name})"  # its contents often refer back to it
 
+    def append(self, item: Any) -> None:
+        self.items.append(item)
 
-def loads(data: bytes, constructors: Mapping[str, Callable[..., Any]], persistent: Callable[[Any], Any]) -> Any:
+    def extend(self, items: Iterable[Any]) -> None:
+        self.items.extend(items)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items.append((key, value))
+
+
+def loads(data: Any, constructors: Mapping[str, Callable[..., Any] | None], persistent: Callable[[Any], Any]) -> Any:
     """Return the object in a pickle of dicts, lists, tuples, sets, numbers, strings, bytes and None.
 
     Objects of omegaconf and typing, and the builtin types that these mention, are `Inert` where the pickle makes one
     and a `Global` where it only names the class.
 
     Args:
-        data: the pickle, any protocol.
+        data: the pickle as bytes, any protocol; or a file with `read`, `readline` and `tell`, read up to its end.
         constructors: full name -> function that REDUCE may call, on plain data; a name whose constructor is None is a
             constant, and stays a `Global`.
         persistent: what a persistent id stands for.
@@ -76,163 +95,137 @@ def loads(data: bytes, constructors: Mapping[str, Callable[..., Any]], persisten
         ForbiddenGlobal: for any other name.
         ValueError: for anything else that is no plain data, or is damaged.
     """
-    machine = _Machine(constructors, persistent)
     try:
-        for opcode, argument, _ in pickletools.genops(data):
-            machine.step(opcode.name, argument)
-        return machine.stack.pop()
+        file = io.BytesIO(data) if isinstance(data, bytes) else data
+        return _Reader(file, constructors, persistent).load()
     except ValueError:
         raise
-    except (IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except _DAMAGE as error:
         raise ValueError(f"the pickle is damaged ({type(error).__name__}: {error})") from error
 
 
-class _Machine:
-    """The stack and memo of one pickle."""
+_DAMAGE = (
+    *(IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, MemoryError),
+    *(EOFError, AssertionError, struct.error, pickle.UnpicklingError),
+)
 
-    def __init__(self, constructors: Mapping[str, Callable[..., Any]], persistent: Callable[[Any], Any]):
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
+
+class _Reader(pickle._Unpickler):
+    """Python's unpickler without imports, calls of anything but the table's, and attributes."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, file: Any, constructors: Mapping[str, Any], persistent: Callable[[Any], Any]):
+        super().__init__(file, encoding="latin1")
         self.constructors = constructors
-        self.persistent = persistent
+        self.persistent_load = persistent
+        self.memo = _Memo()
+        self.position = file.tell
+        self.sparse_keys = self.copied = 0
 
-    def step(self, opcode: str, argument: Any) -> None:
-        stack = self.stack
-        match opcode:
-            case "PROTO" | "FRAME" | "STOP":
-                pass
-            case "MARK":
-                stack.append(_MARK)
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode == "NEWTRUE")
-            case _ if opcode in _PUSH:
-                stack.append(argument)
-            case _ if opcode in _EMPTY:
-                stack.append(_EMPTY[opcode]())
-            case "TUPLE":
-                stack.append(tuple(self.pop_mark()))
-            case "LIST":
-                stack.append(self.pop_mark())
-            case "DICT":
-                stack.append(dict(pairs(self.pop_mark())))
-            case "FROZENSET":
-                stack.append(frozenset(scalars(self.pop_mark())))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                items = stack[-int(opcode[-1]) :]
-                if len(items) < int(opcode[-1]):
-                    raise IndexError("the stack is empty")
-                stack[-len(items) :] = [tuple(items)]
-            case "APPEND":
-                self.append([stack.pop()])
-            case "APPENDS" | "ADDITEMS":
-                self.append(self.pop_mark())
-            case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                self.set_items([key, value])
-            case "SETITEMS":
-                self.set_items(self.pop_mark())
-            case "POP":
-                stack.pop()
-            case "POP_MARK":
-                self.pop_mark()
-            case "DUP":
-                stack.append(stack[-1])
-            case "PUT" | "BINPUT" | "LONG_BINPUT":
-                self.memo[argument] = stack[-1]
-            case "MEMOIZE":
-                self.memo[len(self.memo)] = stack[-1]
-            case "GET" | "BINGET" | "LONG_BINGET":
-                stack.append(self.memo[argument])
-            case "GLOBAL":
-                stack.append(self.named(argument.replace(" ", ".", 1)))
-            case "STACK_GLOBAL":
-                name, module = stack.pop(), stack.pop()
-                if not isinstance(name, str) or not isinstance(module, str):
-                    raise TypeError("a name that is no string")
-                stack.append(self.named(f"{module}.{name}"))
-            case "INST":
-                raise ForbiddenGlobal(argument.replace(" ", ".", 1))
-            case "BINPERSID":
-                stack.append(self.persistent(stack.pop()))
-            case "REDUCE" | "NEWOBJ":
-                arguments, function = stack.pop(), stack.pop()
-                stack.append(self.construct(function, arguments))
-            case "BUILD":
-                state = stack.pop()
-                if isinstance(stack[-1], Inert):
-                    stack[-1].state = state
-                elif not isinstance(stack[-1], dict):
-                    # the attributes of a dict, such as the `_metadata` of a state dict, are not part of the data
-                    raise ValueError(f"it sets attributes of a {type(stack[-1]).__name__}, which is not plain data")
-            case _:
-                raise ValueError(f"it uses the instruction {opcode}, which plain data does not need")
+    def find_class(self, module: str, name: str) -> Global:
+        full = f"{module}.{name}"
+        known = (self.constructors, _CONTAINERS, _INERT_NAMES)
+        if not (any(full in names for names in known) or full.startswith(_INERT_MODULES)):
+            raise ForbiddenGlobal(full)
+        return Global(full)
 
-    def pop_mark(self) -> list[Any]:
-        """Pop everything down to the last mark."""
-        stack = self.stack
-        for index in range(len(stack) - 1, -1, -1):
-            if stack[index] is _MARK:
-                items = stack[index + 1 :]
-                del stack[index:]
-                return items
-        raise IndexError("no mark")
-
-    def append(self, items: list[Any]) -> None:
-        target = self.stack[-1]
-        if isinstance(target, set):
-            target.update(scalars(items))
-        elif isinstance(target, list):
-            target.extend(items)
-        elif isinstance(target, Inert):
-            target.items.extend(items)
-        else:
-            raise TypeError(f"append to a {type(target).__name__}")
-
-    def set_items(self, items: list[Any]) -> None:
-        if isinstance(self.stack[-1], Inert):
-            self.stack[-1].items.extend(pairs(items))
-            return
-        if not isinstance(self.stack[-1], dict):
-            raise TypeError(f"set an item of a {type(self.stack[-1]).__name__}")
-        self.stack[-1].update(pairs(items))
-
-    def named(self, name: str) -> Global:
-        if not (name in self.constructors or name in _INERT_NAMES or name.startswith(_INERT_MODULES)):
-            raise ForbiddenGlobal(name)
-        return Global(name)
-
-    def construct(self, function: Any, arguments: Any) -> Any:
+    def reduce(self) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
             raise TypeError("a call of something that is no function")
+        self.copied += sum(len(x) for x in arguments if isinstance(x, str | bytes | list | tuple))
+        if self.copied > (1 << 20) + 4 * self.position():
+            raise ValueError("it copies its contents over and over")
+        if function.name in _CONTAINERS:
+            return self.append(_CONTAINERS[function.name](self, *arguments))
         if function.name not in self.constructors:
-            return Inert(function.name, arguments)
+            return self.append(Inert(function.name, arguments))
         constructor = self.constructors[function.name]
         if constructor is None:
             raise TypeError(f"a call of the constant {function.name}")
-        return constructor(*arguments)
+        return self.append(constructor(*arguments))
+
+    def ordered_dict(self, items: Iterable[Any] = ()) -> dict[Any, Any]:
+        entries = [(key, value) for key, value in items]
+        self.keys([key for key, _ in entries])
+        return collections.OrderedDict(entries)
+
+    def build(self) -> None:
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], Inert):
+            self.stack[-1].state = state
+        elif not isinstance(self.stack[-1], dict):
+            # the attributes of a dict, such as the `_metadata` of a state dict, are not part of the data
+            raise ValueError(f"it sets attributes of a {type(self.stack[-1]).__name__}, which is not plain data")
+
+    def byte_array(self) -> None:
+        """Make one of what there is; the original trusts the length."""
+        self.append(bytearray(self.read(struct.unpack("<Q", self.read(8))[0])))
+
+    def keys(self, items: list[Any]) -> list[Any]:
+        """Return items that are about to be hashed: scalars, as nested ones can exhaust the stack.
+
+        Raises ValueError once so many of them are numbers that an attacker could give them one hash.
+        """
+        for item in items:
+            if not isinstance(item, _SCALARS):
+                raise TypeError(f"a key that is a {type(item).__name__}")
+            if isinstance(item, int | float | complex) and not (isinstance(item, int) and 0 <= item < 1 << 16):
+                self.sparse_keys += 1
+        if self.sparse_keys > MOST_SPARSE_KEYS:
+            raise ValueError(f"it has more than {MOST_SPARSE_KEYS} numbers outside 0..65535 as keys")
+        return items
 
 
-_EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": set}
-_PUSH = {
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "STRING", "BINSTRING", "SHORT_BINSTRING"),
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+class _Memo(dict[int, Any]):
+    """Objects by number, as picklers count them; numbers of one hash would be slow to insert."""
+
+    def __setitem__(self, index: int, value: Any) -> None:
+        if not 0 <= index <= 2 * len(self) + 1024:
+            raise ValueError(f"it calls an object number {index} after {len(self)} others")
+        super().__setitem__(index, value)
+
+
+def _replace(opcode: str, instruction: Callable[[_Reader], None]) -> None:
+    _Reader.dispatch[getattr(pickle, opcode)[0]] = instruction
+
+
+def _check_keys(opcode: str, keys: Callable[[list[Any]], list[Any]]) -> None:
+    """Have an instruction check what it hashes, given what is on the stack, down to the last mark."""
+    original = pickle._Unpickler.dispatch[getattr(pickle, opcode)[0]]
+
+    def instruction(reader: _Reader) -> None:
+        reader.keys(keys(reader.stack))
+        original(reader)
+
+    _replace(opcode, instruction)
+
+
+def _refuse(opcode: str) -> None:
+    def instruction(_: _Reader) -> None:
+        raise ValueError(f"it uses the instruction {opcode}, which plain data does not need")
+
+    _replace(opcode, instruction)
+
+
+_replace("REDUCE", _Reader.reduce)
+_replace("NEWOBJ", _Reader.reduce)
+_replace("BUILD", _Reader.build)
+_replace("BYTEARRAY8", _Reader.byte_array)
+_check_keys("SETITEM", lambda stack: stack[-2:-1])
+_check_keys("SETITEMS", lambda stack: stack[::2])
+_check_keys("DICT", lambda stack: stack[::2])
+_check_keys("ADDITEMS", lambda stack: stack)
+_check_keys("FROZENSET", lambda stack: stack)
+for _opcode in ("INST", "OBJ", "NEWOBJ_EX", "PERSID", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"):
+    _refuse(_opcode)
+
+_CONTAINERS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": _Reader.ordered_dict,
+    **{
+        f"{module}.{kind.__name__}": lambda reader, items=(), kind=kind: kind(reader.keys(list(items)))
+        for module in ("builtins", "__builtin__")
+        for kind in (set, frozenset)
+    },
 }
-
-
-def pairs(items: list[Any]) -> list[tuple[Any, Any]]:
-    """Return (key, value) pairs of a flat list. Raises TypeError for keys that are not scalars."""
-    if len(items) % 2:
-        raise TypeError("a key without a value")
-    return list(zip(scalars(items[::2]), items[1::2]))
-
-
-def scalars(items: Iterable[Any]) -> list[Any]:
-    """Return the items. Raises TypeError if one is a container: hashing nested ones can exhaust the stack."""
-    items = list(items)
-    for item in items:
-        if not isinstance(item, _SCALARS):
-            raise TypeError(f"a key that is a {type(item).__name__}")
-    return items

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import collections
-import struct
+import io
+import pickle
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-
-ORDERED = b"ccollections\nOrderedDict\n)R"  # an empty one
 
 
 def dumps(value: Any, store: Callable[[np.ndarray], tuple[int, str]]) -> bytes:
@@ -22,7 +21,9 @@ def dumps(value: Any, store: Callable[[np.ndarray], tuple[int, str]]) -> bytes:
     Raises:
         TypeError: for anything that is not plain data.
     """
-    return b"\x80\x02" + _encode(value, store) + b"."
+    file = io.BytesIO()
+    _Writer(file, store).dump(value)
+    return file.getvalue()
 
 
 def tensors(value: Any, path: str = "") -> dict[str, np.ndarray]:
@@ -30,63 +31,56 @@ def tensors(value: Any, path: str = "") -> dict[str, np.ndarray]:
     if isinstance(value, np.ndarray):
         return {path: value}
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
-    found: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
     for key, item in items:
-        found |= tensors(item, f"{path}.{key}" if path else str(key))
-    return found
+        arrays |= tensors(item, f"{path}.{key}" if path else str(key))
+    return arrays
 
 
-def _encode(value: Any, store: Callable[[np.ndarray], tuple[int, str]]) -> bytes:
-    match value:
-        case None:
-            return b"N"
-        case bool():
-            return b"\x88" if value else b"\x89"
-        case int():
-            return integer(value)
-        case float():
-            return b"G" + struct.pack(">d", value)
-        case str():
-            return text(value)
-        case np.ndarray():
-            return _tensor(value.shape, *store(value))
-        case list():
-            return b"](" + b"".join(_encode(item, store) for item in value) + b"e"
-        case tuple():
-            return tuple_of(*(_encode(item, store) for item in value))
-        case Mapping():
-            if wrong := [key for key in value if not isinstance(key, str | int)]:
-                raise TypeError(f"A .pth file cannot hold the key {wrong[0]!r}; keys are strings or whole numbers.")
-            start = ORDERED if isinstance(value, collections.OrderedDict) else b"}"
-            items = (_encode(key, store) + _encode(item, store) for key, item in value.items())
-            return start + b"(" + b"".join(items) + b"u"
-    raise TypeError(f"A .pth file cannot hold a {type(value).__name__}; give plain data and numpy arrays.")
+class _Writer(pickle._Pickler):
+    """Python's pickler, which calls PyTorch's functions by name: the C form imports what it names."""
 
+    def __init__(self, file: io.BytesIO, store: Callable[[np.ndarray], tuple[int, str]]):
+        super().__init__(file, protocol=2)
+        self.fast = True  # without references to what was written before: equal contents give equal bytes
+        self.store = store
 
-def _tensor(shape: tuple[int, ...], index: int, kind: str) -> bytes:
-    strides = [int(np.prod(shape[axis + 1 :], dtype=np.int64)) for axis in range(len(shape))]
-    count = int(np.prod(shape, dtype=np.int64))
-    storage = tuple_of(text("storage"), name("torch", kind), text(str(index)), text("cpu"), integer(count)) + b"Q"
-    geometry = (integer(0), tuple_of(*map(integer, shape)), tuple_of(*map(integer, strides)))
-    arguments = tuple_of(storage, *geometry, b"\x89", ORDERED)  # \x89: requires no gradient
-    return name("torch._utils", "_rebuild_tensor_v2") + arguments + b"R"
+    def save(self, obj: Any, save_persistent_id: bool = True) -> None:
+        match obj:
+            case None | bool() | list() | tuple():
+                super().save(obj)
+            case int() | float() | str():  # also NumPy's
+                super().save(next(kind for kind in (int, float, str) if isinstance(obj, kind))(obj))
+            case np.ndarray():
+                self.save_tensor(obj)
+            case Mapping():
+                if wrong := [key for key in obj if not isinstance(key, str | int)]:
+                    raise TypeError(f"A .pth file cannot hold the key {wrong[0]!r}; keys are strings or whole numbers.")
+                self.save_empty(ordered=isinstance(obj, collections.OrderedDict))
+                self._batch_setitems(obj.items())
+            case _:
+                raise TypeError(f"A .pth file cannot hold a {type(obj).__name__}; give plain data and numpy arrays.")
 
+    def save_name(self, module: str, attribute: str) -> None:
+        self.write(pickle.GLOBAL + f"{module}\n{attribute}\n".encode())
 
-def name(module: str, attribute: str) -> bytes:
-    return f"c{module}\n{attribute}\n".encode()
+    def save_empty(self, *, ordered: bool) -> None:
+        if not ordered:
+            return self.write(pickle.EMPTY_DICT)
+        self.save_name("collections", "OrderedDict")
+        return self.write(pickle.EMPTY_TUPLE + pickle.REDUCE)
 
-
-def text(value: str) -> bytes:
-    encoded = value.encode()
-    return b"X" + struct.pack("<I", len(encoded)) + encoded
-
-
-def integer(value: int) -> bytes:
-    if -(1 << 31) <= value < 1 << 31:
-        return b"J" + struct.pack("<i", value)
-    size = max(8, value.bit_length() // 8 + 1)
-    return b"\x8a" + bytes([size]) + value.to_bytes(size, "little", signed=True)
-
-
-def tuple_of(*items: bytes) -> bytes:
-    return b"(" + b"".join(items) + b"t"
+    def save_tensor(self, array: np.ndarray) -> None:
+        index, kind = self.store(array)
+        self.save_name("torch._utils", "_rebuild_tensor_v2")
+        self.write(pickle.MARK + pickle.MARK)
+        self.save("storage")
+        self.save_name("torch", kind)
+        for item in (str(index), "cpu", array.size):
+            self.save(item)
+        self.write(pickle.TUPLE + pickle.BINPERSID)
+        strides = tuple(int(np.prod(array.shape[axis + 1 :], dtype=np.int64)) for axis in range(array.ndim))
+        for item in (0, array.shape, strides, False):  # from the first element, without gradient
+            self.save(item)
+        self.save_empty(ordered=True)
+        self.write(pickle.TUPLE + pickle.REDUCE)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import io
 import itertools
+import math
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
@@ -66,7 +67,7 @@ def read(path: Path) -> Any:
     content = path.read_bytes()
     try:
         if content.startswith(torch_legacy_file.MAGIC):
-            pickle, memory = torch_legacy_file.split(content, _CONSTRUCTORS, STORAGES)
+            pickle, memory = torch_legacy_file.split(content, CONSTRUCTORS, STORAGES)
             return _load(pickle, memory.__getitem__)
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             return _read_archive(archive)
@@ -125,7 +126,7 @@ def _load(pickle: bytes, memory: Callable[[str], bytes]) -> Any:
             raise ValueError(f"storage {key} should have {size} bytes and has {len(data)}")
         return Storage(key, data, dtype)
 
-    return pickle_reader.loads(pickle, _CONSTRUCTORS, storage)
+    return pickle_reader.loads(pickle, CONSTRUCTORS, storage)
 
 
 def _record(archive: zipfile.ZipFile, name: str) -> bytes:
@@ -148,6 +149,11 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: np.dtype
     memory = np.frombuffer(storage.data, dtype, len(storage.data) // dtype.itemsize)
     if 0 in shape:
         return np.empty(shape, dtype)
+    if math.prod(shape) > len(memory):
+        raise ValueError(
+            f"a tensor of shape {shape} has more elements than its storage {storage.key}, which holds {len(memory)}; "
+            "save tensor.contiguous() instead of an expanded tensor"
+        )
     strides = [stride if size > 1 else 0 for size, stride in zip(shape, strides)]
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides))
     if last >= len(memory):
@@ -176,10 +182,6 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _ordered_dict(items: Any = ()) -> dict[Any, Any]:
-    return collections.OrderedDict(pickle_reader.pairs([part for key, value in items for part in (key, value)]))
-
-
 def _size(items: Any = ()) -> tuple[Any, ...]:
     return tuple(items)
 
@@ -188,7 +190,7 @@ def _device(kind: str, index: int | None = None) -> str:
     return kind if index is None else f"{kind}:{int(index)}"
 
 
-_CONSTRUCTORS: dict[str, Any] = {
+CONSTRUCTORS: dict[str, Any] = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
@@ -196,14 +198,11 @@ _CONSTRUCTORS: dict[str, Any] = {
     "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
     "torch.Size": _size,
     "torch.device": _device,
-    "collections.OrderedDict": _ordered_dict,
     "_codecs.encode": _encode,
     **{
         f"{module}.{name}": constructor
         for module in ("builtins", "__builtin__")
         for name, constructor in (
-            ("set", lambda items=(): set(pickle_reader.scalars(items))),
-            ("frozenset", lambda items=(): frozenset(pickle_reader.scalars(items))),
             ("bytes", lambda: b""),
             ("complex", lambda real, imag: complex(float(real), float(imag))),
         )
@@ -224,9 +223,10 @@ def write(path: Path, content: Mapping[Any, Any]) -> None:
     """
     kinds = {dtype: name for name, dtype in STORAGES.items()}
     tensors = pickle_writer.tensors(content)
-    unknown = {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype not in kinds}
+    unknown = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in kinds]
     if unknown:
-        raise ValueError("PyTorch has no storage type for " + ", ".join(f"{k} ({d})" for k, d in unknown.items()) + ".")
+        listed = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if unknown[3:] else "")
+        raise ValueError(f"PyTorch has no storage type for {listed}.")
     numbers = itertools.count()
     pickle = pickle_writer.dumps(collections.OrderedDict(content), lambda tensor: (next(numbers), kinds[tensor.dtype]))
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:

@@ -7,7 +7,6 @@ of the storages) and then, in the order of the keys, the number of elements of e
 from __future__ import annotations
 
 import io
-import pickletools
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,8 +33,8 @@ def split(
         ValueError: if the file is damaged, or of a big-endian machine.
     """
     stream = io.BytesIO(content)
-    _, _, machine, pickle, keys = (_pickle(stream) for _ in range(5))
-    match pickle_reader.loads(machine, {}, _refuse):
+    _, _, machine = (pickle_reader.loads(stream, {}, _refuse) for _ in range(3))
+    match machine:
         case {"little_endian": True}:
             pass
         case _:
@@ -48,8 +47,10 @@ def split(
                 kinds[key] = dtypes[kind.removeprefix("torch.")]
 
     blank = {name: _nothing if "_rebuild_" in name else make for name, make in constructors.items()}
-    pickle_reader.loads(pickle, blank, note)
-    order = pickle_reader.loads(keys, {}, _refuse)
+    start = stream.tell()
+    pickle_reader.loads(stream, blank, note)  # once for the storages, whose memory comes later
+    pickle = content[start : stream.tell()]
+    order = pickle_reader.loads(stream, {}, _refuse)
     if not isinstance(order, list) or sorted(map(str, order)) != sorted(kinds):
         raise ValueError("it holds other storages than its object refers to")
     memory = {}
@@ -60,14 +61,6 @@ def split(
             raise ValueError(f"storage {key} should hold {count} elements, which the file does not")
         memory[key] = stream.read(size)
     return pickle, memory
-
-
-def _pickle(stream: io.BytesIO) -> bytes:
-    """Return the next pickle of the stream, which is left behind it."""
-    start = stream.tell()
-    for _ in pickletools.genops(stream):
-        pass
-    return stream.getvalue()[start : stream.tell()]
 
 
 def _refuse(reference: Any) -> None:
