@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from anyup_core.checkpoints import packaged
+from anyup_core.checkpoints import encoder_files, packaged
+from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint
 from anyup_core.encoders import catalogue
 from anyup_core.encoders.layers import common_stride, resolve_layers
 
@@ -197,6 +198,28 @@ class Encoder(nn.Module):
             )
 
 
+def from_timm(name: str) -> EncoderCheckpoint:
+    """Return the pretrained weights as timm itself loads them; the packaged ones from their packages.
+
+    Raises:
+        ValueError: for an unknown name.
+        ImportError: if timm, or the package that holds the weights, is not installed.
+        ConnectionError: if timm cannot fetch the weights; the message says what to do.
+    """
+    if name in catalogue.PACKAGED:
+        return encoder_files.load(name)
+    full = catalogue.find(name).full_name
+    timm = _timm()
+    try:
+        state = timm.create_model(full, pretrained=True).state_dict()
+    except (OSError, RuntimeError) as error:
+        raise ConnectionError(
+            f"timm could not fetch the weights of {full} ({_first_line(error)}); fetch "
+            f"{encoder_files.address(name)} by other means and give it with --weights FILE."
+        ) from error
+    return EncoderCheckpoint(full, {key: value.numpy() for key, value in state.items()})
+
+
 def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
     """Load a .safetensors or .pth file with exactly the tensors of `model`.
 
@@ -235,7 +258,9 @@ def _timm():
     try:
         return importlib.import_module("timm")
     except ModuleNotFoundError as error:
-        raise ImportError('Encoders need timm, which is not installed: pip install "anyup-jax[torch]".') from error
+        raise ImportError(
+            'timm is not installed: pip install "anyup-jax[torch]", or give a local file of weights.'
+        ) from error
 
 
 def _check_name(name: str) -> None:

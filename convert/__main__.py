@@ -12,7 +12,7 @@ from rich.console import Console
 
 from anyup_core.checkpoints import encoder_checkpoint, encoder_files, formats, listing, names
 from anyup_core.checkpoints.checkpoint import Checkpoint
-from convert import training_run, training_state, verify
+from convert import training_state, verify
 
 SETTINGS = ("window_ratio", "num_heads", "window")  # that the weights do not tell
 EPILOG = """formats: .pth and .pt (PyTorch), .safetensors (PyTorch's layout), a directory (Orbax, Flax's layout).
@@ -109,7 +109,7 @@ def run_training(args: argparse.Namespace) -> None:
         formats.check_destination(destination, overwrite=args.overwrite)
         state = training_state.TrainingState.from_run(source)
     elif kinds == (formats.TORCH, formats.ORBAX):
-        training_run.check_new(destination)
+        training_state.check_new(destination)
         state = training_state.read(source)
     else:
         raise ValueError(
@@ -128,7 +128,11 @@ def run_encoder(args: argparse.Namespace, name: str, path: Path | None, out: Con
     given = [f"--{field.replace('_', '-')}" for field in SETTINGS if getattr(args, field) is not None]
     if given:
         raise ValueError(f"{', '.join(given)} belongs to AnyUp, and {name} is an encoder; leave it out.")
-    source = encoder_files.from_timm(name) if path is None else None
+    source = None
+    if path is None:
+        import anyup_torch.encoders
+
+        source = anyup_torch.encoders.from_timm(name)
     if args.inspect:
         tensors = source.tensors if path is None else formats.read_tensors(path)[0]
         flax = path is not None and formats.format_of(path) == formats.ORBAX

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -46,6 +47,35 @@ class Server:
         handler.send_header("Content-Length", str(len(body)))
         handler.end_headers()
         handler.wfile.write(body[: self.cut.pop(0)] if self.cut else body)
+
+
+@contextlib.contextmanager
+def drip(start: bytes) -> Iterator[tuple[str, list[socket.socket]]]:
+    """Run a server that sends `start`, then a byte every hundredth of a second; gives its address and connections."""
+    connections: list[socket.socket] = []
+    stop = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def run() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connections.append(listener.accept()[0])
+                    connections[-1].sendall(start)
+                    threading.Thread(target=send, args=[connections[-1]]).start()
+
+        def send(connection: socket.socket) -> None:
+            with contextlib.suppress(OSError), connection:
+                while not stop.wait(0.01):
+                    connection.sendall(b"x")
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}", connections
+        finally:
+            stop.set()
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
 
 
 @contextlib.contextmanager

@@ -46,6 +46,8 @@ def expected(state) -> np.ndarray:
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("ANYUP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fetching, "DELAY", 0.0)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     return tmp_path / "cache" / "encoders"
 
 
@@ -169,7 +171,7 @@ def test_published_weights_are_fetched_once(server, cache, expected):
     for name in (LITE, FULL):
         np.testing.assert_array_equal(encoders.create(name)(IMAGE), expected)
     assert server.requests == [(f"/timm/{FULL}/resolve/main/model.safetensors", "")]
-    assert sorted(path.name for path in cache.iterdir()) == [f"{FULL}.safetensors", f"{FULL}.safetensors.lock"]
+    assert {path.name for path in cache.iterdir()} - {f"{FULL}.safetensors.lock"} == {f"{FULL}.safetensors"}
     assert (cache / f"{FULL}.safetensors").read_bytes() == server.content
 
 
@@ -184,14 +186,14 @@ def test_a_truncated_file_never_gets_its_name(server, cache):
     server.content = server.content[:-1000]
     with pytest.raises(ValueError, match=r"gave is no usable checkpoint, and was deleted.*truncated or no safetensors"):
         encoders.create(LITE)
-    assert [path.name for path in cache.iterdir()] == [f"{FULL}.safetensors.lock"]
+    assert {path.name for path in cache.iterdir()} <= {f"{FULL}.safetensors.lock"}
 
 
 def test_another_architecture_never_gets_the_name(server, cache):
     server.content = safetensors.numpy.save(random_state(TINY))
     with pytest.raises(ValueError, match=rf"was deleted.*These are the weights of {TINY}, not of {LITE}"):
         encoders.create(LITE)
-    assert [path.name for path in cache.iterdir()] == [f"{FULL}.safetensors.lock"]
+    assert {path.name for path in cache.iterdir()} <= {f"{FULL}.safetensors.lock"}
 
 
 def test_offline_says_which_file_to_put_where(cache, state, expected, monkeypatch):
@@ -203,6 +205,35 @@ def test_offline_says_which_file_to_put_where(cache, state, expected, monkeypatc
     assert str(caught.value).endswith(f"put it at {path}.")
     saved(path, state)
     np.testing.assert_array_equal(encoders.create(LITE)(IMAGE), expected)
+
+
+def test_the_cache_of_the_hub_is_used(server, tmp_path, state, expected):
+    """In the layout of huggingface_hub."""
+    repository = tmp_path / "hub" / f"models--timm--{FULL}"
+    (repository / "snapshots" / "0123").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    saved(repository / "snapshots" / "0123" / "model.safetensors", state)
+    np.testing.assert_array_equal(encoders.create(LITE)(IMAGE), expected)
+    assert server.requests == []
+
+
+def test_nothing_is_fetched_where_the_hub_is_to_stay_offline(server, cache, state, expected, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    path = cache / f"{FULL}.safetensors"
+    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE") as caught:
+        encoders.create(LITE)
+    assert str(path) in str(caught.value)
+    path.parent.mkdir(parents=True)
+    saved(path, state)
+    np.testing.assert_array_equal(encoders.create(LITE)(IMAGE), expected)
+    assert server.requests == []
+
+
+def test_the_hub_library_is_not_needed(server, expected, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    np.testing.assert_array_equal(encoders.create(LITE)(IMAGE), expected)
+    assert len(server.requests) == 1
 
 
 def test_nothing_is_fetched_for_options_that_cannot_be(server):
@@ -290,7 +321,14 @@ def test_anyup_refuses_the_weights_of_encoders(tmp_path, state, name):
 
 @pytest.mark.parametrize(
     ("key", "library"),
-    [("embeddings.cls_token", "Hugging Face transformers"), ("visual.conv1.weight", "OpenCLIP")],
+    [
+        ("embeddings.cls_token", "Hugging Face transformers"),
+        ("dinov2.embeddings.cls_token", "Hugging Face transformers"),
+        ("encoder.layer.0.output.dense.weight", "Hugging Face transformers"),
+        ("encoder.layers.encoder_layer_0.ln_1.weight", "torchvision"),
+        ("storage_tokens", "Meta"),
+        ("visual.conv1.weight", "OpenCLIP"),
+    ],
 )
 def test_the_keys_of_other_libraries_are_recognised(key, library):
     with pytest.raises(ValueError, match=rf"the keys of {library} instead of timm's; .* timm/{FULL} on the Hugging"):

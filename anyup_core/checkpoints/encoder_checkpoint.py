@@ -15,10 +15,14 @@ from anyup_core.encoders.rows import Row
 
 FOREIGN = {
     "embeddings.": "Hugging Face transformers",
-    "encoder.layer": "Hugging Face transformers",
+    "encoder.layer.": "Hugging Face transformers",
+    "dinov2.": "Hugging Face transformers",
+    "resnet.": "Hugging Face transformers",
     "vision_model.": "Hugging Face transformers",
     "vit.": "Hugging Face transformers",
     "visual.": "OpenCLIP",
+    "encoder.layers.encoder_layer_": "torchvision",
+    **dict.fromkeys(("storage_tokens", "rope_embed.", "mask_token"), "Meta"),
 }
 """How the keys of other libraries begin -> the library."""
 
@@ -48,8 +52,8 @@ class EncoderCheckpoint:
     def __init__(self, name: str, tensors: Mapping[str, np.ndarray]):
         self.published = catalogue.find(name)
         self.rows = present(table(self.published.config), tensors)
-        if found := faults(self.rows, tensors):
-            raise ValueError(refusal(name, tensors, found))
+        if lines := faults(self.rows, tensors):
+            raise ValueError(refusal(name, tensors, lines))
         self.tensors = {key: np.asarray(tensors[key], order="C") for row in self.rows for key in row.keys}
 
     @property
@@ -73,15 +77,15 @@ class EncoderCheckpoint:
         groups = {row.optional for row in known if row.flax in parameters}
         rows = [row for row in known if not row.optional or row.optional in groups]
         expected = {row.flax: row.flax_shape for row in rows}
-        found = [f"missing: {path} {shape_text(shape)}" for path, shape in expected.items() if path not in parameters]
-        found += [f"not part of the model: {path} {x.shape}" for path, x in parameters.items() if path not in expected]
-        found += [
+        lines = [f"missing: {path} {shape_text(shape)}" for path, shape in expected.items() if path not in parameters]
+        lines += [f"not part of the model: {path} {x.shape}" for path, x in parameters.items() if path not in expected]
+        lines += [
             f"wrong shape: {path} is {parameters[path].shape}, must be {shape_text(shape)}"
             for path, shape in expected.items()
             if path in parameters and not fits(parameters[path].shape, shape)
         ]
-        if found:
-            raise ValueError(listed(name, found))
+        if lines:
+            raise ValueError(listed(name, lines))
         tensors = {}
         for row in rows:
             layers = parameters[row.flax] if row.stack else [parameters[row.flax]]
@@ -99,20 +103,20 @@ def present(rows: Iterable[Row], tensors: Iterable[str]) -> tuple[Row, ...]:
 def faults(rows: Iterable[Row], tensors: Mapping[str, np.ndarray]) -> list[str]:
     """Return a line for every tensor that is missing, unknown, or of a wrong shape or type."""
     expected = {key: row for row in rows for key in row.keys}
-    found = [f"missing: {key} {shape_text(row.shape)}" for key, row in expected.items() if key not in tensors]
-    found += [f"not part of the model: {key} {x.shape}" for key, x in tensors.items() if key not in expected]
+    lines = [f"missing: {key} {shape_text(row.shape)}" for key, row in expected.items() if key not in tensors]
+    lines += [f"not part of the model: {key} {x.shape}" for key, x in tensors.items() if key not in expected]
     for key, row in expected.items():
         if key not in tensors:
             continue
         shape, dtype = tensors[key].shape, tensors[key].dtype
         if not fits(shape, row.shape):
-            found.append(f"wrong shape: {key} is {shape}, must be {shape_text(row.shape)}")
+            lines.append(f"wrong shape: {key} is {shape}, must be {shape_text(row.shape)}")
         elif row.integer != (dtype.kind in "iu") or not (row.integer or dtype in FLOATS):
-            found.append(f"wrong type: {key} holds {dtype}, must be {'whole numbers' if row.integer else 'floating'}")
-    return found
+            lines.append(f"wrong type: {key} holds {dtype}, must be {'whole numbers' if row.integer else 'floating'}")
+    return lines
 
 
-def refusal(name: str, tensors: Mapping[str, np.ndarray], found: Sequence[str]) -> str:
+def refusal(name: str, tensors: Mapping[str, np.ndarray], lines: Sequence[str]) -> str:
     """Say whose weights these are; where that is unknown, list the faults."""
     if fitting := architectures(tensors):
         return f"These are the weights of {any_of(fitting)}, not of {name}."
@@ -123,12 +127,12 @@ def refusal(name: str, tensors: Mapping[str, np.ndarray], found: Sequence[str]) 
             f"These weights have the keys of {layout} instead of timm's; give the model.safetensors of the repository "
             f"{catalogue.find(name).repository} on the Hugging Face hub."
         )
-    return listed(name, found)
+    return listed(name, lines)
 
 
-def listed(name: str, found: Sequence[str]) -> str:
-    noun = "tensor does" if len(found) == 1 else "tensors do"
-    return f"{len(found)} {noun} not fit {name}:\n  " + "\n  ".join(found)
+def listed(name: str, lines: Sequence[str]) -> str:
+    noun = "tensor does" if len(lines) == 1 else "tensors do"
+    return f"{len(lines)} {noun} not fit {name}:\n  " + "\n  ".join(lines)
 
 
 def architectures(tensors: Mapping[str, np.ndarray]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Where the weights of encoders come from: files, the packages of the package index, timm, the Hugging Face hub."""
+"""Where the weights of encoders come from: files, the packages of the package index, the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from anyup_core.checkpoints import fetching, formats
+from anyup_core.checkpoints.checkpoint import warn_unless_finite
 from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint
 from anyup_core.encoders import catalogue
 
@@ -53,21 +54,42 @@ def read(path: Path, name: str, *, kind: str | None = None) -> EncoderCheckpoint
             raise ValueError(
                 "this is no encoder's checkpoint, its config.json names none; anyup_jax.from_pretrained loads AnyUp's."
             )
-        return (EncoderCheckpoint.from_flax if kind == formats.ORBAX else EncoderCheckpoint)(name, tensors)
+        checkpoint = (EncoderCheckpoint.from_flax if kind == formats.ORBAX else EncoderCheckpoint)(name, tensors)
+        warn_unless_finite(checkpoint.tensors, path)
+        return checkpoint
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def fetch(name: str) -> Path:
-    """Return the file of an encoder's published weights, fetching it first unless the cache has it.
+    """Return the file of an encoder's published weights: ours, that in the hub's own cache, or else fetch it.
 
     Raises:
-        ConnectionError: if it cannot be fetched; the message says which file to put where.
+        ConnectionError: if it cannot be fetched, or `HF_HUB_OFFLINE` forbids it; the message says which file to put
+            where.
         ValueError: if what arrived is not the weights of this encoder.
     """
-    full = catalogue.find(name).full_name
-    path = fetching.cache_directory() / "encoders" / f"{full}.safetensors"
+    published = catalogue.find(name)
+    path = fetching.cache_directory() / "encoders" / f"{published.full_name}.safetensors"
+    if path.exists():
+        return path
+    if (cached := _in_hub_cache(published.repository)) is not None:
+        return cached
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise ConnectionError(
+            f"{address(name)} is in no cache, and HF_HUB_OFFLINE is set. Fetch it by other means and put it at {path}."
+        )
     return fetching.obtain(address(name), path, lambda part: read(part, name, kind=formats.SAFETENSORS))
+
+
+def _in_hub_cache(repository: str) -> Path | None:
+    """Return the weights of a repository that `huggingface_hub` has fetched before; None without it or them."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        return None
+    path = huggingface_hub.try_to_load_from_cache(repository, "model.safetensors")
+    return Path(path) if isinstance(path, str) else None
 
 
 def address(name: str) -> str:
@@ -76,39 +98,10 @@ def address(name: str) -> str:
     return f"{endpoint}/{catalogue.find(name).repository}/resolve/main/model.safetensors"
 
 
-def from_timm(name: str) -> EncoderCheckpoint:
-    """Return the pretrained weights as timm itself loads them; the packaged ones from their packages.
-
-    Raises:
-        ValueError: for an unknown name.
-        ImportError: if timm, or the package that holds the weights, is not installed.
-        ConnectionError: if timm cannot fetch the weights; the message says what to do.
-    """
-    if name in catalogue.PACKAGED:
-        return load(name)
-    full = catalogue.find(name).full_name
-    try:
-        import timm
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"The weights of {full} are fetched by timm, and {error.name} is not installed: "
-            'pip install "anyup-jax[torch]", or give a local file with --weights FILE.'
-        ) from error
-    try:
-        state = timm.create_model(full, pretrained=True).state_dict()
-    except (OSError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise ConnectionError(
-            f"timm could not fetch the weights of {full} ({reason}); fetch {address(name)} by other means and give it "
-            "with --weights FILE."
-        ) from error
-    return EncoderCheckpoint(full, {key: value.numpy() for key, value in state.items()})
-
-
-def _agreed(name: str, carried: str) -> str:
-    """Return the name that a file carries, if it is the one asked for or adds the tag to it."""
-    asked, found = catalogue.find(name), catalogue.find(carried)
-    same = asked.full_name == found.full_name if "." in name else asked.architecture == found.architecture
+def _agreed(name: str, name_in_file: str) -> str:
+    """Return the name in a file, if it is the one asked for or adds the tag to it."""
+    asked, there = catalogue.find(name), catalogue.find(name_in_file)
+    same = asked.full_name == there.full_name if "." in name else asked.architecture == there.architecture
     if not same:
-        raise ValueError(f"These are the weights of {carried}, not of {name}.")
-    return carried
+        raise ValueError(f"These are the weights of {name_in_file}, not of {name}.")
+    return name_in_file

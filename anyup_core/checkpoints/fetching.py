@@ -1,11 +1,18 @@
-"""Fetching a file once into a cache: resumed after an interruption, checked, one process at a time."""
+"""Fetching a file once into a cache: resumed after an interruption, checked, one process at a time.
+
+The downloads of `huggingface_hub` are not used: they accept any speed, know no host but the hub, and give a file its
+name before its content is checked. Its cache is read where it helps (see `encoder_files`).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import http.client
 import os
+import queue
+import socket
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -19,6 +26,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 ATTEMPTS = 4
 DELAY = 1.0  # seconds before the second attempt; doubles each time
 TIMEOUT = 30.0  # seconds without an answer
+PERIOD, LOWEST_SPEED = 60.0, 1000  # a server is given up that sends fewer bytes per second over so many seconds
+PATIENCE = 10.0  # seconds after which a process says which other one it waits for
 CHUNK = 1 << 16
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses worth another attempt
 
@@ -32,10 +41,10 @@ def obtain(url: str, path: Path, check: Callable[[Path], object]) -> Path:
     """Return `path`, fetching it from `url` first unless it exists.
 
     What arrives is kept as `<file>.part`, where an interrupted transfer continues, and takes its name only after
-    `check` has found nothing wrong. Processes that fetch the same file wait for one another.
+    `check` has found nothing wrong. Processes that fetch the same file wait for one another, and say for which.
 
     Raises:
-        ConnectionError: if it cannot be fetched; the message says which file to put where.
+        ConnectionError: if it cannot be fetched, or only too slowly; the message says which file to put where.
         ValueError: if `check` raised it for what arrived.
     """
     if path.exists():
@@ -45,6 +54,8 @@ def obtain(url: str, path: Path, check: Callable[[Path], object]) -> Path:
     with _lock(path.with_name(f"{path.name}.lock")):
         if path.exists():
             return path
+        if part.is_symlink():  # what it points to is not ours to write
+            part.unlink()
         resumed = part.exists()
         try:
             _download(url, part)
@@ -67,6 +78,13 @@ def obtain(url: str, path: Path, check: Callable[[Path], object]) -> Path:
     return path
 
 
+class SlowServer(ConnectionError):
+    """A server that sends so little that another attempt would not help."""
+
+    def __init__(self) -> None:
+        super().__init__(f"it sent less than {LOWEST_SPEED} bytes per second over {PERIOD:g} seconds")
+
+
 def _download(url: str, part: Path) -> None:
     """Fetch `url` into `part`, continuing what is there; several attempts."""
     for attempt in range(1, ATTEMPTS + 1):
@@ -78,6 +96,8 @@ def _download(url: str, part: Path) -> None:
                 part.unlink(missing_ok=True)
             if error.code not in (416, *TRANSIENT) or attempt == ATTEMPTS:
                 raise
+        except SlowServer:
+            raise
         except (OSError, http.client.HTTPException):
             if attempt == ATTEMPTS:
                 raise
@@ -85,22 +105,48 @@ def _download(url: str, part: Path) -> None:
 
 
 def _transfer(url: str, part: Path) -> None:
-    """One attempt. Raises ConnectionError if the connection ends before the file does."""
+    """One attempt. Raises ConnectionError if the connection ends before the file does, SlowServer if it drips."""
     start = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+    with _answer(request) as response:
         if response.status != 206 or not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             start = 0
         length = response.headers.get("Content-Length")
         total = None if length is None else start + int(length)
         with part.open("ab" if start else "wb") as file, _progress(part.stem, start, total) as advance:
-            while chunk := response.read(CHUNK):
+            began, received = time.monotonic(), 0
+            while chunk := response.read1(CHUNK):  # whatever has arrived
                 file.write(chunk)
                 advance(len(chunk))
+                received += len(chunk)
+                if (elapsed := time.monotonic() - began) >= PERIOD:
+                    if received < LOWEST_SPEED * elapsed:
+                        raise SlowServer
+                    began, received = time.monotonic(), 0
             file.flush()
             os.fsync(file.fileno())
     if total is not None and part.stat().st_size < total:
         raise ConnectionError(f"the connection ended after {part.stat().st_size} of {total} bytes")
+
+
+def _answer(request: urllib.request.Request) -> http.client.HTTPResponse:
+    """Open it. Raises SlowServer if the headers take too long: a thread waits for them, as they may drip too."""
+    answers: queue.SimpleQueue = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(urllib.request.urlopen(request, timeout=TIMEOUT))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=PERIOD)
+    except queue.Empty:
+        raise SlowServer from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 @contextlib.contextmanager
@@ -114,17 +160,22 @@ def _progress(name: str, start: int, total: int | None) -> Iterator:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock that ends with the process, so that only one fetches at a time."""
-    with path.open("a+b") as file:
-        if os.name == "nt":
-            import msvcrt
+    """Hold an exclusive lock that ends with the process; whoever waits for it says on stderr which process has it."""
+    import filelock
 
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
+    lock, holder = filelock.FileLock(path), path.with_name(f"{path.name}-holder")
+    try:
+        lock.acquire(timeout=PATIENCE)
+    except filelock.Timeout:
+        name = holder.read_text() if holder.is_file() else "another process"
+        print(f"Waiting for {name}, which fetches {path.with_suffix('').name}.", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
 
 
 def _reason(error: Exception) -> str:
