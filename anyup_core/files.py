@@ -93,8 +93,8 @@ def read_features(path: str | os.PathLike) -> Float[np.ndarray, "h w C"]:
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is not an .npy file: {error}") from error
     if not isinstance(features, np.ndarray) or features.ndim != 3 or not np.issubdtype(features.dtype, np.floating):
-        found = f"{features.dtype} of shape {features.shape}" if isinstance(features, np.ndarray) else "several arrays"
-        raise ValueError(f"{path} holds {found}; give one floating-point feature map (h, w, C) as .npy.")
+        content = f"{features.dtype} of shape {features.shape}" if isinstance(features, np.ndarray) else "an archive"
+        raise ValueError(f"{path} holds {content}; give one floating-point feature map (h, w, C) as .npy.")
     features = features.astype(np.float32)
     if not np.isfinite(features).all():
         raise ValueError(f"{path} holds numbers that are not finite; features must be.")
@@ -127,21 +127,25 @@ def check_output(path: str | os.PathLike, suffixes: Collection[str]) -> Path:
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Give a temporary name beside `path` to write to; it takes the place of `path` only if the block succeeds.
 
-    A folder can only be replaced in two steps; if the second one fails, the old folder is put back.
+    Where `path` is a link, the file or folder behind it is replaced, and the link stays. A folder can only be replaced
+    in two steps; if the second one fails or is interrupted, the old folder is put back.
     """
-    path = Path(path)
-    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
-        temporary = Path(folder) / path.name
+    path = Path(os.path.realpath(path))
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", dir=path.parent))
+    temporary, old = folder / path.name, folder / f"{path.name}.old"
+    try:
         yield temporary
-        if not path.is_dir():
-            temporary.replace(path)
-            return
-        old = path.replace(Path(folder) / "old")
         try:
+            if path.is_dir():
+                path.replace(old)
             temporary.replace(path)
         except BaseException:
-            old.replace(path)
+            if old.exists():
+                old.replace(path)
             raise
+    finally:
+        if not old.exists() or path.exists():  # the old folder is kept where it could not be put back
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_features(

@@ -22,8 +22,7 @@ def from_pretrained(
     Args:
         source: a published name ("anyup", "anyup_multi_backbone"), fetched once; "anyup_efficientnet_lite", which comes
             with this package (small data: see its card in `anyup_core/weights`); or the path of a .pth, .pt or
-            .safetensors file, of an Orbax directory (which needs jax and orbax-checkpoint to be installed), or of a
-            training run, whose newest checkpoint is taken.
+            .safetensors file, of an Orbax directory, or of a training run, whose newest checkpoint is taken.
         device: where the parameters go; they are float32.
         ema: take a run's moving average of the parameters.
         overrides: fields of `AnyUpConfig` that the weights do not decide, such as `window="natten"`.
@@ -32,7 +31,6 @@ def from_pretrained(
         ValueError: for an unknown name, a file that is not one AnyUp model, or overrides that contradict the weights.
         FileNotFoundError, ConnectionError: if there is no such file, or it cannot be fetched.
         TypeError: for overrides that are no fields of `AnyUpConfig`.
-        ImportError: for an Orbax directory where jax is missing.
     """
     return build(load(source, ema=ema), device=device, **overrides)
 

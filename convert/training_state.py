@@ -1,27 +1,30 @@
 """The state of a training, weights with AdamW's moments and step, between PyTorch and a run of `train`.
 
-PyTorch numbers the optimizer's state by the order of the model's parameters; a run keeps trees of Flax paths (see
-`training_run`). Both become PyTorch's names and layout here.
+PyTorch numbers the optimizer's state by the order of the model's parameters. A run keeps trees of Flax paths: the Orbax
+items `params`, `optimizer` and `progress` in `checkpoints/STEP/`. The trainer adds `data` and `config`; a run written
+here lacks them, and takes both from the step and the command. Both become PyTorch's names and layout here.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from anyup_core.checkpoints import torch_file, unwrapping
+from anyup_core import files
+from anyup_core.checkpoints import key_table, orbax_directory, run_directory, torch_file, unwrapping
 from anyup_core.checkpoints.checkpoint import Checkpoint
 
 OPTIMIZER_KEYS = ("optimizer_anyup", "optimizer", "optimizer_state_dict")
 HYPER_PARAMETERS: Mapping[str, Any] = {"lr": 2e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-5}
 """AdamW's settings of the published recipe, for a run that does not say its own."""
+
+_OF_RUN = {"lr": "learning_rate", "betas": "betas", "eps": "eps", "weight_decay": "weight_decay"}
+"""AdamW's settings by PyTorch's name -> by the name in a run's configuration."""
 
 FIXED = {
     **{"amsgrad": False, "maximize": False, "foreach": None, "capturable": False},
@@ -80,7 +83,7 @@ class TrainingState:
         Raises:
             ValueError: if there is no optimizer state, or it is not that of one AdamW over all of the model's weights.
         """
-        tensors, config = unwrapping.unwrap(saved, Path(origin))
+        tensors, config = unwrapping.unwrap(saved, Path(origin), averages=False)
         checkpoint = Checkpoint(tensors, config)
         optimizer = next((saved[key] for key in OPTIMIZER_KEYS if isinstance(saved.get(key), Mapping)), None)
         if optimizer is None:
@@ -134,24 +137,56 @@ class TrainingState:
         """Read a run's newest checkpoint, or the one of a step if `directory` is that of a step.
 
         Raises:
-            FileNotFoundError: if there is no checkpoint.
-            ValueError: if it is damaged, or has no optimizer state.
-            ImportError: without jax and orbax-checkpoint.
+            FileNotFoundError: if there is no checkpoint, or it has no optimizer state.
+            ValueError: if it is damaged, or its optimizer is not AdamW's of these weights.
         """
-        from convert import training_run
-
-        return training_run.read(Path(directory))
+        step = _step_directory(Path(directory))
+        optimizer = orbax_directory.read_tree(step / "optimizer")
+        trees: dict[str, dict[str, np.ndarray]] = {"count": {}, "mu": {}, "nu": {}}
+        for path, array in optimizer.items():
+            item, _, name = path.partition(".")
+            trees.setdefault(item, {})[name] = array
+        if len(trees) > 3 or not all(trees.values()):
+            raise ValueError(f"{step / 'optimizer'} holds {', '.join(trees)}; it must hold count, mu and nu.")
+        configuration, progress = (_record(step / item) for item in ("config", "progress"))
+        model = configuration.get("model") or progress.get("model") or {}
+        fields = {name: value for name, value in model.items() if value is not None and name != "backend"}
+        checkpoint = Checkpoint.from_flax(orbax_directory.read_tree(step / "params"), fields)
+        mu, nu = (trained_to_torch(trees[name], checkpoint, step / "optimizer") for name in ("mu", "nu"))
+        settings = configuration.get("optimizer") or progress.get("optimizer") or {}
+        hyper = {key: settings.get(name, HYPER_PARAMETERS[key]) for key, name in _OF_RUN.items()}
+        hyper["betas"] = tuple(hyper["betas"])
+        return cls(checkpoint, int(optimizer["count"]), mu, nu, hyper, progress.get("epoch", 0))
 
     def write_run(self, directory: str | Path) -> Path:
         """Write a run that `train` resumes at this step, and return the directory.
 
         Raises:
             FileExistsError: if the directory is not empty.
-            ImportError: without jax and orbax-checkpoint.
+            OSError: if it cannot be written.
         """
-        from convert import training_run
-
-        return training_run.write(Path(directory), self)
+        directory = Path(directory)
+        check_new(directory)
+        params = {name: array.astype(np.float32) for name, array in self.checkpoint.flax().items()}
+        optimizer = {"count": np.array(self.step, np.int32)}
+        for item, moments in (("mu", self.mu), ("nu", self.nu)):
+            optimizer |= {f"{item}.{path}": x for path, x in trained_to_flax(moments, self.checkpoint).items()}
+        progress = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "model": dict(self.checkpoint.config),
+            "optimizer": {name: self.hyper_parameters[key] for key, name in _OF_RUN.items()},
+        }
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with files.replacing(directory) as temporary:
+            step = temporary / run_directory.CHECKPOINTS / str(self.step)
+            step.mkdir(parents=True)
+            orbax_directory.write_tree(step / "params", params)
+            orbax_directory.write_tree(step / "optimizer", optimizer)
+            orbax_directory.write_record(step / "progress", progress)
+            handlers = dict.fromkeys(("params", "optimizer"), orbax_directory.STANDARD)
+            orbax_directory.write_checkpoint_metadata(step, handlers | {"progress": orbax_directory.RECORD})
+        return directory
 
 
 def read(path: str | Path) -> TrainingState:
@@ -160,11 +195,10 @@ def read(path: str | Path) -> TrainingState:
 
 
 def write(path: str | Path, state: TrainingState) -> Path:
-    """Write a .pth or .pt file under a temporary name that is then renamed; an existing file is replaced."""
+    """Write a .pth or .pt file; an existing file is replaced once the new one is complete."""
     path = Path(path)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.absolute().parent) as directory:
-        torch_file.write(Path(directory) / path.name, state.to_torch())
-        os.replace(Path(directory) / path.name, path)
+    with files.replacing(path) as temporary:
+        torch_file.write(temporary, state.to_torch())
     return path
 
 
@@ -192,3 +226,57 @@ def _parts(optimizer: Mapping[str, Any], origin: str | Path) -> tuple[Mapping[in
     if group.get("amsgrad") or group.get("maximize") or not group.get("decoupled_weight_decay", True):
         raise ValueError(f"{origin}: a run has plain AdamW only, without amsgrad and maximize, with decoupled decay.")
     return states, group
+
+
+def check_new(directory: Path) -> None:
+    """Raise FileExistsError unless a run may be written there: nothing is there, or an empty directory."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory} is not empty and stays as it is; name a new directory for the run.")
+
+
+def trained_to_flax(moments: Mapping[str, np.ndarray | None], checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """Return Flax path -> moment of each trained parameter; zeros where PyTorch had no gradient yet."""
+    result = {}
+    for entry in checkpoint.entries:
+        if _is_trained(entry):
+            moment = moments[entry.torch]
+            moment = np.zeros(entry.torch_shape) if moment is None else moment
+            result[entry.flax] = np.ascontiguousarray(entry.to_flax(moment), dtype=np.float32)
+    return result
+
+
+def trained_to_torch(
+    moments: Mapping[str, np.ndarray], checkpoint: Checkpoint, origin: Path
+) -> dict[str, np.ndarray | None]:
+    """Return PyTorch key -> moment, None for what is not trained. Raises ValueError for moments of another model."""
+    trained = {entry.flax: entry.flax_shape for entry in checkpoint.entries if _is_trained(entry)}
+    if {name: moment.shape for name, moment in moments.items()} != trained:
+        odd = sorted(name for name in {**trained, **moments} if name not in moments
+                     or moments[name].shape != trained.get(name))  # fmt: skip
+        raise ValueError(f"{origin} does not fit the weights: the moments of {', '.join(odd)} are missing or differ.")
+    parts: dict[str, list[np.ndarray]] = {}
+    for entry in checkpoint.entries:
+        if _is_trained(entry):
+            parts.setdefault(entry.torch, []).append(entry.op.to_torch(moments[entry.flax]))
+    return {name: np.concatenate(parts[name]) if name in parts else None for name in checkpoint.tensors}
+
+
+def _is_trained(entry: key_table.Entry) -> bool:
+    """Whether the optimizer holds it: all but the output projection, which no output depends on in either framework."""
+    return not (entry.unused and entry.part is None)
+
+
+def _step_directory(directory: Path) -> Path:
+    step = run_directory.step_directory(directory)
+    if step is None:
+        expected = directory / run_directory.CHECKPOINTS
+        raise FileNotFoundError(f"{directory} is no run with a checkpoint: {expected} holds no directory of a step.")
+    for item in ("params", "optimizer"):
+        if not (step / item).is_dir():
+            raise FileNotFoundError(f"{step} has no {item}/, so no training can go on from it; choose another step.")
+    return step
+
+
+def _record(item: Path) -> dict[str, Any]:
+    path = item / "metadata"  # where Orbax's JsonSave puts it
+    return run_directory.read_json(path) if path.is_file() else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import jax
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import safetensors
 from flax import nnx
@@ -18,10 +20,12 @@ from flax import nnx
 import anyup_jax
 import anyup_torch
 import convert
-from anyup_core.checkpoints import formats, key_table, torch_file, unwrapping
+from anyup_core.checkpoints import key_table, orbax_directory, torch_file, unwrapping
 from parity_tests.golden import GOLDEN, needs_golden
 from tests.weights import EQUAL, SMALL, assert_same_bits, random_weights
+from train.checkpoint import Checkpoints
 
+ROOT = Path(__file__).resolve().parents[1]
 FILES = ("weights.pth", "weights_small.pth")
 
 
@@ -163,35 +167,61 @@ def test_a_config_that_contradicts_the_shapes_is_refused():
 
 
 CFG = {"model": {"_target_": "AnyUp", "num_heads": 2, "window_ratio": 0.2, "qk_dim": 16, "use_natten": True}}
-CARRIED = {"num_heads": 2, "window_ratio": 0.2, "window": "natten"}
+SETTINGS = {"num_heads": 2, "window_ratio": 0.2, "window": "natten"}
 
 
 @pytest.mark.parametrize(
-    ("wrap", "carried"),
+    ("wrap", "settings"),
     [
-        (lambda state: {"anyup": state, "cfg": CFG, "step": 7, "optimizer": {"state": {}}}, CARRIED),
+        (lambda state: {"anyup": state, "cfg": CFG, "step": 7, "optimizer": {"state": {}}}, SETTINGS),
         (lambda state: {"anyup": state, "cfg": {"lr": 1e-4}}, {}),
         (lambda state: {"state_dict": state, "epoch": 3}, {}),
         (lambda state: {f"module.{name}": tensor for name, tensor in state.items()}, {}),
-        (lambda state: {"anyup": {f"module._orig_mod.{name}": x for name, x in state.items()}, "cfg": CFG}, CARRIED),
-        (lambda state: {"state_dict": {"anyup": {f"module.{n}": x for n, x in state.items()}, "cfg": CFG}}, CARRIED),
+        (lambda state: {"anyup": {f"module._orig_mod.{name}": x for name, x in state.items()}, "cfg": CFG}, SETTINGS),
+        (lambda state: {"state_dict": {"anyup": {f"module.{n}": x for n, x in state.items()}, "cfg": CFG}}, SETTINGS),
         (lambda state: {"model": {f"module.anyup.{name}": tensor for name, tensor in state.items()}}, {}),
+        (lambda state: {f"net.{name}": tensor for name, tensor in state.items()}, {}),
+        (lambda state: {"n_averaged": np.array(3)} | {f"module.{name}": tensor for name, tensor in state.items()}, {}),
+        (lambda state: {"model": random_weights(seed=1), "ema": state}, {}),
+        (
+            lambda state: {
+                "state": 1,
+                "model": {"model": random_weights(seed=1), "ema": {"decay": 1, "shadow": state}},
+            },
+            {},
+        ),
+        (lambda state: {"model": state, "ema": {"decay": 0.999}}, {}),
     ],
 )
-def test_training_checkpoints(wrap, carried):
+def test_training_checkpoints(wrap, settings):
     state = random_weights()
     found, config = unwrapping.unwrap(wrap(state), Path("run.pth"))
     assert_same_bits(found, state)
-    assert config == carried
+    assert config == settings
+
+
+def test_what_was_chosen_or_left_out_is_logged(caplog):
+    state = random_weights()
+    unwrapping.unwrap({"model": state, "ema": state}, Path("run.pth"))
+    unwrapping.unwrap({f"model.{name}": x for name, x in state.items()} | {"loss.weight": np.ones(2)}, Path("odd.pth"))
+    lines = [record.getMessage() for record in caplog.records]
+    assert [("run.pth" in line, "ema" in line, "loss.weight" in line) for line in lines] == [(1, 1, 0), (0, 0, 1)]
+
+
+def contains_itself(key):
+    saved = {}
+    saved[key] = {"state_dict": saved}
+    return saved
 
 
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
+        *((contains_itself(key), "contains itself") for key in ("model", "anyup")),
         ([1, 2], "holds a list, not a state dict"),
         ({}, "it has nothing and none of anyup"),
         ({"epoch": 3, "weights": 1}, "it has epoch, weights and none of anyup"),
-        ({"anyup": {"a": 1}}, "it has a and none of"),
+        ({"anyup": {"a": 1}}, "it has anyup and none of"),
         ({3: np.zeros(2)}, "it has 3 and none of"),
     ],
 )
@@ -241,12 +271,43 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, name, monkeypatch):
     def fail(*_, **__):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(formats.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="the disk is full"):
         convert.write(tmp_path / name, convert.Checkpoint(random_weights(seed=1)), overwrite=True)
     monkeypatch.undo()
     assert_same_bits(convert.read(tmp_path / name).tensors, before.tensors)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_an_interrupted_replacement_keeps_the_old_directory(tmp_path, call, monkeypatch):
+    """A directory is replaced by two renames; the interrupt comes in either of them."""
+    before = convert.Checkpoint(random_weights())
+    convert.write(tmp_path / "x", before)
+    rename, calls = os.replace, iter(range(1, 9))
+
+    def interrupted(source, target):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert.write(tmp_path / "x", convert.Checkpoint(random_weights(seed=1)), overwrite=True)
+    assert_same_bits(convert.read(tmp_path / "x").tensors, before.tensors)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x"])
+def test_a_destination_that_is_a_link_stays_one(tmp_path, name):
+    (tmp_path / "there").mkdir()
+    convert.write(tmp_path / "there" / name, convert.Checkpoint(random_weights(seed=1)))
+    (tmp_path / name).symlink_to(tmp_path / "there" / name)
+    after = convert.Checkpoint(random_weights(seed=2))
+    convert.write(tmp_path / name, after, overwrite=True)
+    assert (tmp_path / name).is_symlink()
+    assert_same_bits(convert.read(tmp_path / "there" / name).tensors, after.tensors)
+    assert [path.name for path in (tmp_path / "there").iterdir()] == [name]
 
 
 def test_damaged_files_of_the_other_formats(tmp_path):
@@ -268,22 +329,75 @@ def test_damaged_files_of_the_other_formats(tmp_path):
         convert.read(path)
 
 
+def nested(flat):
+    """Return dot-joined path -> value as nested dictionaries."""
+    tree: dict = {}
+    for name, value in flat.items():
+        *parents, leaf = name.split(".")
+        functools.reduce(lambda node, parent: node.setdefault(parent, {}), parents, tree)[leaf] = value
+    return tree
+
+
+@pytest.mark.parametrize("restore", [ocp.PyTreeCheckpointer, ocp.StandardCheckpointer])
+def test_orbax_restores_what_is_written(tmp_path, restore):
+    arrays = {
+        "a.b": np.arange(12, dtype=ml_dtypes.bfloat16).reshape(3, 4).T,
+        "a.scalar": np.array(3, np.int32),
+        "half": np.array([1, -0.0, np.nan], np.float16),
+        "zeros": np.zeros(5),
+        "bool": np.array([True, False]),
+    }
+    orbax_directory.write_tree(tmp_path / "x", arrays)
+    orbax_directory.write_checkpoint_metadata(tmp_path / "x", orbax_directory.TREE)
+    with restore() as reader:
+        tree = reader.restore(tmp_path / "x")
+    assert_same_bits(
+        {"a.b": tree["a"]["b"], "a.scalar": tree["a"]["scalar"]} | {n: tree[n] for n in list(arrays)[2:]}, arrays
+    )
+    assert_same_bits(orbax_directory.read_tree(tmp_path / "x"), arrays)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_ocdbt": False}, {"use_zarr3": True}, {"use_ocdbt": False, "use_zarr3": True}]
+)
+def test_every_layout_of_orbax_is_read(tmp_path, options):
+    arrays = {"a.b": np.arange(6, dtype=np.float32).reshape(2, 3), "count": np.array(3, np.int32)}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=use_ocdbt, use_zarr3=use_zarr3)) as writer:
+        writer.save(tmp_path / "x", nested(arrays) | {"nothing": {}})
+    assert_same_bits(orbax_directory.read_tree(tmp_path / "x"), arrays)
+
+
+@pytest.mark.parametrize("damage", ["manifest", "chunk", "metadata", "leaf"])
+def test_damaged_trees(tmp_path, damage):
+    path = tmp_path / "x"
+    orbax_directory.write_tree(path, {"a": np.arange(1000.0), "b": np.ones(3)})
+    metadata = json.loads((path / "_METADATA").read_text())
+    match damage:
+        case "manifest":
+            (path / "manifest.ocdbt").unlink()
+        case "chunk":
+            largest = max((path / "d").iterdir(), key=lambda file: file.stat().st_size)
+            largest.write_bytes(largest.read_bytes()[:-500])
+        case "metadata":
+            (path / "_METADATA").write_text("[]")
+        case "leaf":
+            metadata["tree_metadata"]["('c',)"] = metadata["tree_metadata"].pop("('b',)") | {
+                "key_metadata": [{"key": "c"}]
+            }
+            (path / "_METADATA").write_text(json.dumps(metadata))
+    with pytest.raises(ValueError, match="x is incomplete or damaged") as caught:
+        orbax_directory.read_tree(path)
+    assert "\n" not in str(caught.value)
+
+
 def test_an_orbax_checkpoint_saved_by_other_means(tmp_path):
     """A trainer that saves jax arrays in the same layout is understood."""
-    import orbax.checkpoint as ocp
-
     checkpoint = convert.Checkpoint(random_weights())
-    nested: dict = {}
-    for name, array in checkpoint.flax().items():
-        *parents, leaf = name.split(".")
-        node = nested
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = jax.numpy.asarray(array)
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "config.json").write_text(json.dumps({"num_heads": 2}))
     with ocp.StandardCheckpointer() as writer:
-        writer.save(tmp_path / "x" / "params", nested)
+        arrays = {name: jax.numpy.asarray(array) for name, array in checkpoint.flax().items()}
+        writer.save(tmp_path / "x" / "params", nested(arrays))
     found = convert.read(tmp_path / "x")
     assert_same_bits(found.tensors, checkpoint.tensors)
     assert found.config["num_heads"] == 2
@@ -293,11 +407,9 @@ WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = None
 import convert
-assert "jax" not in sys.modules and "orbax.checkpoint" not in sys.modules
-checkpoint = convert.read(sys.argv[1])
-assert "jax" not in sys.modules
-convert.write(sys.argv[2], checkpoint)
+convert.write(sys.argv[2], convert.read(sys.argv[1]))
 convert.write(sys.argv[3], convert.read(sys.argv[2]))
+assert "jax" not in sys.modules and "orbax.checkpoint" not in sys.modules
 import anyup_jax.pretrained
 anyup_jax.pretrained.from_pretrained(sys.argv[3], num_heads=2)
 """
@@ -306,28 +418,35 @@ anyup_jax.pretrained.from_pretrained(sys.argv[3], num_heads=2)
 def test_everything_but_the_torch_model_works_without_torch(tmp_path):
     convert.write(tmp_path / "x.pth", convert.Checkpoint(random_weights()))
     paths = [str(tmp_path / name) for name in ("x.pth", "orbax", "y.pth")]
-    root = Path(convert.__file__).parents[1]
-    subprocess.run([sys.executable, "-W", "error", "-c", WITHOUT_TORCH, *paths], check=True, cwd=root)
+    subprocess.run([sys.executable, "-W", "error", "-c", WITHOUT_TORCH, *paths], check=True, cwd=ROOT)
     assert (tmp_path / "x.pth").read_bytes() == (tmp_path / "y.pth").read_bytes()
 
 
 WITHOUT_JAX = """
 import sys
-import anyup_torch.pretrained
-anyup_torch.pretrained.from_pretrained(sys.argv[1], num_heads=2)
-assert "jax" not in sys.modules, "anyup_torch imported jax"
-sys.modules["jax"] = sys.modules["orbax"] = None
-try:
-    anyup_torch.pretrained.from_pretrained(sys.argv[2])
-except ImportError as error:
-    assert "need jax and orbax-checkpoint" in str(error), error
-else:
-    raise AssertionError("an Orbax directory was read without jax")
+for name in ("jax", "flax", "orbax"):
+    sys.modules[name] = None
+import numpy as np
+import anyup_torch
+models = [anyup_torch.from_pretrained(path, num_heads=2) for path in sys.argv[1:]]
+averaged = anyup_torch.from_pretrained(sys.argv[-1], num_heads=2, ema=True)
+for model in models:
+    print(float(model.rope.freqs.sum()))
+print(float(averaged.rope.freqs.sum()))
 """
 
 
-def test_the_torch_model_loads_without_jax(tmp_path):
+def test_the_torch_model_loads_every_format_without_jax(tmp_path):
+    """Among them a run as the trainer writes it: with Orbax's own manager, of jax arrays, with an average."""
     checkpoint = convert.Checkpoint(random_weights(), {"num_heads": 2})
-    paths = [str(convert.write(tmp_path / name, checkpoint)) for name in ("x.pth", "orbax")]
-    root = Path(convert.__file__).parents[1]
-    subprocess.run([sys.executable, "-c", WITHOUT_JAX, *paths], check=True, cwd=root)
+    paths = [str(convert.write(tmp_path / name, checkpoint)) for name in ("x.pth", "x.safetensors", "orbax")]
+    params = nested({name: jax.numpy.asarray(array) for name, array in checkpoint.flax().items()})
+    saved = Checkpoints(tmp_path / "run" / "checkpoints", keep=1)
+    average = jax.tree.map(lambda x: 2 * x, params)
+    saved.save(5, params, {"count": jax.numpy.int32(5)}, average, {"step": 5}, {"model": {"num_heads": 2}})
+    saved.close()
+    command = [sys.executable, "-W", "error", "-c", WITHOUT_JAX, *paths, str(tmp_path / "run")]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert run.returncode == 0, run.stderr
+    total = float(checkpoint.tensors["rope.freqs"].sum())
+    np.testing.assert_allclose([float(line) for line in run.stdout.split()], [total] * 4 + [2 * total], rtol=1e-5)

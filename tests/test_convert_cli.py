@@ -60,7 +60,7 @@ def test_inspect_lists_every_tensor_in_both_names(path, tmp_path, capsys, name):
     for flax_name in convert.read(path).flax():
         assert flax_name in printed
     assert "24 x 1 x 3 x 3" in printed or name == "y"
-    assert printed.count("carried") == 4
+    assert printed.count("unused") == 4
     assert "missing" not in printed
 
 

@@ -17,7 +17,7 @@ import convert
 from anyup_core.checkpoints import pickle_reader, torch_file
 from anyup_jax.layers import Carried
 from convert import __main__ as cli
-from convert import training_run, training_state
+from convert import training_state
 from convert.training_state import TrainingState
 from tests.weights import EQUAL, SMALL, assert_same_bits, random_weights
 
@@ -58,11 +58,11 @@ def saved(model, optimizer, cfg=None) -> dict:
 
 def train_jax(state: TrainingState, steps: int) -> tuple[TrainingState, list[float]]:
     """Train by the recipe and return the new state; what PyTorch names is what a run would keep."""
-    graph, params, carried = nnx.split(anyup_jax.pretrained.build(state.checkpoint), nnx.Param, Carried)
+    graph, params, fixed = nnx.split(anyup_jax.pretrained.build(state.checkpoint), nnx.Param, Carried)
     adam = optax.scale_by_adam(eps=EPS)
 
     def tree(moments):
-        flat = training_run.trained_to_flax(moments, state.checkpoint)
+        flat = training_state.trained_to_flax(moments, state.checkpoint)
         return nnx.from_flat_state([(tuple(path.split(".")), nnx.Param(jnp.asarray(x))) for path, x in flat.items()])
 
     moments = optax.ScaleByAdamState(jnp.int32(state.step), tree(state.mu), tree(state.nu))
@@ -70,7 +70,7 @@ def train_jax(state: TrainingState, steps: int) -> tuple[TrainingState, list[flo
     @jax.jit
     def step(params, moments):
         def objective(params):
-            output = nnx.merge(graph, params, carried)(IMAGE, FEATURES)
+            output = nnx.merge(graph, params, fixed)(IMAGE, FEATURES)
             return 100 * jnp.mean(jnp.square(output - TARGET))
 
         loss, gradients = jax.value_and_grad(objective)(params)
@@ -86,8 +86,8 @@ def train_jax(state: TrainingState, steps: int) -> tuple[TrainingState, list[flo
     def flat(*states):
         return {".".join(path): np.asarray(x[...]) for s in states for path, x in nnx.to_flat_state(s)}
 
-    checkpoint = convert.Checkpoint.from_flax(flat(params, carried), state.checkpoint.config)
-    mu, nu = (training_run.trained_to_torch(flat(x), checkpoint, "optax") for x in (moments.mu, moments.nu))
+    checkpoint = convert.Checkpoint.from_flax(flat(params, fixed), state.checkpoint.config)
+    mu, nu = (training_state.trained_to_torch(flat(x), checkpoint, "optax") for x in (moments.mu, moments.nu))
     return TrainingState(checkpoint, int(moments.count), mu, nu, state.hyper_parameters), losses
 
 

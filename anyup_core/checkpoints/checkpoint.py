@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -10,7 +12,9 @@ import numpy as np
 
 from anyup_core.checkpoints import key_table
 
-FLOATS = tuple(np.dtype(t) for t in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16))
+LOG = logging.getLogger(__name__)
+_SMALL = (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
+FLOATS = tuple(np.dtype(t) for t in (np.float16, np.float32, np.float64, *_SMALL))
 SHAPE_FIELDS = tuple(key_table.LETTERS.values())
 
 
@@ -78,6 +82,19 @@ def check(tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, .
     if faults := missing + unknown + wrong:
         noun = "tensor does" if len(faults) == 1 else "tensors do"
         raise ValueError(f"{len(faults)} {noun} not fit AnyUp:\n  " + "\n  ".join(faults))
+
+
+def warn_unless_finite(tensors: Mapping[str, np.ndarray], origin: Path) -> None:
+    """Log the floating-point tensors that hold NaN or infinity, or will when they are computed with as float32."""
+    with np.errstate(over="ignore"):
+        odd = [
+            name
+            for name, tensor in tensors.items()
+            if tensor.dtype in FLOATS and not np.isfinite(tensor.astype(np.float32, copy=False)).all()
+        ]
+    if odd:
+        listed = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if odd[3:] else "")
+        LOG.warning("%s holds NaN or numbers that are infinite in float32, in %s.", origin, listed)
 
 
 def combine(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class Row:
         flax: dot-joined path in the Flax model.
         op: how the layout changes.
         part: (i, n): only the i-th of n equal parts along the PyTorch tensor's first axis.
-        carried: the weight never reaches the output; it is kept so that nothing is lost.
+        unused: the weight never reaches the output; files keep it, so that nothing is lost.
         unless_equal: two letters; the row exists only where their sizes differ.
     """
 
@@ -43,7 +43,7 @@ class Row:
     flax: str
     op: Op = SAME
     part: tuple[int, int] | None = None
-    carried: bool = False
+    unused: bool = False
     unless_equal: str = ""
 
 
@@ -85,12 +85,12 @@ ROWS = (
     Row("cross_decode.cross_attn.norm_k.weight", "D", "cross_decode.norm_k.scale"),
     Row(f"{ATTENTION}.in_proj_weight", "3D D", "cross_decode.query.kernel", TRANSPOSE, part=(0, 3)),
     Row(f"{ATTENTION}.in_proj_weight", "3D D", "cross_decode.key.kernel", TRANSPOSE, part=(1, 3)),
-    Row(f"{ATTENTION}.in_proj_weight", "3D D", "cross_decode.value.kernel", TRANSPOSE, part=(2, 3), carried=True),
+    Row(f"{ATTENTION}.in_proj_weight", "3D D", "cross_decode.value.kernel", TRANSPOSE, part=(2, 3), unused=True),
     Row(f"{ATTENTION}.in_proj_bias", "3D", "cross_decode.query.bias", part=(0, 3)),
     Row(f"{ATTENTION}.in_proj_bias", "3D", "cross_decode.key.bias", part=(1, 3)),
-    Row(f"{ATTENTION}.in_proj_bias", "3D", "cross_decode.value.bias", part=(2, 3), carried=True),
-    Row(f"{ATTENTION}.out_proj.weight", "D D", "cross_decode.out.kernel", TRANSPOSE, carried=True),
-    Row(f"{ATTENTION}.out_proj.bias", "D", "cross_decode.out.bias", carried=True),
+    Row(f"{ATTENTION}.in_proj_bias", "3D", "cross_decode.value.bias", part=(2, 3), unused=True),
+    Row(f"{ATTENTION}.out_proj.weight", "D D", "cross_decode.out.kernel", TRANSPOSE, unused=True),
+    Row(f"{ATTENTION}.out_proj.bias", "D", "cross_decode.out.bias", unused=True),
     Row("rope.freqs", "2 D", "rope.freqs"),
 )
 
@@ -104,7 +104,7 @@ class Entry:
     flax: str
     op: Op
     part: tuple[int, int] | None
-    carried: bool
+    unused: bool
 
     @property
     def flax_shape(self) -> tuple[int, ...]:
@@ -123,7 +123,7 @@ def expand(sizes: Mapping[str, int]) -> tuple[Entry, ...]:
     """Return the table of a model of the given sizes (a letter each)."""
     return tuple(
         Entry(
-            row.torch.format(**names), _shape(row.shape, sizes), row.flax.format(**names), row.op, row.part, row.carried
+            row.torch.format(**names), _shape(row.shape, sizes), row.flax.format(**names), row.op, row.part, row.unused
         )
         for row, names in _filled_rows()
         if not row.unless_equal or len({sizes[letter] for letter in row.unless_equal}) > 1

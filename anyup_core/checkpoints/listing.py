@@ -23,7 +23,7 @@ class Line(NamedTuple):
             PyTorch tensors that are stacked in one of Flax, unless that is the file's layout.
         shape: of the tensor, or of its part, in the file's layout; 0 stands for any size.
         dtype: number type, "" if missing.
-        note: "carried" for weights that never reach the output, or what is wrong.
+        note: "unused" for weights that never reach the output, or what is wrong.
     """
 
     torch: str
@@ -47,7 +47,7 @@ def lines(tensors: Mapping[str, np.ndarray], *, flax: bool) -> Iterator[Line]:
         if name not in tensors:
             yield Line(entry.torch + part, entry.flax, must, "", "missing")
             continue
-        shape, note = tensors[name].shape, "carried" if entry.carried else ""
+        shape, note = tensors[name].shape, "unused" if entry.unused else ""
         if shape != must:
             note = f"must be {must}"
         elif entry.part is not None and not flax:
@@ -69,15 +69,15 @@ def encoder_lines(tensors: Mapping[str, np.ndarray], name: str, *, flax: bool) -
             for row in encoder_checkpoint.present(rows, tensors)
             for layer, key in enumerate(row.keys, start=1)
         ]
-    for found, torch, path, must, row in expected:
-        if found not in tensors:
+    for name_in_file, torch, path, must, row in expected:
+        if name_in_file not in tensors:
             yield Line(torch, path, tuple(size or 0 for size in must), "", "missing")
             continue
-        shape, note = tensors[found].shape, "carried" if row.carried else ""
+        shape, note = tensors[name_in_file].shape, "unused" if row.carried else ""
         if not encoder_checkpoint.fits(shape, must):
             note = f"must be {encoder_checkpoint.shape_text(must)}"
-        yield Line(torch, path, shape, str(tensors[found].dtype), note)
-    yield from _unknown(tensors, {found for found, *_ in expected}, flax=flax)
+        yield Line(torch, path, shape, str(tensors[name_in_file].dtype), note)
+    yield from _unknown(tensors, {name_in_file for name_in_file, *_ in expected}, flax=flax)
 
 
 def _unknown(tensors: Mapping[str, np.ndarray], known: Collection[str], *, flax: bool) -> Iterator[Line]:

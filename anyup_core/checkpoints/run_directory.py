@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-PARAMS, EMA = "params", "ema"
+CHECKPOINTS, PARAMS, EMA = "checkpoints", "params", "ema"
 
 
 def step_directory(path: Path) -> Path | None:
@@ -16,7 +16,7 @@ def step_directory(path: Path) -> Path | None:
     """
     if _is_step(path):
         return path
-    for parent in (path / "checkpoints", path):
+    for parent in (path / CHECKPOINTS, path):
         steps = [x for x in (parent.iterdir() if parent.is_dir() else ()) if x.name.isdecimal() and _is_step(x)]
         if steps:
             return max(steps, key=lambda x: int(x.name))
@@ -27,9 +27,20 @@ def config(step: Path) -> dict[str, Any]:
     """Return the fields of `AnyUpConfig` that the run says; where the computation runs is not part of them."""
     for item in ("config", "progress"):
         record = step / item / "metadata"
-        if record.is_file() and (model := json.loads(record.read_text()).get("model")):
+        if record.is_file() and (model := read_json(record).get("model")):
             return {name: value for name, value in model.items() if name != "backend"}
     return {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file. Raises ValueError if it holds anything else."""
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; it must be a JSON object.")
+    return content
 
 
 def _is_step(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ import numpy as np
 
 from anyup_core.checkpoints.pickle_reader import Inert
 
-STATE_KEYS = ("anyup", "state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
+LOG = logging.getLogger(__name__)
+AVERAGES = ("ema", "state_dict_ema", "model_ema", "ema_state_dict", "shadow")
+STATE_KEYS = ("anyup", "state_dict", "model_state_dict", "model")
 """Keys of a training checkpoint under which the state dict, or another checkpoint, may be; the first one wins.
 
 Weights averaged over the training come before the last ones, as timm has it.
 """
 
-PREFIXES = ("module.", "_orig_mod.", "anyup.", "model.")
+PREFIXES = ("module.", "_orig_mod.", "anyup.", "model.", "net.", "upsampler.")
 """What DataParallel, torch.compile and enclosing modules put before every key."""
 
 ARGUMENTS = ("window_ratio", "num_heads", "init_gaussian_derivatives", "window")
@@ -26,41 +29,71 @@ ARGUMENTS = ("window_ratio", "num_heads", "init_gaussian_derivatives", "window")
 _MISSING = "???"  # as omegaconf writes it
 
 
-def unwrap(saved: Any, origin: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def unwrap(saved: Any, origin: Path, *, averages: bool = True) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return the state dict within `saved`, without prefixes, and the model's arguments if a `cfg` names them.
+
+    Which of two state dicts was taken, and which tensors were left out, is logged.
+
+    Args:
+        saved: what was saved.
+        origin: the file, for messages.
+        averages: prefer weights averaged over the training to the last ones.
 
     Raises:
         ValueError: if there is no state dict; the message says what there is instead.
     """
     config: dict[str, Any] = {}
+    outer: dict[int, Mapping[Any, Any]] = {}
     while True:
         if not isinstance(saved, Mapping):
             raise ValueError(f"{origin} holds a {type(saved).__name__}, not a state dict.")
+        if id(saved) in outer:
+            raise ValueError(f"{origin} holds no state dict: a dictionary in it contains itself.")
+        outer[id(saved)] = saved
         config = _arguments(saved.get("cfg")) | config
-        saved = _strip(saved)
-        inner = next((saved[key] for key in STATE_KEYS if isinstance(saved.get(key), Mapping)), None)
-        if inner is None:
+        saved = _strip(saved, origin)
+        keys = (*AVERAGES, *STATE_KEYS) if averages else (*STATE_KEYS, *AVERAGES)
+        states = [key for key in keys if _may_hold_weights(saved.get(key))]
+        if not states:
             break
-        saved = inner
-    others = [str(key) for key, value in saved.items() if not isinstance(key, str) or not isinstance(value, np.ndarray)]
+        if averages and states[0] in AVERAGES and len(states) > 1:
+            LOG.warning("%s: took the averaged weights in %s, not those in %s.", origin, states[0], states[-1])
+        saved = saved[states[0]]
+    others = [_shown(key) for key, value in saved.items() if not isinstance(key, str) or not _is_array(value)]
     if others or not saved:
         content = ", ".join(others[:8]) + (", ..." if len(others) > 8 else "") or "nothing"
         raise ValueError(
-            f"{origin} holds no state dict: it has {content} and none of {', '.join(STATE_KEYS)}. "
+            f"{origin} holds no state dict: it has {content} and none of {', '.join((*STATE_KEYS, *AVERAGES))}. "
             "Save the model's state_dict()."
         )
     return dict(saved), config
 
 
-def _strip(saved: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """Remove prefixes that all keys share."""
-    while True:
-        prefix = next(
-            (p for p in PREFIXES if saved and all(isinstance(k, str) and k.startswith(p) for k in saved)), None
-        )
-        if prefix is None:
-            return saved
-        saved = {key.removeprefix(prefix): value for key, value in saved.items()}
+def _may_hold_weights(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(_is_array(x) or isinstance(x, Mapping) for x in value.values())
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray)
+
+
+def _shown(key: Any) -> str:
+    text = " ".join(str(key).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _strip(saved: Mapping[Any, Any], origin: Path) -> Mapping[Any, Any]:
+    """Remove prefixes that all keys share, or all but a few beside them, which are left out and logged."""
+    for _ in range(16):  # a key may repeat a prefix as often as it likes
+        names = [key for key, value in saved.items() if isinstance(key, str) and _is_array(value)]
+        prefixed = {prefix: [name for name in names if name.startswith(prefix)] for prefix in PREFIXES}
+        prefix = max(PREFIXES, key=lambda prefix: len(prefixed[prefix]))
+        if not prefixed[prefix] or 10 * len(prefixed[prefix]) < 9 * len(saved):
+            break
+        if odd := [_shown(key) for key in saved if not str(key).startswith(prefix)]:
+            LOG.warning("%s: left out %s, which does not begin with %r.", origin, ", ".join(odd[:8]), prefix)
+        saved = {name.removeprefix(prefix): saved[name] for name in prefixed[prefix]}
+    return saved
 
 
 def _arguments(cfg: Any) -> dict[str, Any]:
