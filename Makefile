@@ -16,15 +16,17 @@ help:  ## list the targets
 demo: $(STAMP)  ## upsample features of a photograph in both frameworks and draw outputs/demo.png
 	$(PY) -m anyup_jax demo --torch
 
-test: $(STAMP)  ## run the test suite
+test: check  ## run the checks and the test suite
 	$(PY) -m pytest -m "not slow" $(WORKERS)
 
 slow: $(STAMP)  ## run the tests that are left out of it: minutes each, of what others cover in small
 	$(PY) -m pytest -m slow $(WORKERS)
 
-check: $(STAMP)  ## lint and format check
+check: $(STAMP)  ## lint, format and type check, and build the API reference in outputs/reference
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m basedpyright
+	$(PY) -m tools.reference
 
 bench: $(STAMP)  ## print the benchmarks' tables
 	$(PY) -m benchmarks.run

@@ -15,8 +15,13 @@ from convert import training_state, verify
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 2 after printing what was wrong."""
-    options = dict(usage=USAGE, description=DESCRIPTION, epilog=EPILOG)
-    parser = Parser(prog="python -m convert", formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    parser = Parser(
+        prog="python -m convert",
+        usage=USAGE,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_arguments(parser)
     parser.set_defaults(command=functools.partial(run, verify=verify.compare, convert_run=training_state.convert))
     return execute(parser, argv)

@@ -84,36 +84,38 @@ def convert(args: argparse.Namespace, *, verify: Verify | None = None, convert_r
     for option, function in (("verify", verify), ("training", convert_run)):
         if getattr(args, option) and function is None:
             raise ValueError(f"--{option} needs a checkout of AnyUp-JAX; run python -m convert there.")
-    if args.training:
+    if args.training and convert_run is not None:
         print(convert_run(Path(args.source), Path(args.destination), args.overwrite, lambda x: configured(x, args)))
         return
-    out = console()
-    path = None if args.source is None else names.locate(args.source)
-    name = args.timm or formats.read_config(path).get(formats.ENCODER_KEY)
     if args.destination:
         formats.check_destination(args.destination, overwrite=args.overwrite)
-    if name is not None and (given := [field for field in SETTINGS if getattr(args, field) is not None]):
-        options = ", ".join(f"--{field.replace('_', '-')}" for field in given)
-        raise ValueError(f"{options} belongs to AnyUp, and {name} is an encoder; leave it out.")
-    source = encoder_files.from_timm(name) if path is None else None
+    out = console()
     if args.inspect:
-        list_tensors(path, source, name, out)
+        list_tensors(args.source, args.timm, out)
     if not (args.destination or args.verify):
         return
-    if name is None:
-        source = configured(formats.read(path), args)
-    else:
-        source = source or encoder_files.read(path, name)
-    written = source
+    source = written = load(args)
     if args.destination:
-        formats.write(args.destination, source, overwrite=args.overwrite)
+        path = formats.write(args.destination, source, overwrite=args.overwrite)
         out.print(written_text(args.destination, source), soft_wrap=True)
-        if name is None:
-            written = Checkpoint(formats.read(args.destination).tensors, source.config)
+        if isinstance(source, EncoderCheckpoint):
+            written = encoder_files.read(path, source.published.full_name)
         else:
-            written = encoder_files.read(Path(args.destination), source.published.full_name)
-    if args.verify:
+            written = Checkpoint(formats.read(path).tensors, source.config)
+    if args.verify and verify is not None:
         out.print(verify(source, written))
+
+
+def load(args: argparse.Namespace) -> Checkpoint | EncoderCheckpoint:
+    """Return the weights of SRC, or those that timm fetches."""
+    path = names.locate(args.source) if args.source else None
+    own_name = formats.read_config(path).get(formats.ENCODER_KEY) if path else None
+    encoder: str | None = args.timm or own_name
+    if path and encoder is None:
+        return configured(formats.read(path), args)
+    if given := [f"--{field.replace('_', '-')}" for field in SETTINGS if getattr(args, field) is not None]:
+        raise ValueError(f"{', '.join(given)} belongs to AnyUp, and {encoder} is an encoder; leave it out.")
+    return encoder_files.read(path, str(encoder)) if path else encoder_files.from_timm(str(encoder))
 
 
 def console() -> Console:
@@ -123,14 +125,16 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
 
 
-def list_tensors(path: Path | None, source: EncoderCheckpoint | None, name: str | None, out: Console) -> None:
-    """Print the tensors of a file, or of an encoder's weights where there is no file, beside their counterparts."""
+def list_tensors(source: str | None, encoder: str | None, out: Console) -> None:
+    """Print the tensors of a checkpoint beside their counterparts, or those of timm's weights of an encoder."""
     from anyup_core.checkpoints import listing
 
-    if path is None:
-        tensors, flax = source.tensors, False
+    if source is None:
+        tensors, name, flax = encoder_files.from_timm(encoder or "").tensors, encoder, False
     else:
-        (tensors, _), flax = formats.read_tensors(path), formats.format_of(path) == formats.ORBAX
+        path = names.locate(source)
+        tensors, config = formats.read_tensors(path)
+        name, flax = encoder or config.get(formats.ENCODER_KEY), formats.format_of(path) == formats.ORBAX
     if name is None and not flax:
         name = next(iter(encoder_checkpoint.architectures(tensors)), None)
     out.print(listing.render(tensors, flax=flax, name=name))

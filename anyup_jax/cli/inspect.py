@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from anyup_core.checkpoints import formats, names
 from anyup_jax.cli.convert import console, list_tensors
 
 
@@ -17,6 +16,4 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 def inspect(args: argparse.Namespace) -> None:
     """List the tensors of a checkpoint of AnyUp or of an encoder beside their counterparts in the other framework."""
-    path = names.locate(args.source)
-    name = args.encoder or formats.read_config(path).get(formats.ENCODER_KEY)
-    list_tensors(path, None, name, console())
+    list_tensors(args.source, args.encoder, console())

@@ -72,7 +72,7 @@ def build_model(args: argparse.Namespace) -> Any:
     return from_pretrained(args.weights, dtype=dtype, **overrides(args))
 
 
-def overrides(args: argparse.Namespace) -> dict[str, str]:
+def overrides(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("window", "backend") if getattr(args, name)}
 
 
@@ -94,10 +94,10 @@ def create_encoder(args: argparse.Namespace, layer: int | tuple[int, ...]) -> An
     from anyup_jax import encoders
     from anyup_jax.encoders import timm_bridge
 
-    name, options = args.encoder or ENCODER, dict(layer=layer, weights=args.encoder_weights)
+    name, create = args.encoder or ENCODER, encoders.create
     if name.startswith(timm_bridge.PREFIX):
-        return timm_bridge.create(name.removeprefix(timm_bridge.PREFIX), **options)
-    return encoders.create(name, **options)
+        name, create = name.removeprefix(timm_bridge.PREFIX), timm_bridge.create
+    return create(name, layer=layer, weights=args.encoder_weights)
 
 
 def sizes_text(sizes: Sequence[int]) -> str:
