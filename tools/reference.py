@@ -6,33 +6,26 @@ error.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import sys
 import warnings
 from pathlib import Path
 
 import pdoc
 
-PACKAGES = ("anyup_core", "anyup_jax", "anyup_torch")
-LEFT_OUT = ("__main__", "triton_kernels")  # the command; needs Triton, which is there on Linux only
+SPECIFICATIONS = (
+    *("anyup_core", "anyup_jax", "anyup_torch"),
+    *("!.*__main__", "!.*triton_kernels"),  # the command; what needs Triton, which is there on Linux only
+)
 
 
 def main(folder: str = "outputs/reference") -> int:
     warnings.simplefilter("error")
-    for package in PACKAGES:
-        found = [
-            package,
-            *(x.name for x in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}.")),
-        ]
-        for name in found:
-            if name.rpartition(".")[2] in LEFT_OUT:
-                continue
-            module = importlib.import_module(name)
-            for public in getattr(module, "__all__", ()):
-                setattr(module, public, getattr(module, public))  # pdoc does not ask a module's __getattr__
+    for name in pdoc.extract.walk_specs(SPECIFICATIONS):
+        module = pdoc.extract.load_module(name)
+        for public in getattr(module, "__all__", ()):
+            setattr(module, public, getattr(module, public))  # pdoc does not ask a module's __getattr__
     pdoc.render.configure(docformat="google", show_source=False)
-    pdoc.pdoc(*PACKAGES, *(f"!.*{name}" for name in LEFT_OUT), output_directory=Path(folder))
+    pdoc.pdoc(*SPECIFICATIONS, output_directory=Path(folder))
     print(f"{folder}/index.html")
     return 0
 
