@@ -16,21 +16,31 @@ help:  ## list the targets
 demo: $(STAMP)  ## upsample features of a photograph in both frameworks and draw outputs/demo.png
 	$(PY) -m anyup_jax demo --torch
 
-test: $(STAMP)  ## run the test suite
+test: check  ## run the checks and the test suite
 	$(PY) -m pytest -m "not slow" $(WORKERS)
 
 slow: $(STAMP)  ## run the tests that are left out of it: minutes each, of what others cover in small
 	$(PY) -m pytest -m slow $(WORKERS)
 
-check: $(STAMP)  ## lint and format check
+check: $(STAMP)  ## lint, format and type check, and build the API reference in outputs/reference
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m basedpyright
+	$(PY) -m tools.reference
 
 bench: $(STAMP)  ## print the benchmarks' tables
 	$(PY) -m benchmarks.run
 
+# Where constraints.txt was made, it names everything that is needed: it is installed as it stands, and pip resolves nothing.
+HERE := $(shell $(PYTHON) -c 'import platform, sys; print(*sys.version_info[:2], platform.system(), platform.machine())')
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[torch,train,viz,lite,tpu,dev]'
-	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation natten
+ifeq ($(HERE),3 11 Linux x86_64)
+	grep -v -e '^natten=' -e '^#' constraints.txt > .venv/locked.txt
+	$(PIP) --no-deps --requirement .venv/locked.txt
+endif
+	$(PIP) --editable '.[torch,train,viz,lite,tpu,dev]'
+	$(PIP) --no-build-isolation natten
 	@touch $@

@@ -31,7 +31,7 @@ def plan_bands(
         rows, q_chunk_size: as the caller gave them.
 
     Raises:
-        ValueError: for a number of rows that is not one, and for windows that hold no key.
+        ValueError: if `rows` is no positive whole number, or a window holds no key.
     """
     if rows is not None and (not hasattr(rows, "__index__") or isinstance(rows, bool) or rows < 1):
         raise ValueError(f"rows={rows!r} must be a whole number of at least 1, or None for bands of a moderate size.")

@@ -11,6 +11,7 @@ import functools
 import math
 
 import numpy as np
+from jaxtyping import Float, Int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -19,14 +20,14 @@ class AxisWindow:
 
     Attributes:
         keys: number n of keys along the axis.
-        start: (queries,) int32, first key of each query's slice; `start + span <= keys`.
-        count: (queries, span) int32, how often a query sees key `start + j`: 0 outside its window.
+        start: int32, first key of each query's slice; `start + span <= keys`.
+        count: int32, how often a query sees key `start + j`: 0 outside its window.
         neighbourhood: what the table was made from, where it is the whole of a `window="natten"`.
     """
 
     keys: int
-    start: np.ndarray
-    count: np.ndarray
+    start: Int[np.ndarray, " queries"]
+    count: Int[np.ndarray, "queries span"]
     neighbourhood: Neighbourhood | None = None
 
     @property
@@ -37,16 +38,16 @@ class AxisWindow:
     def span(self) -> int:
         return self.count.shape[1]
 
-    def dense(self) -> np.ndarray:
-        """Return the whole table, (queries, keys) int32: how often each query sees each key."""
+    def dense(self) -> Int[np.ndarray, "queries keys"]:
+        """Return the whole table, int32: how often each query sees each key."""
         table = np.zeros((self.queries, self.keys), np.int32)
         columns = self.start[:, None] + np.arange(self.span)
         np.put_along_axis(table, columns, self.count, axis=1)
         return table
 
     @classmethod
-    def from_dense(cls, table: np.ndarray) -> AxisWindow:
-        """Build from a (queries, keys) table in which every query sees at least one key."""
+    def from_dense(cls, table: Int[np.ndarray, "queries keys"]) -> AxisWindow:
+        """Build from a table in which every query sees at least one key."""
         seen = table > 0
         first = seen.argmax(1)
         stop = table.shape[1] - seen[:, ::-1].argmax(1)
@@ -56,8 +57,8 @@ class AxisWindow:
         return cls(table.shape[1], start.astype(np.int32), np.take_along_axis(table, columns, 1).astype(np.int32))
 
 
-def paper_bounds(queries: int, keys: int, ratio: float) -> np.ndarray:
-    """Half-open key bounds of the paper's window along one axis, (queries, 2) int32.
+def paper_bounds(queries: int, keys: int, ratio: float) -> Int[np.ndarray, "queries 2"]:
+    """Return the half-open key bounds of the paper's window along one axis, int32.
 
     Query i at y = (i + 1/2) / queries sees keys [floor(clip(y - r, 0, 1) n), ceil(clip(y + r, 0, 1) n)) (paper,
     section 3).
@@ -88,22 +89,22 @@ class Neighbourhood:
 
     Attributes:
         keys: number of keys before upsampling.
-        source: (queries,) int64, the key under every upsampled position.
+        source: int64, the key under every upsampled position.
         dilation, kernel: the distance of a phase's positions, and how many of them a query sees.
     """
 
     keys: int
-    source: np.ndarray
+    source: Int[np.ndarray, " queries"]
     dilation: int
     kernel: int
 
-    def first(self, length: int) -> np.ndarray:
-        """Where the windows of the positions of a phase begin, within the phase: (length,) int64."""
+    def first(self, length: int) -> Int[np.ndarray, " length"]:
+        """Return where the windows of a phase's positions begin, within the phase, int64."""
         size = min(self.kernel, length)
         return (np.arange(length) - size // 2).clip(0, length - size)
 
-    def counts(self) -> np.ndarray:
-        """How often each query sees each key, (queries, keys) int32.
+    def counts(self) -> Int[np.ndarray, "queries keys"]:
+        """Return how often each query sees each key, int32.
 
         At a whole ratio every count is 0 or 1; elsewhere a key can occur several times.
         """
@@ -155,14 +156,14 @@ class AxisTiles:
     """The queries of one axis cut into runs of equal length, each with one slice of keys that holds all their windows.
 
     Attributes:
-        first: (runs,) int32, first query of each run; the last run starts early enough to end with the last query.
-        start: (runs,) int32, first key of each run's slice.
-        count: (runs, size, span) int32, as in `AxisWindow`, relative to the run's slice.
+        first: int32, first query of each run; the last run starts early enough to end with the last query.
+        start: int32, first key of each run's slice.
+        count: int32, as in `AxisWindow`, relative to the run's slice.
     """
 
-    first: np.ndarray
-    start: np.ndarray
-    count: np.ndarray
+    first: Int[np.ndarray, " runs"]
+    start: Int[np.ndarray, " runs"]
+    count: Int[np.ndarray, "runs size span"]
 
     @property
     def runs(self) -> int:
@@ -228,7 +229,7 @@ MAX_PAIRS = 1 << 20  # query-key pairs a tile: bounds the scores held at once
 
 
 def _sizes(window: AxisWindow, limit: int) -> list[int]:
-    """Candidate run lengths: whole numbers of keys, whole divisors of the axis, and powers of two, within the limit."""
+    """Return candidate run lengths within the limit: whole numbers of keys, divisors of the axis, powers of two."""
     ratio = max(1, window.queries // window.keys)
     sizes = {1, *(ratio * n for n in (1, 2, 3, 4, 6, 8)), *(1 << n for n in range(1, 7))}
     sizes |= {n for n in range(2, 97) if window.queries % n == 0}
@@ -237,13 +238,13 @@ def _sizes(window: AxisWindow, limit: int) -> list[int]:
     return sorted(sizes or {1})
 
 
-def coordinates(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column coordinates of the pixels in [0, 1], end points included, as float32 vectors."""
+def coordinates(height: int, width: int) -> tuple[Float[np.ndarray, " height"], Float[np.ndarray, " width"]]:
+    """Return row and column coordinates of the pixels in [0, 1], end points included, float32."""
     return np.linspace(0, 1, height, dtype=np.float32), np.linspace(0, 1, width, dtype=np.float32)
 
 
-def rope_frequencies(dim: int, theta: float = 100.0) -> np.ndarray:
-    """Initial rotary frequencies, (2, dim) float32: rows act on the first half of the channels, columns on the rest."""
+def rope_frequencies(dim: int, theta: float = 100.0) -> Float[np.ndarray, "2 dim"]:
+    """Return initial rotary frequencies, float32: rows act on the first half of the channels, columns on the rest."""
     exponents = np.linspace(0, -1, dim // 4, dtype=np.float64)
     wave = np.tile(theta**exponents, 2)
     zeros = np.zeros_like(wave)
@@ -251,11 +252,11 @@ def rope_frequencies(dim: int, theta: float = 100.0) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=256)
-def pool_bins(size: int, out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bins of an adaptive average pooling from `size` to `out` positions along one axis, also upwards.
+def pool_bins(size: int, out: int) -> tuple[Int[np.ndarray, "out taps"], Float[np.ndarray, "out taps"]]:
+    """Return the bins of an adaptive average pooling from `size` to `out` positions along one axis, also upwards.
 
-    Output i averages inputs [floor(i size / out), ceil((i + 1) size / out)). Returns indices (out, taps) int32 and
-    weights (out, taps) float32; unused taps repeat an index with weight zero.
+    Output i averages inputs [floor(i size / out), ceil((i + 1) size / out)). Returns int32 indices and
+    float32 weights; unused taps repeat an index with weight zero.
     """
     i = np.arange(out)
     first, stop = i * size // out, -(-(i + 1) * size // out)
@@ -265,8 +266,8 @@ def pool_bins(size: int, out: int) -> tuple[np.ndarray, np.ndarray]:
     return index, (inside / (stop - first)[:, None]).astype(np.float32)
 
 
-def reflection(size: int, border: int) -> np.ndarray:
-    """Indices that extend an axis by `border` reflected positions at both ends, (size + 2 border,) int64.
+def reflection(size: int, border: int) -> Int[np.ndarray, " {size}+2*{border}"]:
+    """Return int64 indices that extend an axis by `border` reflected positions at both ends.
 
     The reference cannot reflect an axis no longer than the border. Here the reflection goes on as often as needed, and
     a single position, which has nothing to reflect, is repeated.
@@ -274,15 +275,15 @@ def reflection(size: int, border: int) -> np.ndarray:
     return np.pad(np.arange(size), border, mode="reflect")
 
 
-def taps_in_bounds(size: int, kernel: int) -> np.ndarray:
-    """How many taps of a zero-padded kernel fall inside an axis, at every position: (size,) float32."""
+def taps_in_bounds(size: int, kernel: int) -> Float[np.ndarray, " size"]:
+    """Return how many taps of a zero-padded kernel fall inside an axis, at every position, float32."""
     i = np.arange(size)
     half = kernel // 2
     return (np.minimum(i + half, size - 1) - np.maximum(i - half, 0) + 1).astype(np.float32)
 
 
-def gaussian_derivatives(filters: int, kernel: int) -> np.ndarray:
-    """Filters that start as derivatives of a Gaussian, (filters, kernel, kernel) float32.
+def gaussian_derivatives(filters: int, kernel: int) -> Float[np.ndarray, "filters kernel kernel"]:
+    """Return filters that start as derivatives of a Gaussian, float32.
 
     Filter (a, b) is the derivative of order a along rows and b along columns of a normal density whose 90 % interval is
     the kernel, scaled by sigma^(a+b): (-1)^n He_n(x / sigma) g(x) along each axis, He_n the Hermite polynomials.

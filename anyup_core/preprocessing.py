@@ -15,5 +15,5 @@ CLIP: Preprocessing = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130
 
 def normalize(image: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "H W 3"]:
     """Return an 8-bit image as guidance: scaled to [0, 1], ImageNet's mean and standard deviation applied."""
-    mean, std = (np.float32(value) for value in IMAGENET)
+    mean, std = (np.array(value, np.float32) for value in IMAGENET)
     return (image / np.float32(255) - mean) / std

@@ -57,7 +57,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if value not in arguments:
             raise ValueError(f"{where}={value!r} is unknown; choose one of {', '.join(map(str, arguments))}.")
         return value
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
         if not isinstance(value, Mapping):

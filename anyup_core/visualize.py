@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Num, UInt8
 
-Picture = UInt8[np.ndarray, "h w 3"]
+Picture = UInt8[np.ndarray, "_ _ 3"]
 
 SAMPLE = 2048  # positions a PCA is fitted on
 BLOCK = 1 << 24  # feature values projected at once: 64 MB in float32
@@ -38,7 +39,7 @@ class PCABasis:
     mean: Float[np.ndarray, " C"]
     components: Float[np.ndarray, "3 C"]
 
-    def project(self, features: Num[np.ndarray, "h w C"]) -> Float[np.ndarray, "h w 3"]:
+    def project(self, features: Num[Any, "h w C"]) -> Float[np.ndarray, "h w 3"]:
         """Return the coordinates of every position in this basis, float32, a block of rows at a time."""
         if features.ndim != 3 or features.shape[-1] != self.mean.size:
             raise ValueError(f"The basis is for features (h, w, {self.mean.size}); got {features.shape}.")
@@ -48,7 +49,7 @@ class PCABasis:
         return np.concatenate([block @ self.components.T for block in blocks])
 
 
-def pca_basis(maps: Sequence[Num[np.ndarray, "h w C"]]) -> PCABasis:
+def pca_basis(maps: Sequence[Num[Any, "_ _ C"]]) -> PCABasis:
     """Fit one basis to all feature maps: their first three principal components.
 
     At most 2048 positions, spread evenly and as many from each map, are looked at. The sign of a component is such that
@@ -74,7 +75,7 @@ def pca_basis(maps: Sequence[Num[np.ndarray, "h w C"]]) -> PCABasis:
     return PCABasis(mean.astype(np.float32), components)
 
 
-def pca_colors(*maps: Num[np.ndarray, "h w C"], basis: PCABasis | None = None) -> list[Picture]:
+def pca_colors(*maps: Num[Any, "_ _ C"], basis: PCABasis | None = None) -> list[Picture]:
     """Return one picture per feature map, in colours that mean the same in all of them.
 
     The three coordinates become red, green and blue, with one range for all maps: from the least 1st to the greatest
@@ -119,7 +120,7 @@ def color_wheel(h: int, w: int) -> Float[np.ndarray, "h w 3"]:
     return np.stack([np.full((h, w), LIGHTNESS), a, b], -1).astype(np.float32)
 
 
-def oklab_to_srgb(colors: Float[np.ndarray, "... 3"]) -> Float[np.ndarray, "... 3"]:
+def oklab_to_srgb(colors: Num[np.ndarray, "... 3"]) -> Float[np.ndarray, "... 3"]:
     """Return OKLab colours (L, a, b) as sRGB in [0, 1]; what lies outside is clipped.
 
     The matrices are those of Björn Ottosson, "A perceptual color space for image processing" (2020).
@@ -147,7 +148,7 @@ def attention_picture(upsample: Callable[[Float[np.ndarray, "h w 3"]], np.ndarra
     return oklab_picture(np.asarray(upsample(color_wheel(h, w)), np.float32))
 
 
-def _spread(features: Num[np.ndarray, "h w C"], count: int) -> Float[np.ndarray, "n C"]:
+def _spread(features: Num[Any, "h w C"], count: int) -> Float[np.ndarray, "n C"]:
     """Return up to `count` positions of a map, spread evenly over it."""
     h, w = features.shape[:2]
     index = np.linspace(0, h * w - 1, min(max(count, 1), h * w)).round().astype(int)

@@ -1,8 +1,8 @@
-"""`python -m anyup_jax`: see `anyup_jax.cli`."""
+"""`python -m anyup_jax` is the command `anyup`; see `anyup_jax.cli`."""
 
 import sys
 
 from anyup_jax.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog="python -m anyup_jax"))

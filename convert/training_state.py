@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from anyup_core import files
-from anyup_core.checkpoints import key_table, orbax_directory, run_directory, torch_file, unwrapping
+from anyup_core.checkpoints import formats, key_table, orbax_directory, run_directory, torch_file, unwrapping
 from anyup_core.checkpoints.checkpoint import Checkpoint
 
 OPTIMIZER_KEYS = ("optimizer_anyup", "optimizer", "optimizer_state_dict")
@@ -226,6 +226,45 @@ def _parts(optimizer: Mapping[str, Any], origin: str | Path) -> tuple[Mapping[in
     if group.get("amsgrad") or group.get("maximize") or not group.get("decoupled_weight_decay", True):
         raise ValueError(f"{origin}: a run has plain AdamW only, without amsgrad and maximize, with decoupled decay.")
     return states, group
+
+
+def convert(source: Path, destination: Path, overwrite: bool, complete: Callable[[Checkpoint], Checkpoint]) -> str:
+    """Convert a run of `train` to a .pth file of PyTorch's trainer, or the other way round.
+
+    Args:
+        source: a run, or a .pth file.
+        destination: a .pth file, or a directory that does not exist.
+        overwrite: whether a .pth file may be replaced.
+        complete: returns a checkpoint with its configuration completed.
+
+    Returns:
+        A line that says what was written.
+
+    Raises:
+        FileNotFoundError: if there is no source.
+        FileExistsError: if something is at the destination.
+        ValueError: for any other pair of formats.
+    """
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist.")
+    kinds = formats.format_of(source), formats.format_of(destination)
+    if kinds == (formats.ORBAX, formats.TORCH):
+        formats.check_destination(destination, overwrite=overwrite)
+        state = TrainingState.from_run(source)
+    elif kinds == (formats.TORCH, formats.ORBAX):
+        check_new(destination)
+        state = read(source)
+    else:
+        raise ValueError(
+            "--training converts the directory of a run to a .pth file, or a .pth file to a new directory; "
+            f"{source} and {destination} are no such pair."
+        )
+    state = dataclasses.replace(state, checkpoint=complete(state.checkpoint))
+    if kinds[1] == formats.TORCH:
+        write(destination, state)
+    else:
+        state.write_run(destination)
+    return f"{destination}: {len(state.checkpoint.tensors)} tensors, their moments and step {state.step} written"
 
 
 def check_new(directory: Path) -> None:

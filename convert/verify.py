@@ -12,6 +12,21 @@ IMAGE, FEATURES = (1, 48, 60, 3), (1, 6, 5, 24)  # NHWC; a whole ratio in both d
 CELLS = (4, 5)  # of the image that encoders see
 
 
+def compare(torch_side: Checkpoint | EncoderCheckpoint, flax_side: Checkpoint | EncoderCheckpoint) -> str:
+    """Return a line on the largest difference between both frameworks. Raises ValueError if it exceeds TOLERANCE."""
+    if isinstance(torch_side, EncoderCheckpoint) and isinstance(flax_side, EncoderCheckpoint):
+        difference = largest_encoder_difference(torch_side, flax_side)
+        line = f"largest difference between timm and Flax: {difference:.2e} of the largest feature"
+    elif isinstance(torch_side, Checkpoint) and isinstance(flax_side, Checkpoint):
+        difference = largest_difference(torch_side, flax_side)
+        line = f"largest difference between PyTorch and Flax: {difference:.2e}"
+    else:
+        raise TypeError("one side is AnyUp and the other an encoder; compare a model with itself in another format.")
+    if not difference <= TOLERANCE:
+        raise ValueError(f"the frameworks differ by {difference:.2e}, more than {TOLERANCE:.0e}.")
+    return line
+
+
 def largest_difference(torch_side: Checkpoint, flax_side: Checkpoint, *, seed: int = 0) -> float:
     """Return the largest difference between two models' outputs for a seeded image and features.
 

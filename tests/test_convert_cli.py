@@ -13,6 +13,7 @@ import torch
 
 import anyup_torch
 import convert
+from anyup_jax.cli import main as anyup
 from convert import __main__ as cli
 from convert import verify
 from tests.weights import assert_same_bits, random_weights
@@ -131,8 +132,39 @@ def test_overwrite(path, tmp_path):
     assert cli.main([str(path), str(tmp_path / "y"), "--overwrite"]) == 0
 
 
-def test_usage(capsys):
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["x.pth"])
-    assert caught.value.code == 2
-    assert "DST is missing" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["x.pth"], "DST"),
+        ([], "SRC"),
+        (["x.pth", "y", "--weights", "z.pth"], "--timm"),
+        (["x.pth", "y", "--training", "--inspect"], "--training"),
+    ],
+)
+def test_usage(capsys, arguments, named):
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert named in error
+    assert error.count("\n") == 1
+
+
+def test_the_installed_command_is_the_same(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert anyup(["convert", "x.pth", "y.safetensors", "--num-heads", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert cli.main(["x.pth", "y.safetensors", "--num-heads", "2", "--overwrite"]) == 0
+    assert capsys.readouterr().out == printed
+    assert cli.main(["y.safetensors", "--inspect"]) == 0
+    listed = capsys.readouterr().out
+    assert anyup(["inspect", "y.safetensors"]) == 0
+    assert capsys.readouterr().out == listed
+
+
+@pytest.mark.parametrize("option", ["--verify", "--training"])
+def test_what_needs_a_checkout(path, tmp_path, capsys, option):
+    assert anyup(["convert", str(path), str(tmp_path / "y"), option]) == 2
+    error = capsys.readouterr().err
+    assert option in error
+    assert "checkout" in error
+    assert not (tmp_path / "y").exists()

@@ -303,8 +303,7 @@ def test_what_the_command_refuses(tmp_path, capsys):
         assert cli.main([*map(str, arguments), "--training"]) == 2
         assert message in capsys.readouterr().err
     assert cli.main([str(run), str(file), "--training", "--overwrite"]) == 0
-    with pytest.raises(SystemExit):
-        cli.main([str(file), "--training", "--inspect"])
+    assert cli.main([str(file), "--training", "--inspect"]) == 2
     (tmp_path / "empty").mkdir()
     assert cli.main([str(file), str(tmp_path / "empty"), "--training"]) == 0
     assert_same_state(TrainingState.from_run(tmp_path / "empty"), training_state.read(file))

@@ -99,11 +99,12 @@ import torch, anyup_torch
 model = anyup_torch.from_pretrained("anyup_efficientnet_lite")
 print(anyup_torch.__file__, tuple(model(torch.ones(1, 3, 16, 16), torch.ones(1, 4, 2, 2)).shape))
 """
-
-
-@pytest.mark.parametrize(
+each_framework = pytest.mark.parametrize(
     ("program", "shape"), [(JAX, "(1, 16, 16, 4)"), (TORCH, "(1, 4, 16, 16)")], ids=["jax", "torch"]
 )
+
+
+@each_framework
 def test_packaged_weights_load_without_the_other_framework(user: Path, program: str, shape: str) -> None:
     said = run(user, "python", program)
     assert said.startswith(str(user / "site"))
@@ -114,3 +115,18 @@ def test_the_command_upsamples(user: Path) -> None:
     words = ("--features", "features.npy", "--out", "F.npy")
     run(user, "anyup", "upsample", "image.png", *words)
     assert np.load(user / "mine" / "F.npy").shape == (40, 50, 8)
+
+
+def test_the_command_converts_and_lists(user: Path) -> None:
+    for source, destination in (("anyup_efficientnet_lite", "x.pth"), ("x.pth", "orbax"), ("orbax", "x.safetensors")):
+        assert f"{destination}: 73 tensors" in run(user, "anyup", "convert", source, destination)
+        assert "query_encoder.conv.kernel" in run(user, "anyup", "inspect", destination)
+    assert "checkout" in run(user, "anyup", "convert", "x.pth", "--verify", status=2)
+
+
+@each_framework
+def test_both_frameworks_load_files_of_a_user(user: Path, program: str, shape: str) -> None:
+    path = user / "mine" / "own.safetensors"
+    run(user, "anyup", "convert", "anyup_efficientnet_lite", str(path), "--overwrite")
+    said = run(user, "python", program.replace("anyup_efficientnet_lite", str(path)))
+    assert said.strip().endswith(shape)

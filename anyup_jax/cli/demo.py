@@ -1,0 +1,128 @@
+"""`anyup demo`: one picture of what the model does."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from anyup_core.files import check_output, read_image, resize_image
+from anyup_core.preprocessing import normalize
+from anyup_jax.cli import models
+from anyup_jax.cli.models import build_model, create_encoder, describe_weights, encode, overrides, run, say, sizes_text
+from anyup_jax.cli.parser import ENCODER, RANDOM, add_models, positive
+
+CROP = 32  # the demo's image has sides that are multiples of it
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("demo", help="draw features before and after upsampling", description=demo.__doc__)
+    parser.set_defaults(command=demo)
+    parser.add_argument("image", nargs="?", metavar="IMAGE", help="an image file (default: a shipped photograph)")
+    parser.add_argument("--picture", default="outputs/demo.png", metavar="P.png", help="default: %(default)s")
+    parser.add_argument(
+        "--short-side",
+        type=positive,
+        default=448,
+        metavar="N",
+        help="the image's, after resizing (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--torch", action="store_true", help="upsample with the PyTorch mirror too, and print the largest difference"
+    )
+    add_models(parser, layers="one row of pictures each")
+    parser.add_argument(
+        "--dtype", choices=models.COMPUTED, default="float32", help="of the computation (default: %(default)s)"
+    )
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Draw one picture: the image, its low-resolution features, and the features upsampled bilinearly and by AnyUp."""
+    from anyup_core import figure, visualize
+
+    figure.load_figure_class()
+    Path(args.picture).parent.mkdir(parents=True, exist_ok=True)
+    path = check_output(args.picture, (".png",))
+    mirror = _mirror(args) if args.torch else None
+    image = _crop(read_image(args.image) if args.image else _shipped_photograph(), args.short_side)
+    name, layers = args.encoder or ENCODER, args.layer or [-2, -1]
+    say("image", f"{args.image or 'astronaut (NASA, shipped with scikit-image)'}, {sizes_text(image.shape[:2])}")
+    say("encoder", f"{name}, weights: {args.encoder_weights or 'pretrained'}")
+    say("AnyUp", f"weights: {describe_weights(args)}")
+    encoders = (create_encoder(args, layer) for layer in layers)
+    maps = [(encoder.stride, np.asarray(encode(encoder, image), np.float32)) for encoder in encoders]
+    model = build_model(args)
+
+    note = " (untrained)" if args.weights == RANDOM else ""
+    panels = []
+    for stride, features in maps:
+        wheel = visualize.color_wheel(*features.shape[:2])
+        values = np.concatenate([features, wheel], -1)  # one run gives features and attention picture
+        result = run(model, image, features, values, image.shape[:2], args.q_chunk_size)
+        upsampled, looks_at = np.split(result.output, [features.shape[-1]], -1)
+        smooth = visualize.bilinear(features, image.shape[:2])
+        basis = visualize.pca_basis([features])
+        small, blurred, sharp = visualize.pca_colors(features, smooth, upsampled, basis=basis)
+        panels += [
+            (f"image\n{sizes_text(image.shape[:2])}", image),
+            (f"features, stride {stride}\n{sizes_text(features.shape)}", small),
+            (f"bilinear\n{sizes_text(smooth.shape)}", blurred),
+            (f"AnyUp{note}\n{sizes_text(upsampled.shape)}", sharp),
+            (f"AnyUp attention{note}\nwhere each pixel looks", visualize.oklab_picture(looks_at)),
+        ]
+        say(f"stride {stride}", f"{sizes_text(features.shape)} -> {sizes_text(upsampled.shape)}, {result.times}")
+        if mirror is not None:
+            say("  PyTorch", mirror(image, features, upsampled))
+    title = "AnyUp demo" + (", UNTRAINED weights" if args.weights == RANDOM else "")
+    subtitle = f"Encoder: {name}. AnyUp weights: {describe_weights(args)}. Colours: one PCA and one range per row."
+    figure.draw_panels(path, panels, columns=5, title=title, subtitle=subtitle)
+    say("picture", path)
+
+
+def _mirror(args: argparse.Namespace) -> Callable[..., str]:
+    """Return a function that does the same in PyTorch, and says how long it took and how far apart the outputs are."""
+    if args.weights == RANDOM:
+        raise ValueError("--torch compares the frameworks with the same weights; random ones differ, name --weights.")
+    try:
+        torch, anyup_torch = (importlib.import_module("torch"), importlib.import_module("anyup_torch"))
+    except ModuleNotFoundError as error:
+        raise ImportError(f'--torch needs {error.name}: pip install "anyup-jax[torch]", or leave it out.') from error
+    model = anyup_torch.from_pretrained(args.weights, **overrides(args))
+
+    def compare(
+        image: UInt8[np.ndarray, "H W 3"], features: Float[np.ndarray, "h w C"], ours: Float[np.ndarray, "H W C"]
+    ) -> str:
+        first = (torch.from_numpy(x.transpose(2, 0, 1).copy())[None] for x in (normalize(image), features))
+        start = time.perf_counter()
+        with torch.inference_mode():
+            theirs = model(*first, q_chunk_size=args.q_chunk_size)
+        seconds = time.perf_counter() - start
+        difference = np.abs(theirs[0].permute(1, 2, 0).numpy() - ours).max()
+        return f"ran in {seconds:.2f} s, largest difference {difference:.1e} (largest value {np.abs(ours).max():.1f})"
+
+    return compare
+
+
+def _shipped_photograph() -> UInt8[np.ndarray, "H W 3"]:
+    try:
+        data = importlib.import_module("skimage.data")
+    except ModuleNotFoundError as error:
+        message = 'The demo\'s photograph comes with scikit-image, which is not installed: pip install "anyup-jax[viz]"'
+        raise ImportError(f"{message}, or name an image file.") from error
+    return data.astronaut()
+
+
+def _crop(image: UInt8[np.ndarray, "H W 3"], short_side: int) -> UInt8[np.ndarray, "h w 3"]:
+    """Resize to the short side, then cut the centre whose sides are multiples of 32."""
+    if short_side < 2 * CROP:
+        raise ValueError(f"--short-side {short_side} is too small for the demo; give at least {2 * CROP}.")
+    scale = short_side / min(image.shape[:2])
+    image = resize_image(image, tuple(round(side * scale) for side in image.shape[:2]))
+    rows, cols = (side // CROP * CROP for side in image.shape[:2])
+    top, left = (image.shape[0] - rows) // 2, (image.shape[1] - cols) // 2
+    return image[top : top + rows, left : left + cols]

@@ -1,0 +1,103 @@
+"""`anyup upsample`: features at another resolution, written to a file."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import numpy as np
+
+from anyup_core.files import (
+    ARRAY_SUFFIXES,
+    BAND_SUFFIXES,
+    check_output,
+    read_features,
+    read_image,
+    resize_image,
+    write_bands,
+    write_features,
+)
+from anyup_core.preprocessing import normalize
+from anyup_jax.cli import models
+from anyup_jax.cli.models import build_model, create_encoder, describe_weights, encode, run, say, sizes_text
+from anyup_jax.cli.parser import add_models, positive
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("upsample", help="write upsampled features to a file", description=upsample.__doc__)
+    parser.set_defaults(command=upsample)
+    parser.add_argument("image", metavar="IMAGE", help="an image file")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="F",
+        help="the file to write: .npy or .zarr, band by band, so that it may be larger than memory; .npz or "
+        ".safetensors, from memory at once",
+    )
+    parser.add_argument("--features", metavar="F.npy", help="features (h, w, C) of the image, instead of an encoder")
+    parser.add_argument(
+        "--output-size", type=positive, nargs=2, metavar=("H", "W"), help="of the features (default: the image's)"
+    )
+    parser.add_argument("--max-side", type=positive, metavar="N", help="shrink the image to at most N pixels a side")
+    add_models(parser, layers="their channels are concatenated")
+    parser.add_argument(
+        "--dtype",
+        choices=(*models.COMPUTED, "float16"),
+        default="float32",
+        help="float32 (default); bfloat16: computed in it, written as float32; float16: computed in float32, written "
+        "as float16",
+    )
+
+
+def upsample(args: argparse.Namespace) -> None:
+    """Upsample the features of an image, an encoder's or your own, and write them to a file.
+
+    The output of .npy and .zarr is computed and written in bands of rows, with memory that does not grow with its
+    height; this takes several times as long as .npz or .safetensors, whose output has to fit into memory.
+    """
+    path = check_output(args.out, (*ARRAY_SUFFIXES, *BAND_SUFFIXES[1:]))
+    if args.features and (args.encoder or args.layer or args.encoder_weights):
+        raise ValueError("--features brings its own features; leave --encoder, --layer and --encoder-weights out.")
+    image = read_image(args.image)
+    height, width = image.shape[:2]
+    if args.max_side and max(height, width) > args.max_side:
+        scale = args.max_side / max(height, width)
+        image = resize_image(image, (max(1, round(height * scale)), max(1, round(width * scale))))
+    say("image", f"{args.image}, {sizes_text(image.shape[:2])}")
+    if args.features:
+        features = read_features(args.features)
+        source = {"features": str(args.features)}
+    else:
+        encoder = create_encoder(args, tuple(args.layer or [-1]))
+        features = encode(encoder, image)
+        source = {"encoder": encoder.name, "layers": list(encoder.layers), "stride": encoder.stride}
+    say("features", f"{source.get('encoder') or source['features']}, {sizes_text(features.shape)}")
+    say("AnyUp", f"weights: {describe_weights(args)}")
+    model = build_model(args)
+    size = tuple(args.output_size or image.shape[:2])
+    metadata = {
+        "image": str(args.image),
+        "image_size": list(image.shape[:2]),
+        "features_size": list(features.shape),
+        "output_size": list(size),
+        **source,
+        "weights": describe_weights(args),
+        "window": model.config.window,
+        "dtype": args.dtype,
+    }
+    dtype = "float16" if args.dtype == "float16" else "float32"
+    shape = (*size, features.shape[-1])
+    if path.suffix in BAND_SUFFIXES:
+        from anyup_jax.bands import upsample_bands
+
+        start = time.perf_counter()
+        options = dict(q_chunk_size=args.q_chunk_size, dtype=dtype)
+        bands = upsample_bands(model, normalize(image)[None], np.asarray(features)[None], size, **options)
+        write_bands(path, (band[0] for band in bands), shape, metadata, dtype)
+        times = f"in bands of rows, compiled, ran and written in {time.perf_counter() - start:.2f} s"
+    else:
+        result = run(model, image, features, features, size, args.q_chunk_size)
+        write_features(path, result.output, metadata, dtype)
+        times = result.times
+    say("upsampled", f"{sizes_text(shape)}, {dtype}, {times}")
+    say("written", path)
