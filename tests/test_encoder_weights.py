@@ -273,7 +273,7 @@ def test_weights_that_do_not_fit_list_every_key(tmp_path, state):
         "  not part of the model: conv_stem_weight (32, 3, 3, 3)",
         "  not part of the model: extra (3,)",
         "  wrong shape: bn1.bias is (5,), must be (32)",
-        "  wrong type: bn1.weight holds int32, must be floating",
+        "  wrong type: bn1.weight holds int32, must be floating point",
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ class Checkpoint:
         sizes = key_table.sizes_of({name: tensor.shape for name, tensor in tensors.items()})
         self.entries = key_table.expand(sizes)
         expected = {entry.torch: entry.torch_shape for entry in self.entries}
-        check(tensors, expected)
+        if lines := faults(tensors, expected):
+            raise ValueError(listed("AnyUp", lines))
         self.tensors = {name: np.ascontiguousarray(tensors[name]) for name in expected}
         self.config = combine(key_table.config_of(sizes), config or {})
 
@@ -51,7 +52,8 @@ class Checkpoint:
     def from_flax(cls, parameters: Mapping[str, np.ndarray], config: Mapping[str, Any] | None = None) -> Checkpoint:
         """Build from Flax path -> array in Flax's layout. Raises ValueError as the class does, with the Flax paths."""
         entries = key_table.expand(sizes_of_flax(parameters))
-        check(parameters, {entry.flax: entry.flax_shape for entry in entries})
+        if lines := faults(parameters, {entry.flax: entry.flax_shape for entry in entries}):
+            raise ValueError(listed("AnyUp", lines))
         parts: dict[str, list[np.ndarray]] = {}
         for entry in entries:
             parts.setdefault(entry.torch, []).append(entry.op.to_torch(parameters[entry.flax]))
@@ -65,23 +67,39 @@ class Checkpoint:
         return combine(self.config, overrides)
 
 
-def check(tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise one ValueError that lists every tensor that is missing, unknown, of a wrong shape or not floating point."""
-    missing = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in tensors]
-    unknown = [
-        f"not part of the model: {name} {tensor.shape}" for name, tensor in tensors.items() if name not in expected
-    ]
-    wrong = []
-    for name, shape in expected.items():
-        if name not in tensors:
-            continue
-        if tensors[name].shape != shape:
-            wrong.append(f"wrong shape: {name} is {tensors[name].shape}, must be {shape}")
-        elif tensors[name].dtype not in FLOATS:
-            wrong.append(f"wrong type: {name} holds {tensors[name].dtype}, must be floating point")
-    if faults := missing + unknown + wrong:
-        noun = "tensor does" if len(faults) == 1 else "tensors do"
-        raise ValueError(f"{len(faults)} {noun} not fit AnyUp:\n  " + "\n  ".join(faults))
+def faults(
+    tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int | None, ...]], integers: Collection[str] = ()
+) -> list[str]:
+    """Return a line for every tensor that is missing, unknown, or of a wrong shape or type.
+
+    Args:
+        tensors: what there is.
+        expected: name -> shape, in which None stands for any size.
+        integers: names of those that hold whole numbers; the others are floating point.
+    """
+    lines = [f"missing: {name} {shape_text(shape)}" for name, shape in expected.items() if name not in tensors]
+    lines += [f"not part of the model: {name} {x.shape}" for name, x in tensors.items() if name not in expected]
+    for name in (name for name in expected if name in tensors):
+        shape, dtype = tensors[name].shape, tensors[name].dtype
+        if not fits(shape, expected[name]):
+            lines.append(f"wrong shape: {name} is {shape}, must be {shape_text(expected[name])}")
+        elif not (dtype.kind in "iu" if name in integers else dtype in FLOATS):
+            kind = "whole numbers" if name in integers else "floating point"
+            lines.append(f"wrong type: {name} holds {dtype}, must be {kind}")
+    return lines
+
+
+def listed(model: str, lines: Sequence[str]) -> str:
+    noun = "tensor does" if len(lines) == 1 else "tensors do"
+    return f"{len(lines)} {noun} not fit {model}:\n  " + "\n  ".join(lines)
+
+
+def fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(expected) and all(must in (None, size) for size, must in zip(shape, expected))
+
+
+def shape_text(shape: tuple[int | None, ...]) -> str:
+    return f"({', '.join('any' if size is None else str(size) for size in shape)})"
 
 
 def warn_unless_finite(tensors: Mapping[str, np.ndarray], origin: Path) -> None:

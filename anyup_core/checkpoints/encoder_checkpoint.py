@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from anyup_core.checkpoints.checkpoint import FLOATS, Checkpoint
+from anyup_core.checkpoints.checkpoint import Checkpoint, faults, listed
 from anyup_core.encoders import catalogue
 from anyup_core.encoders.rows import Row
 
@@ -52,7 +52,7 @@ class EncoderCheckpoint:
     def __init__(self, name: str, tensors: Mapping[str, np.ndarray]):
         self.published = catalogue.find(name)
         self.rows = present(table(self.published.config), tensors)
-        if lines := faults(self.rows, tensors):
+        if lines := row_faults(self.rows, tensors):
             raise ValueError(refusal(name, tensors, lines))
         self.tensors = {key: np.asarray(tensors[key], order="C") for row in self.rows for key in row.keys}
 
@@ -77,14 +77,7 @@ class EncoderCheckpoint:
         groups = {row.optional for row in known if row.flax in parameters}
         rows = [row for row in known if not row.optional or row.optional in groups]
         expected = {row.flax: row.flax_shape for row in rows}
-        lines = [f"missing: {path} {shape_text(shape)}" for path, shape in expected.items() if path not in parameters]
-        lines += [f"not part of the model: {path} {x.shape}" for path, x in parameters.items() if path not in expected]
-        lines += [
-            f"wrong shape: {path} is {parameters[path].shape}, must be {shape_text(shape)}"
-            for path, shape in expected.items()
-            if path in parameters and not fits(parameters[path].shape, shape)
-        ]
-        if lines:
+        if lines := faults(parameters, expected, {row.flax for row in rows if row.integer}):
             raise ValueError(listed(name, lines))
         tensors = {}
         for row in rows:
@@ -100,20 +93,12 @@ def present(rows: Iterable[Row], tensors: Iterable[str]) -> tuple[Row, ...]:
     return tuple(row for row in rows if not row.optional or row.optional in groups)
 
 
-def faults(rows: Iterable[Row], tensors: Mapping[str, np.ndarray]) -> list[str]:
-    """Return a line for every tensor that is missing, unknown, or of a wrong shape or type."""
-    expected = {key: row for row in rows for key in row.keys}
-    lines = [f"missing: {key} {shape_text(row.shape)}" for key, row in expected.items() if key not in tensors]
-    lines += [f"not part of the model: {key} {x.shape}" for key, x in tensors.items() if key not in expected]
-    for key, row in expected.items():
-        if key not in tensors:
-            continue
-        shape, dtype = tensors[key].shape, tensors[key].dtype
-        if not fits(shape, row.shape):
-            lines.append(f"wrong shape: {key} is {shape}, must be {shape_text(row.shape)}")
-        elif row.integer != (dtype.kind in "iu") or not (row.integer or dtype in FLOATS):
-            lines.append(f"wrong type: {key} holds {dtype}, must be {'whole numbers' if row.integer else 'floating'}")
-    return lines
+def row_faults(rows: Iterable[Row], tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """Return a line for every tensor that is not as the rows say; see `checkpoint.faults`."""
+    by_key = {key: row for row in rows for key in row.keys}
+    return faults(
+        tensors, {key: row.shape for key, row in by_key.items()}, {key for key, row in by_key.items() if row.integer}
+    )
 
 
 def refusal(name: str, tensors: Mapping[str, np.ndarray], lines: Sequence[str]) -> str:
@@ -130,15 +115,10 @@ def refusal(name: str, tensors: Mapping[str, np.ndarray], lines: Sequence[str]) 
     return listed(name, lines)
 
 
-def listed(name: str, lines: Sequence[str]) -> str:
-    noun = "tensor does" if len(lines) == 1 else "tensors do"
-    return f"{len(lines)} {noun} not fit {name}:\n  " + "\n  ".join(lines)
-
-
 def architectures(tensors: Mapping[str, np.ndarray]) -> list[str]:
     """Return the names of all architectures whose weights these can be, by names, shapes and types."""
     tables = ((name, table(entry.config)) for name, entry in catalogue.ARCHITECTURES.items())
-    return [name for name, rows in tables if not faults(present(rows, tensors), tensors)]
+    return [name for name, rows in tables if not row_faults(present(rows, tensors), tensors)]
 
 
 def is_anyup(tensors: Mapping[str, np.ndarray]) -> bool:
@@ -153,11 +133,3 @@ def is_anyup(tensors: Mapping[str, np.ndarray]) -> bool:
 def any_of(names: Sequence[str]) -> str:
     """Return the names as a list in a sentence; of many, the first ones."""
     return " or ".join(names[:4]) + (" or others" if len(names) > 4 else "")
-
-
-def fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
-    return len(shape) == len(expected) and all(must in (None, size) for size, must in zip(shape, expected))
-
-
-def shape_text(shape: tuple[int | None, ...]) -> str:
-    return f"({', '.join('any' if size is None else str(size) for size in shape)})"

@@ -146,7 +146,7 @@ def _safetensors_config(path: Path) -> dict[str, Any]:
     metadata = safetensors_file.read_metadata(path)
     if ENCODER_KEY in metadata:
         return {ENCODER_KEY: " ".join(metadata[ENCODER_KEY].split())[:200]}  # no name is longer
-    return _from_json(metadata.get(METADATA_KEY, "{}"), f"the metadata of {path}")
+    return run_directory.parse_json(metadata.get(METADATA_KEY, "{}"), f"the metadata of {path}")
 
 
 def _orbax_config(path: Path) -> dict[str, Any]:
@@ -169,16 +169,6 @@ def is_orbax(path: Path) -> bool:
 
 def _to_json(config: Mapping[str, Any]) -> str:
     return json.dumps(dict(config), indent=2) + "\n"
-
-
-def _from_json(text: str, origin: str) -> dict[str, Any]:
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{origin} holds no configuration: {error}.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{origin} holds no configuration: it must be a JSON object.")
-    return config
 
 
 def check_destination(path: str | Path, *, overwrite: bool = False) -> None:

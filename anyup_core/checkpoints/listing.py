@@ -10,7 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from anyup_core.checkpoints import encoder_checkpoint, key_table
-from anyup_core.checkpoints.checkpoint import sizes_of_flax
+from anyup_core.checkpoints.checkpoint import fits, shape_text, sizes_of_flax
 from anyup_core.encoders import catalogue
 
 
@@ -74,8 +74,8 @@ def encoder_lines(tensors: Mapping[str, np.ndarray], name: str, *, flax: bool) -
             yield Line(torch, path, tuple(size or 0 for size in must), "", "missing")
             continue
         shape, note = tensors[name_in_file].shape, "unused" if row.carried else ""
-        if not encoder_checkpoint.fits(shape, must):
-            note = f"must be {encoder_checkpoint.shape_text(must)}"
+        if not fits(shape, must):
+            note = f"must be {shape_text(must)}"
         yield Line(torch, path, shape, str(tensors[name_in_file].dtype), note)
     yield from _unknown(tensors, {name_in_file for name_in_file, *_ in expected}, flax=flax)
 

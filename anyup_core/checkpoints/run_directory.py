@@ -34,12 +34,17 @@ def config(step: Path) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file. Raises ValueError if it holds anything else."""
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(text: str | bytes, origin: str) -> dict[str, Any]:
+    """Return a JSON object. Raises ValueError for anything else; the message calls it `origin`."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}.") from error
+        raise ValueError(f"{origin} is no JSON: {error}.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; it must be a JSON object.")
+        raise ValueError(f"{origin} holds a {type(content).__name__}; it must be a JSON object.")
     return content
 
 
