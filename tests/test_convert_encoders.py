@@ -198,7 +198,7 @@ def test_inspect_lists_every_tensor_in_both_names(tmp_path, name, state, file, f
         assert row.flax in printed
         for key in [row.torch] if form == "orbax" else row.keys:
             assert key in printed
-    carried = sum((1 if form == "orbax" else len(row.keys)) for row in rows if row.carried)
+    carried = sum((1 if form == "orbax" else len(row.keys)) for row in rows if row.unused)
     assert printed.count("carried") == carried
     assert "missing" not in printed
     assert "must be" not in printed

@@ -73,7 +73,7 @@ def encoder_lines(tensors: Mapping[str, np.ndarray], name: str, *, flax: bool) -
         if found not in tensors:
             yield Line(torch, path, tuple(size or 0 for size in must), "", "missing")
             continue
-        shape, note = tensors[found].shape, "carried" if row.carried else ""
+        shape, note = tensors[found].shape, "carried" if row.unused else ""
         if not encoder_checkpoint.fits(shape, must):
             note = f"must be {encoder_checkpoint.shape_text(must)}"
         yield Line(torch, path, shape, str(tensors[found].dtype), note)
