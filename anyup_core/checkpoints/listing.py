@@ -73,7 +73,7 @@ def encoder_lines(tensors: Mapping[str, np.ndarray], name: str, *, flax: bool) -
         if name_in_file not in tensors:
             yield Line(torch, path, tuple(size or 0 for size in must), "", "missing")
             continue
-        shape, note = tensors[name_in_file].shape, "unused" if row.carried else ""
+        shape, note = tensors[name_in_file].shape, "unused" if row.unused else ""
         if not fits(shape, must):
             note = f"must be {shape_text(must)}"
         yield Line(torch, path, shape, str(tensors[name_in_file].dtype), note)

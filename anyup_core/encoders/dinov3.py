@@ -1,6 +1,6 @@
 """DINOv3's transformers (in timm: `Eva` with `rope_type="dinov3"`): their sizes and their key table.
 
-Not in a state dict, though buffers of the PyTorch model: the rotary periods, and the bias of the keys, which is zero.
+The rotary periods and the bias of the keys, which is zero, are buffers of the PyTorch model and not in its state dict.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from anyup_core.encoders.rows import Row
-from anyup_core.layouts import OIHW_TO_HWIO, TRANSPOSE
+from anyup_core.encoders.rows import Row, conv, linear, norm
+from anyup_core.layouts import TRANSPOSE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,8 @@ class DINOv3:
     registers: int = 4
     image_size: int = 256
 
+    class_tokens = 1
+
     def __post_init__(self):
         if self.width % (4 * self.num_heads):
             raise ValueError(
@@ -54,44 +56,29 @@ class DINOv3:
         return (self.width,) * self.depth
 
     @property
-    def class_tokens(self) -> int:
-        return 1
-
-    @property
     def prefix_tokens(self) -> int:
         return self.class_tokens + self.registers
 
-
-def rows(config: DINOv3) -> Iterator[Row]:
-    """Yield timm's keys in the order of its state dict."""
-    width, hidden, patch, depth = config.width, config.mlp_width, config.patch_size, config.depth
-    yield Row("cls_token", (1, 1, width), "class_token")
-    yield Row("reg_token", (1, config.registers, width), "registers")
-    yield Row("patch_embed.proj.weight", (width, 3, patch, patch), "patch.kernel", OIHW_TO_HWIO)
-    yield Row("patch_embed.proj.bias", (width,), "patch.bias")
-    yield Row("blocks.{i}.gamma_1", (width,), "blocks.scale1", stack=depth)
-    yield Row("blocks.{i}.gamma_2", (width,), "blocks.scale2", stack=depth)
-    yield Row("blocks.{i}.norm1.weight", (width,), "blocks.norm1.scale", stack=depth)
-    yield Row("blocks.{i}.norm1.bias", (width,), "blocks.norm1.bias", stack=depth)
-    if config.qkv_bias:
-        yield Row("blocks.{i}.attn.q_bias", (width,), "blocks.attention.query_bias", stack=depth)
-        yield Row("blocks.{i}.attn.v_bias", (width,), "blocks.attention.value_bias", stack=depth)
-    yield Row("blocks.{i}.attn.qkv.weight", (3 * width, width), "blocks.attention.qkv.kernel", TRANSPOSE, stack=depth)
-    yield from linear("blocks.{i}.attn.proj", width, width, "blocks.attention.project", depth)
-    yield Row("blocks.{i}.norm2.weight", (width,), "blocks.norm2.scale", stack=depth)
-    yield Row("blocks.{i}.norm2.bias", (width,), "blocks.norm2.bias", stack=depth)
-    if config.gated_mlp:
-        yield from linear("blocks.{i}.mlp.fc1_g", width, hidden, "blocks.mlp.gate", depth)
-        yield from linear("blocks.{i}.mlp.fc1_x", width, hidden, "blocks.mlp.widen", depth)
-    else:
-        yield from linear("blocks.{i}.mlp.fc1", width, hidden, "blocks.mlp.widen", depth)
-    yield from linear("blocks.{i}.mlp.fc2", hidden, width, "blocks.mlp.narrow", depth)
-    yield Row("norm.weight", (width,), "norm.scale")
-    yield Row("norm.bias", (width,), "norm.bias")
-    yield Row("head.weight", (None, width), "head.kernel", TRANSPOSE, carried=True, optional="head")
-    yield Row("head.bias", (None,), "head.bias", carried=True, optional="head")
-
-
-def linear(torch: str, inputs: int, outputs: int, flax: str, depth: int) -> Iterator[Row]:
-    yield Row(f"{torch}.weight", (outputs, inputs), f"{flax}.kernel", TRANSPOSE, stack=depth)
-    yield Row(f"{torch}.bias", (outputs,), f"{flax}.bias", stack=depth)
+    def rows(self) -> Iterator[Row]:
+        """Yield timm's keys in the order of its state dict."""
+        width, hidden, patch, block = self.width, self.mlp_width, self.patch_size, dict(stack=self.depth)
+        yield Row("cls_token", (1, 1, width), "class_token")
+        yield Row("reg_token", (1, self.registers, width), "registers")
+        yield from conv("patch_embed.proj", (width, 3, patch, patch), "patch")
+        yield Row("blocks.{i}.gamma_1", (width,), "blocks.scale1", **block)
+        yield Row("blocks.{i}.gamma_2", (width,), "blocks.scale2", **block)
+        yield from norm("blocks.{i}.norm1", width, "blocks.norm1", **block)
+        if self.qkv_bias:
+            yield Row("blocks.{i}.attn.q_bias", (width,), "blocks.attention.query_bias", **block)
+            yield Row("blocks.{i}.attn.v_bias", (width,), "blocks.attention.value_bias", **block)
+        yield Row("blocks.{i}.attn.qkv.weight", (3 * width, width), "blocks.attention.qkv.kernel", TRANSPOSE, **block)
+        yield from linear("blocks.{i}.attn.proj", width, width, "blocks.attention.project", **block)
+        yield from norm("blocks.{i}.norm2", width, "blocks.norm2", **block)
+        if self.gated_mlp:
+            yield from linear("blocks.{i}.mlp.fc1_g", width, hidden, "blocks.mlp.gate", **block)
+            yield from linear("blocks.{i}.mlp.fc1_x", width, hidden, "blocks.mlp.widen", **block)
+        else:
+            yield from linear("blocks.{i}.mlp.fc1", width, hidden, "blocks.mlp.widen", **block)
+        yield from linear("blocks.{i}.mlp.fc2", hidden, width, "blocks.mlp.narrow", **block)
+        yield from norm("norm", width, "norm")
+        yield from linear("head", width, None, "head", unused=True, optional="head")

@@ -6,16 +6,16 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from anyup_core.encoders.rows import Row
-from anyup_core.layouts import OIHW_TO_HWIO, TRANSPOSE
+from anyup_core.encoders.rows import Row, batch_norm, conv, linear
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A run of residual blocks of one width; the first of them has the stride and the others none.
+    """Consecutive residual blocks of one width; only the first has the stride.
 
     Attributes:
-        blocks, width: how many, and the channels they give.
+        blocks: their number.
+        width: their output channels.
         kernel_size, stride: of the depthwise convolution.
         expansion: channels of the depthwise convolution, in units of the block's inputs.
     """
@@ -68,7 +68,7 @@ class EfficientNet:
 
     @property
     def taps(self) -> tuple[int, ...]:
-        """Index of the stage that gives each layer: the last one of each stride."""
+        """Index of the stage whose output is each layer: the last one of each stride."""
         stages = self.stages
         return tuple(i for i in range(len(stages)) if i + 1 == len(stages) or stages[i + 1].stride > 1)
 
@@ -80,47 +80,32 @@ class EfficientNet:
     def widths(self) -> tuple[int, ...]:
         return tuple(self.stages[i].width for i in self.taps)
 
+    def rows(self) -> Iterator[Row]:
+        """Yield timm's keys in the order of its state dict."""
+        yield from conv("conv_stem", (self.stem_width, 3, 3, 3), "stem.conv", bias=False)
+        yield from batch_norm("bn1", self.stem_width, "stem.norm")
+        width = self.stem_width
+        for i, stage in enumerate(self.stages):
+            # timm names a block without expansion after its two convolutions: conv_dw, bn1, conv_pw, bn2
+            project, norms = ("conv_pw", ("bn1", "bn2")) if stage.expansion == 1 else ("conv_pwl", ("bn2", "bn3"))
+            for j in range(stage.blocks):
+                torch, flax, size = f"blocks.{i}.{j}", f"stages.{i}.{j}", stage.kernel_size
+                hidden = stage.expansion * width
+                if stage.expansion > 1:
+                    yield from conv(f"{torch}.conv_pw", (hidden, width, 1, 1), f"{flax}.expand.conv", bias=False)
+                    yield from batch_norm(f"{torch}.bn1", hidden, f"{flax}.expand.norm")
+                yield from conv(f"{torch}.conv_dw", (hidden, 1, size, size), f"{flax}.depthwise", bias=False)
+                yield from batch_norm(f"{torch}.{norms[0]}", hidden, f"{flax}.depthwise_norm")
+                shape = (stage.width, hidden, 1, 1)
+                yield from conv(f"{torch}.{project}", shape, f"{flax}.project.conv", bias=False)
+                yield from batch_norm(f"{torch}.{norms[1]}", stage.width, f"{flax}.project.norm")
+                width = stage.width
+        yield from conv("conv_head", (self.head_width, width, 1, 1), "head.conv", bias=False)
+        yield from batch_norm("bn2", self.head_width, "head.norm")
+        yield from linear("classifier", self.head_width, None, "classifier", optional="classifier")
+
 
 def _multiple_of_8(channels: float) -> int:
-    """Return the nearest multiple of 8 that is not less than 90 % of it."""
+    """Return the nearest multiple of 8 that is at least 90 % of `channels`."""
     nearest = max(8, int(channels + 4) // 8 * 8)
     return nearest if nearest >= 0.9 * channels else nearest + 8
-
-
-def rows(config: EfficientNet) -> Iterator[Row]:
-    """Yield timm's keys in the order of its state dict."""
-    yield from conv("conv_stem", (config.stem_width, 3, 3, 3), "stem.conv")
-    yield from norm("bn1", config.stem_width, "stem.norm")
-    width = config.stem_width
-    for i, stage in enumerate(config.stages):
-        for j in range(stage.blocks):
-            torch, flax, size = f"blocks.{i}.{j}", f"stages.{i}.{j}", stage.kernel_size
-            hidden = stage.expansion * width
-            separable = stage.expansion == 1  # depthwise separable: timm numbers the norms from the depthwise one
-            if not separable:
-                yield from conv(f"{torch}.conv_pw", (hidden, width, 1, 1), f"{flax}.expand.conv")
-                yield from norm(f"{torch}.bn1", hidden, f"{flax}.expand.norm")
-            yield from conv(f"{torch}.conv_dw", (hidden, 1, size, size), f"{flax}.depthwise")
-            yield from norm(f"{torch}.bn{1 if separable else 2}", hidden, f"{flax}.depthwise_norm")
-            yield from conv(
-                f"{torch}.conv_{'pw' if separable else 'pwl'}", (stage.width, hidden, 1, 1), f"{flax}.project.conv"
-            )
-            yield from norm(f"{torch}.bn{2 if separable else 3}", stage.width, f"{flax}.project.norm")
-            width = stage.width
-    yield from conv("conv_head", (config.head_width, width, 1, 1), "head.conv")
-    yield from norm("bn2", config.head_width, "head.norm")
-    yield Row("classifier.weight", (None, config.head_width), "classifier.kernel", TRANSPOSE, optional="classifier")
-    yield Row("classifier.bias", (None,), "classifier.bias", optional="classifier")
-
-
-def conv(torch: str, shape: tuple[int, int, int, int], flax: str) -> Iterator[Row]:
-    yield Row(f"{torch}.weight", shape, f"{flax}.kernel", OIHW_TO_HWIO)
-
-
-def norm(torch: str, width: int, flax: str) -> Iterator[Row]:
-    yield Row(f"{torch}.weight", (width,), f"{flax}.scale")
-    yield Row(f"{torch}.bias", (width,), f"{flax}.bias")
-    yield Row(f"{torch}.running_mean", (width,), f"{flax}.mean")
-    yield Row(f"{torch}.running_var", (width,), f"{flax}.var")
-    counter = dict(carried=True, optional="counters", integer=True)
-    yield Row(f"{torch}.num_batches_tracked", (), f"{flax}.batches", **counter)

@@ -1,4 +1,4 @@
-"""Which layers of an encoder give its features, and the stride that they share."""
+"""The layers of an encoder whose outputs are its features, and their common stride."""
 
 from __future__ import annotations
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
-from anyup_core.layouts import SAME, Op
+from anyup_core.layouts import OIHW_TO_HWIO, SAME, TRANSPOSE, Op
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,9 +19,9 @@ class Row:
         shape: of the PyTorch tensor; None stands for any size (the number of classes).
         flax: dot-joined path in the Flax module; stacked layers share it, along a new first axis.
         op: how the layout of one layer changes.
-        stack: number of layers, 0 for a row of a single tensor.
-        first: number of the first of these layers.
-        carried: never reaches the features; kept in files, so that nothing is lost, but not in the Flax module.
+        stack: number of layers; 0 for a row of a single tensor.
+        first: index of the first of these layers.
+        unused: the features do not depend on it; files keep it, so that nothing is lost, and the Flax module does not.
         optional: name of a group of rows that a checkpoint has all of or none of, such as "head".
         integer: holds whole numbers, such as a counter of batches; otherwise floating point.
     """
@@ -31,7 +32,7 @@ class Row:
     op: Op = SAME
     stack: int = 0
     first: int = 0
-    carried: bool = False
+    unused: bool = False
     optional: str = ""
     integer: bool = False
 
@@ -47,3 +48,31 @@ class Row:
         layer = self.op.to_flax(np.broadcast_to(np.float32(0), [size or 0 for size in self.shape]))
         sizes = tuple(size or None for size in layer.shape)
         return (self.stack, *sizes) if self.stack else sizes
+
+
+def linear(torch: str, inputs: int, outputs: int | None, flax: str, **options) -> Iterator[Row]:
+    """Yield the rows of a linear layer; `options` are those of `Row`, here and below."""
+    yield Row(f"{torch}.weight", (outputs, inputs), f"{flax}.kernel", TRANSPOSE, **options)
+    yield Row(f"{torch}.bias", (outputs,), f"{flax}.bias", **options)
+
+
+def conv(torch: str, shape: tuple[int, int, int, int], flax: str, *, bias: bool = True, **options) -> Iterator[Row]:
+    """Yield the rows of a convolution; `shape` is (out, in, k, k)."""
+    yield Row(f"{torch}.weight", shape, f"{flax}.kernel", OIHW_TO_HWIO, **options)
+    if bias:
+        yield Row(f"{torch}.bias", shape[:1], f"{flax}.bias", **options)
+
+
+def norm(torch: str, width: int, flax: str, **options) -> Iterator[Row]:
+    """Yield the scale and the shift of a norm."""
+    yield Row(f"{torch}.weight", (width,), f"{flax}.scale", **options)
+    yield Row(f"{torch}.bias", (width,), f"{flax}.bias", **options)
+
+
+def batch_norm(torch: str, width: int, flax: str, **options) -> Iterator[Row]:
+    """Yield scale, shift and running statistics of a batch norm, and its counter of training batches."""
+    yield from norm(torch, width, flax, **options)
+    yield Row(f"{torch}.running_mean", (width,), f"{flax}.mean", **options)
+    yield Row(f"{torch}.running_var", (width,), f"{flax}.var", **options)
+    counter = dict(unused=True, optional="counters", integer=True)
+    yield Row(f"{torch}.num_batches_tracked", (), f"{flax}.batches", **counter, **options)

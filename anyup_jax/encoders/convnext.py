@@ -25,7 +25,7 @@ class ConvNeXt(nnx.Module):
         self.remat = remat
         width = config.widths[0]
         self.stem = Conv(3, width, 4, stride=4, dtype=dtype, rngs=rngs)
-        self.stem_norm = LayerNorm(width, epsilon=EPSILON)
+        self.stem_norm = LayerNorm(width, epsilon=EPSILON, rngs=rngs)
         inputs = (None, *config.widths)
         sizes = zip(inputs, config.widths, config.depths)
         self.stages = nnx.List([Stage(*size, dtype=dtype, rngs=rngs) for size in sizes])
@@ -34,19 +34,19 @@ class ConvNeXt(nnx.Module):
         self, image: Float[Array, "B H W 3"], layers: tuple[int, ...], norm: bool
     ) -> list[tuple[Float[Array, "B h w C"], None]]:
         """Return the maps of these stages in rising order; `norm` changes nothing, as the final norm is the head's."""
-        x, found = self.stem_norm(self.stem(image)), []
+        x, maps = self.stem_norm(self.stem(image)), []
         for i, stage in enumerate(self.stages[: layers[-1] + 1]):
             x = stage(x, remat=self.remat)
             if i in layers:
-                found.append((x, None))
-        return found
+                maps.append((x, None))
+        return maps
 
 
 class Stage(nnx.Module):
-    """A norm and a strided convolution that change the width, but for the first stage; then blocks, stacked."""
+    """Stacked blocks of one width; all stages but the first begin with a norm and a strided convolution."""
 
     def __init__(self, inputs: int | None, width: int, depth: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.norm = None if inputs is None else LayerNorm(inputs, epsilon=EPSILON)
+        self.norm = None if inputs is None else LayerNorm(inputs, epsilon=EPSILON, rngs=rngs)
         self.reduce = None if inputs is None else Conv(inputs, width, 2, stride=2, dtype=dtype, rngs=rngs)
         self.blocks = stack(lambda rngs: Block(width, dtype=dtype, rngs=rngs), depth, rngs)
         self.depth = depth
@@ -61,8 +61,8 @@ class Block(nnx.Module):
     """Filter each channel, normalise, an MLP over the channels, scaled per channel and added."""
 
     def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.depthwise = DepthwiseConv(width, KERNEL, bias=True, dtype=dtype, rngs=rngs)
-        self.norm = LayerNorm(width, epsilon=EPSILON)
+        self.depthwise = DepthwiseConv(width, KERNEL, use_bias=True, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(width, epsilon=EPSILON, rngs=rngs)
         self.widen = Linear(width, 4 * width, dtype=dtype, rngs=rngs)
         self.narrow = Linear(4 * width, width, dtype=dtype, rngs=rngs)
         self.layer_scale = nnx.Param(jnp.full(width, 1e-6))

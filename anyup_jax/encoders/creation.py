@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from typing import Any
 
@@ -13,16 +12,17 @@ from jax.typing import DTypeLike
 from anyup_core.checkpoints import encoder_files
 from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint, table
 from anyup_core.encoders import catalogue
+from anyup_jax.encoders import convnext, dinov3, efficientnet, resnet, vit
 from anyup_jax.encoders.encoder import Encoder
 
-BACKBONES = {
-    "ViT": "anyup_jax.encoders.vit",
-    "DINOv3": "anyup_jax.encoders.dinov3",
-    "ResNet": "anyup_jax.encoders.resnet",
-    "ConvNeXt": "anyup_jax.encoders.convnext",
-    "EfficientNet": "anyup_jax.encoders.efficientnet",
+BACKBONES: dict[type, type[nnx.Module]] = {
+    vit.Config: vit.ViT,
+    dinov3.Config: dinov3.DINOv3,
+    resnet.Config: resnet.ResNet,
+    convnext.Config: convnext.ConvNeXt,
+    efficientnet.Config: efficientnet.EfficientNet,
 }
-"""Class of the configuration, and of the module -> where the module is."""
+"""Class of an architecture's sizes -> its module."""
 
 
 def create(
@@ -45,11 +45,11 @@ def create(
         weights: a .safetensors, .pth, .pt or .bin file with timm's state dict, or an Orbax directory that
             `python -m convert --timm` wrote; loaded in place of the published weights.
         pretrained: fetch the published weights, once, into `ANYUP_CACHE`; False gives a random initialisation.
-        layer: which block (transformers) or stage (convolutional networks) gives the features, counted from the end
-            where negative. Several give their features concatenated along the channels, in the order asked for.
+        layer: index of the block (transformers) or stage (convolutional networks) whose output is the features;
+            negative ones count from the end. The outputs of several are concatenated along the channels, in this order.
         norm: apply the model's final norm to the features, where the model has one that fits the layer.
-        class_token: give the class token too, normed and concatenated like the features.
-        dtype: type of the computation, float32 or bfloat16; parameters are float32 either way.
+        class_token: return the class token too, normed and concatenated like the features.
+        dtype: type of the computation and of the features, float32 or bfloat16; parameters are float32 either way.
         remat: recompute what is within a block where gradients with respect to the image are taken, to save memory.
         seed: of the random initialisation.
 
@@ -68,26 +68,24 @@ def create(
 
 
 def build(checkpoint: EncoderCheckpoint, *, dtype: DTypeLike = jnp.float32, remat: bool = False, **options: Any):
-    """Return an encoder with weights that have been read; `options` are layer, norm and class_token of `create`."""
-    config, parameters = checkpoint.published.config, checkpoint.flax(carried=False)
+    """Return an encoder with the weights of a checkpoint; `options` are layer, norm and class_token of `create`."""
+    config, parameters = checkpoint.published.config, checkpoint.flax(unused=False)
     # shapes first and the weights after, so that no initial parameters are drawn
     abstract = nnx.eval_shape(lambda: backbone(config, dtype, remat, 0))
     for row in table(config):
-        if row.optional and not row.carried and row.flax not in parameters:
+        if row.optional and not row.unused and row.flax not in parameters:
             name, _, _ = row.flax.partition(".")
-            setattr(abstract, name, None)  # an optional part, such as a classifier, stands at the top of a module
+            setattr(abstract, name, None)  # an optional part, such as a classifier, is an attribute of the backbone
     graph, state = nnx.split(abstract)
     filled = [
         (path, variable.replace(jnp.array(parameters.pop(".".join(map(str, path))), jnp.float32)))
         for path, variable in nnx.to_flat_state(state)
     ]
-    assert not parameters, f"the table has more than the model: {', '.join(parameters)}"
+    assert not parameters, f"the key table has more than the model: {', '.join(parameters)}"
     model = nnx.merge(graph, nnx.from_flat_state(filled))
     return Encoder(model, checkpoint.published, dtype=dtype, **options)
 
 
 def backbone(config: catalogue.Config, dtype: DTypeLike, remat: bool, seed: int) -> nnx.Module:
     """Return the randomly initialised module of an architecture."""
-    family = type(config).__name__
-    module = getattr(importlib.import_module(BACKBONES[family]), family)
-    return module(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(seed))
+    return BACKBONES[type(config)](config, dtype=dtype, remat=remat, rngs=nnx.Rngs(seed))

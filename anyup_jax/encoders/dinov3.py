@@ -12,66 +12,48 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from anyup_core.encoders.dinov3 import DINOv3 as Config
-from anyup_jax.encoders.layers import Conv, LayerNorm, Linear, gelu, normal, run, stack
+from anyup_jax.encoders.layers import Conv, LayerNorm, Linear, attend, normal, stack
+from anyup_jax.encoders.vit import MLP, Block, ViT, joined
 
 EPSILON = 1e-5  # of every norm
 TEMPERATURE = 100.0  # base of the rotary periods
-LAYER_SCALE = 1e-5  # initial
 Table = Float[np.ndarray | Array, "T k"]  # per token: sines or cosines, computed on the host
 
 
-class DINOv3(nnx.Module):
+class DINOv3(ViT):
     """The backbone of `anyup_core.encoders.dinov3.DINOv3`."""
 
     def __init__(self, config: Config, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs):
         self.config = config
         self.remat = remat
-        size = config.patch_size
-        self.patch = Conv(3, config.width, size, stride=size, dtype=dtype, rngs=rngs)
-        self.class_token = nnx.Param(normal(rngs, (1, 1, config.width)))
-        self.registers = nnx.Param(normal(rngs, (1, config.registers, config.width)))
-        self.blocks = stack(lambda rngs: Block(config, dtype=dtype, rngs=rngs), config.depth, rngs)
-        self.norm = LayerNorm(config.width, epsilon=EPSILON)
+        width, patch = config.width, config.patch_size
+        self.patch = Conv(3, width, patch, stride=patch, dtype=dtype, rngs=rngs)
+        self.class_token = nnx.Param(normal(rngs.params(), (1, 1, width)))
+        self.registers = nnx.Param(normal(rngs.params(), (1, config.registers, width)))
+        self.blocks = stack(lambda rngs: self.block(config, dtype, rngs), config.depth, rngs)
+        self.norm = LayerNorm(width, epsilon=EPSILON, rngs=rngs)
 
-    def intermediates(
-        self, image: Float[Array, "B H W 3"], layers: tuple[int, ...], norm: bool
-    ) -> list[tuple[Float[Array, "B h w C"], Float[Array, "B P C"]]]:
-        """Return the cells and the P class and register tokens after each of these blocks, in rising order."""
-        cells = self.patch(image)
-        batch, height, width, channels = cells.shape
-        prefix = jnp.concatenate([self.class_token[...], self.registers[...]], 1).astype(cells.dtype)
-        count = prefix.shape[1]
-        prefix = jnp.broadcast_to(prefix, (batch, count, channels))
-        tokens = jnp.concatenate([prefix, cells.reshape(batch, height * width, channels)], 1)
-        rotation = rotations(height, width, channels // self.config.num_heads, count)
-        found, start = [], 0
-        for layer in layers:
-            tokens = run(self.blocks, tokens, start, layer + 1, remat=self.remat, context=rotation)
-            start = layer + 1
-            final = self.norm(tokens) if norm else tokens
-            found.append((final[:, count:].reshape(batch, height, width, channels), final[:, :count]))
-        return found
+    def block(self, config: Config, dtype: DTypeLike, rngs: nnx.Rngs) -> Block:
+        attention = Attention(config, dtype=dtype, rngs=rngs)
+        if config.gated_mlp:
+            mlp = GatedMLP(config.width, config.mlp_width, dtype=dtype, rngs=rngs)
+        else:
+            mlp = MLP(config.width, config.mlp_width, "gelu", dtype=dtype, rngs=rngs)
+        return Block(attention, mlp, config.width, EPSILON, layer_scale=True, rngs=rngs)
 
+    def embed(self, cells: Float[Array, "B h w C"]) -> Float[Array, "B T C"]:
+        """Return the input of the first block: the tokens as they are, as positions are rotations in the blocks."""
+        return joined(self.prefix(), cells)
 
-class Block(nnx.Module):
-    """Attention and MLP, each behind a norm and added to its input after a learned scale per channel."""
-
-    def __init__(self, config: Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.norm1 = LayerNorm(config.width, epsilon=EPSILON)
-        self.attention = Attention(config, dtype=dtype, rngs=rngs)
-        self.scale1 = nnx.Param(jnp.full(config.width, LAYER_SCALE))
-        self.norm2 = LayerNorm(config.width, epsilon=EPSILON)
-        self.mlp = (GatedMLP if config.gated_mlp else MLP)(config, dtype=dtype, rngs=rngs)
-        self.scale2 = nnx.Param(jnp.full(config.width, LAYER_SCALE))
-
-    def __call__(self, x: Float[Array, "B T C"], cos: Table, sin: Table) -> Float[Array, "B T C"]:
-        x = x + self.scale1[...].astype(x.dtype) * self.attention(self.norm1(x), cos, sin)
-        return x + self.scale2[...].astype(x.dtype) * self.mlp(self.norm2(x))
+    def context(self, height: int, width: int) -> tuple[Table, Table]:
+        """Return cosines and sines of the angles of every token, which the attention of each block turns by."""
+        return rotations(height, width, self.config.width // self.config.num_heads, self.config.prefix_tokens)
 
 
 class Attention(nnx.Module):
@@ -79,7 +61,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.num_heads = config.num_heads
-        self.qkv = Linear(config.width, 3 * config.width, bias=False, dtype=dtype, rngs=rngs)
+        self.qkv = Linear(config.width, 3 * config.width, use_bias=False, dtype=dtype, rngs=rngs)
         self.query_bias = nnx.Param(jnp.zeros(config.width)) if config.qkv_bias else None
         self.value_bias = nnx.Param(jnp.zeros(config.width)) if config.qkv_bias else None
         self.project = Linear(config.width, config.width, dtype=dtype, rngs=rngs)
@@ -89,29 +71,18 @@ class Attention(nnx.Module):
         if self.query_bias is not None:
             query = query + self.query_bias[...].astype(query.dtype)
             value = value + self.value_bias[...].astype(value.dtype)
-        query, key, value = (part.reshape(*x.shape[:2], self.num_heads, -1) for part in (query, key, value))
-        mixed = jax.nn.dot_product_attention(rotate(query, cos, sin), rotate(key, cos, sin), value)
-        return self.project(mixed.reshape(x.shape))
-
-
-class MLP(nnx.Module):
-    """Two layers with a GELU between them."""
-
-    def __init__(self, config: Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.widen = Linear(config.width, config.mlp_width, dtype=dtype, rngs=rngs)
-        self.narrow = Linear(config.mlp_width, config.width, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-        return self.narrow(gelu(self.widen(x)))
+        query, key, value = (rearrange(x, "B T (N K) -> B T N K", N=self.num_heads) for x in (query, key, value))
+        averages = attend(rotate(query, cos, sin), rotate(key, cos, sin), value)
+        return self.project(rearrange(averages, "B T N K -> B T (N K)"))
 
 
 class GatedMLP(nnx.Module):
     """SwiGLU: one of two layers' outputs is scaled by the SiLU of the other's (Shazeer, 2020, arXiv 2002.05202)."""
 
-    def __init__(self, config: Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.gate = Linear(config.width, config.mlp_width, dtype=dtype, rngs=rngs)
-        self.widen = Linear(config.width, config.mlp_width, dtype=dtype, rngs=rngs)
-        self.narrow = Linear(config.mlp_width, config.width, dtype=dtype, rngs=rngs)
+    def __init__(self, width: int, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.gate = Linear(width, hidden, dtype=dtype, rngs=rngs)
+        self.widen = Linear(width, hidden, dtype=dtype, rngs=rngs)
+        self.narrow = Linear(hidden, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
         return self.narrow(jax.nn.silu(self.gate(x)) * self.widen(x))

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 from flax import nnx
 from jax.nn import relu6
@@ -13,10 +15,11 @@ from jaxtyping import Array, Float
 
 from anyup_core.encoders.efficientnet import EfficientNet as Config
 from anyup_core.encoders.efficientnet import Stage
-from anyup_jax.encoders.layers import BatchNorm, Conv, DepthwiseConv, Linear
+from anyup_jax.encoders.layers import BatchNorm, ConvNorm, DepthwiseConv, Linear
 
 EPSILON = 1e-3  # of every norm
 CLASSES = 1000  # of ImageNet
+convolution = functools.partial(ConvNorm, padding="SAME", epsilon=EPSILON)
 
 
 class EfficientNet(nnx.Module):
@@ -25,7 +28,7 @@ class EfficientNet(nnx.Module):
     def __init__(self, config: Config, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs):
         self.config = config
         self.remat = remat
-        self.stem = ConvNorm(3, config.stem_width, 3, stride=2, dtype=dtype, rngs=rngs)
+        self.stem = convolution(3, config.stem_width, 3, stride=2, dtype=dtype, rngs=rngs)
         width, stages = config.stem_width, []
         for stage in config.stages:
             stages.append(nnx.List())
@@ -34,21 +37,21 @@ class EfficientNet(nnx.Module):
                 stages[-1].append(block)
                 width = stage.width
         self.stages = nnx.List(stages)
-        self.head = ConvNorm(width, config.head_width, 1, dtype=dtype, rngs=rngs)
+        self.head = convolution(width, config.head_width, 1, dtype=dtype, rngs=rngs)
         self.classifier = Linear(config.head_width, CLASSES, dtype=dtype, rngs=rngs)
 
     def intermediates(
         self, image: Float[Array, "B H W 3"], layers: tuple[int, ...], norm: bool
     ) -> list[tuple[Float[Array, "B h w C"], None]]:
         """Return the maps of these layers, the last stage of each stride, in rising order; `norm` changes nothing."""
-        x, found = relu6(self.stem(image)), []
+        x, maps = relu6(self.stem(image)), []
         taps = [self.config.taps[layer] for layer in layers]
         for i, stage in enumerate(self.stages[: taps[-1] + 1]):
             for block in stage:
                 x = jax.checkpoint(block)(x) if self.remat else block(x)
             if i in taps:
-                found.append((x, None))
-        return found
+                maps.append((x, None))
+        return maps
 
     def logits(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B classes"]:
         """Return the logit of every class of ImageNet for a normalised image."""
@@ -57,14 +60,14 @@ class EfficientNet(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Widen, filter each channel, narrow; added to the input where the shapes allow it."""
+    """Widen, filter each channel, narrow; the result is added to the input where the shapes agree."""
 
     def __init__(self, width: int, stage: Stage, stride: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         hidden, size = stage.expansion * width, stage.kernel_size
-        self.expand = ConvNorm(width, hidden, 1, dtype=dtype, rngs=rngs) if stage.expansion > 1 else None
+        self.expand = convolution(width, hidden, 1, dtype=dtype, rngs=rngs) if stage.expansion > 1 else None
         self.depthwise = DepthwiseConv(hidden, size, stride=stride, dtype=dtype, rngs=rngs)
-        self.depthwise_norm = BatchNorm(hidden, epsilon=EPSILON)
-        self.project = ConvNorm(hidden, stage.width, 1, dtype=dtype, rngs=rngs)
+        self.depthwise_norm = BatchNorm(hidden, epsilon=EPSILON, rngs=rngs)
+        self.project = convolution(hidden, stage.width, 1, dtype=dtype, rngs=rngs)
         self.residual = stride == 1 and width == stage.width
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
@@ -72,17 +75,3 @@ class Block(nnx.Module):
         hidden = relu6(self.depthwise_norm(self.depthwise(hidden)))
         narrow = self.project(hidden)
         return x + narrow if self.residual else narrow
-
-
-class ConvNorm(nnx.Module):
-    """Convolution and batch norm."""
-
-    def __init__(
-        self, inputs: int, outputs: int, kernel_size: int, *, stride: int = 1, dtype: DTypeLike, rngs: nnx.Rngs
-    ):
-        options = dict(stride=stride, padding="SAME", bias=False, dtype=dtype, rngs=rngs)
-        self.conv = Conv(inputs, outputs, kernel_size, **options)
-        self.norm = BatchNorm(outputs, epsilon=EPSILON)
-
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        return self.norm(self.conv(x))

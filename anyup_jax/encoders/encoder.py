@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import jax
@@ -16,19 +17,19 @@ from anyup_core.encoders.layers import common_stride, resolve_layers
 
 
 class Encoder(nnx.Module):
-    """A frozen backbone: no gradient passes through it, and its features leave it in float32 or `dtype`.
+    """A frozen backbone: no gradient passes through it, and its features have the type `dtype`.
 
     Args:
         backbone: a module with `config` and `intermediates(image, layers, norm)`.
         published: name and preprocessing.
-        layer, norm, class_token: as for `encoders.create`.
+        layer, norm, class_token, dtype: as for `encoders.create`.
 
     Attributes:
         name: timm's name.
         stride: pixels per feature cell along either axis; `patch_size` is the same number.
         channels: channels C of the features.
         widths: channels of each layer, whose sum is C.
-        prefix_tokens: class and register tokens of the backbone; the features are without them.
+        prefix_tokens: number of class and register tokens of the backbone, which the features do not contain.
         mean, std: the encoder's own normalisation, per RGB channel of an image in [0, 1].
     """
 
@@ -58,18 +59,18 @@ class Encoder(nnx.Module):
 
     @property
     def patch_size(self) -> int:
-        """The stride, under the name vision transformers give it."""
+        """The stride, under the name it has in vision transformers."""
         return self.stride
 
     def covered(self, height: int, width: int) -> tuple[int, int]:
-        """Return the height and width in pixels that the features of an image of this size stand for.
+        """Return the height and width in pixels of the part of an image of this size that the features cover.
 
-        Where they are smaller than the image, crop the guidance to them (from the top left) so that both line up.
+        Where this part is smaller than the image, crop the guidance to it (from the top left), so that both line up.
         """
         return height // self.stride * self.stride, width // self.stride * self.stride
 
     def normalize(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
-        """Return an image with values in [0, 1] as the encoder was trained to see it. Raises TypeError for integers."""
+        """Return an image with values in [0, 1], normalised as in training. Raises TypeError for integers."""
         image = jnp.asarray(image)
         self._check_type(image)
         return (image - jnp.asarray(self.mean, image.dtype)) / jnp.asarray(self.std, image.dtype)
@@ -80,8 +81,8 @@ class Encoder(nnx.Module):
         """Return the features of a normalised image, h = H // stride, w = W // stride; and its class token on request.
 
         An image whose sides are no multiple of the stride is padded on the right and at the bottom with zeros (the
-        encoder's mean colour); cells that lie partly on the padding are cropped away again, see `covered`. One compiled
-        program, also where it is called outside of `jax.jit`.
+        encoder's mean colour); cells that lie partly on the padding are cropped away again, see `covered`. The
+        call runs as one compiled program, also outside of `jax.jit`.
 
         Raises:
             TypeError: if the image is not floating point.
@@ -100,14 +101,11 @@ class Encoder(nnx.Module):
     def _encode(self, image):
         height, width = image.shape[1:3]
         edges = ((0, 0), (0, -height % self.stride), (0, -width % self.stride), (0, 0))
-        wanted = tuple(sorted(set(self.layers)))
+        layers = tuple(sorted(set(self.layers)))
         padded = jnp.pad(image.astype(self.dtype), edges)
-        if self.dtype == jnp.float32:  # exact to float32 on every platform
-            with jax.default_matmul_precision("highest"):
-                found = self.backbone.intermediates(padded, wanted, self.norm)
-        else:
-            found = self.backbone.intermediates(padded, wanted, self.norm)
-        by_layer = dict(zip(wanted, found))
+        exact = self.dtype == jnp.float32  # float32 products on every platform
+        with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
+            by_layer = dict(zip(layers, self.backbone.intermediates(padded, layers, self.norm)))
         maps = jnp.concatenate([by_layer[i][0] for i in self.layers], -1)
         maps = maps[:, : height // self.stride, : width // self.stride]
         if not self.class_token:

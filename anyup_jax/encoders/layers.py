@@ -1,17 +1,19 @@
 """Layers that several families of encoders share, NHWC. Parameters are float32; `dtype` is the type of the computation.
 
-Norm statistics are float32 in every type. Matrix products take the precision of the context: `Encoder` asks for exact
+Norms are computed in float32 in every type. Matrix products take the precision of the context: `Encoder` asks for exact
 float32 where it computes in float32.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
@@ -19,87 +21,50 @@ from jaxtyping import Array, Float
 
 Padding = str | tuple[tuple[int, int], tuple[int, int]]
 
-
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], deviation: float = 0.02) -> Float[Array, ...]:
-    return deviation * jax.random.normal(rngs.params(), shape, jnp.float32)
-
-
-class Linear(nnx.Module):
-    """`x @ kernel + bias`."""
-
-    def __init__(self, inputs: int, outputs: int, *, bias: bool = True, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(normal(rngs, (inputs, outputs)))
-        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
-        self.dtype = dtype
-
-    def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
-        x = jnp.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
-        return x if self.bias is None else x + self.bias[...].astype(self.dtype)
+normal = nnx.initializers.normal(0.02)
+Linear = functools.partial(nnx.Linear, kernel_init=normal)
 
 
-class LayerNorm(nnx.Module):
-    """Zero mean and unit variance over the channels, then a scale and a shift."""
+class LayerNorm(nnx.LayerNorm):
+    """`nnx.LayerNorm` computed in float32, its parameters included; the output has the type of the input."""
 
-    def __init__(self, channels: int, *, epsilon: float):
-        self.scale = nnx.Param(jnp.ones(channels))
-        self.bias = nnx.Param(jnp.zeros(channels))
-        self.epsilon = epsilon
+    def __init__(self, channels: int, *, epsilon: float, rngs: nnx.Rngs):
+        super().__init__(channels, epsilon=epsilon, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, x: Float[Array, "... channels"]) -> Float[Array, "... channels"]:
-        wide = x.astype(jnp.float32)
-        centred = wide - wide.mean(-1, keepdims=True)
-        normed = centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
-        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
+        return super().__call__(x).astype(x.dtype)
 
 
-class BatchNorm(nnx.Module):
-    """Normalisation with the statistics of the training, one scale and one shift per channel."""
+class BatchNorm(nnx.BatchNorm):
+    """`nnx.BatchNorm` in inference, computed in float32; the output has the type of the input."""
 
-    def __init__(self, channels: int, *, epsilon: float):
-        self.scale = nnx.Param(jnp.ones(channels))
-        self.bias = nnx.Param(jnp.zeros(channels))
-        self.mean = nnx.BatchStat(jnp.zeros(channels))
-        self.var = nnx.BatchStat(jnp.ones(channels))
-        self.epsilon = epsilon
+    def __init__(self, channels: int, *, epsilon: float, rngs: nnx.Rngs):
+        super().__init__(channels, use_running_average=True, epsilon=epsilon, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, x: Float[Array, "... channels"]) -> Float[Array, "... channels"]:
-        scale = self.scale[...] * lax.rsqrt(self.var[...] + self.epsilon)
-        return (x * scale + (self.bias[...] - self.mean[...] * scale)).astype(x.dtype)
+        return super().__call__(x).astype(x.dtype)
 
 
-class Conv(nnx.Module):
-    """k x k convolution; kernel (k, k, in, out); `padding` as in `jax.lax.conv_general_dilated`."""
+class Conv(nnx.Conv):
+    """`nnx.Conv` with k x k kernels; one of 1 x 1 is applied as a matrix product, which is faster on a CPU."""
 
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        kernel_size: int,
-        *,
-        stride: int = 1,
-        padding: Padding = "VALID",
-        bias: bool = True,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        self.kernel = nnx.Param(normal(rngs, (kernel_size, kernel_size, inputs, outputs)))
-        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
-        self.stride, self.padding, self.dtype = stride, padding, dtype
+    def __init__(self, inputs: int, outputs: int, size: int, *, stride: int = 1, padding: Padding = "VALID", **options):
+        super().__init__(
+            inputs, outputs, (size, size), (stride, stride), padding=padding, kernel_init=normal, **options
+        )
 
     def __call__(self, x: Float[Array, "B H W inputs"]) -> Float[Array, "B h w outputs"]:
-        kernel, strides = self.kernel[...].astype(self.dtype), (self.stride, self.stride)
-        x = x.astype(self.dtype)
-        if kernel.shape[:2] == (1, 1):  # a matrix product, which is faster than a convolution on a CPU
-            x = jnp.matmul(x[:, :: self.stride, :: self.stride], kernel[0, 0])
-            return x if self.bias is None else x + self.bias[...].astype(self.dtype)
-        x = lax.conv_general_dilated(x, kernel, strides, self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        return x if self.bias is None else x + self.bias[...].astype(self.dtype)
+        if self.kernel_size != (1, 1) or self.use_bias:
+            return super().__call__(x)
+        rows, columns = self.strides
+        return jnp.matmul(x[:, ::rows, ::columns].astype(self.dtype), self.kernel[0, 0].astype(self.dtype))
 
 
 class DepthwiseConv(nnx.Module):
     """One k x k filter per channel, "SAME" padding as TensorFlow has it; kernel (k, k, 1, channels).
 
-    A sum of shifted images, which XLA fuses into one loop: on a CPU several times as fast as its grouped convolution.
+    A sum of shifted images, which XLA fuses into one loop: on a CPU several times as fast as the grouped convolution
+    of `nnx.Conv`.
     """
 
     def __init__(
@@ -108,12 +73,12 @@ class DepthwiseConv(nnx.Module):
         kernel_size: int,
         *,
         stride: int = 1,
-        bias: bool = False,
+        use_bias: bool = False,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.kernel = nnx.Param(normal(rngs, (kernel_size, kernel_size, 1, channels)))
-        self.bias = nnx.Param(jnp.zeros(channels)) if bias else None
+        self.kernel = nnx.Param(normal(rngs.params(), (kernel_size, kernel_size, 1, channels)))
+        self.bias = nnx.Param(jnp.zeros(channels)) if use_bias else None
         self.stride, self.dtype = stride, dtype
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
@@ -131,8 +96,35 @@ class DepthwiseConv(nnx.Module):
         return total.astype(self.dtype)
 
 
+class ConvNorm(nnx.Module):
+    """Convolution without bias, then batch norm; the zeros around the image are `padding`, by default half a kernel."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: Padding | None = None,
+        epsilon: float,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        edges = (kernel_size // 2, kernel_size // 2)
+        options = dict(stride=stride, padding=padding or (edges, edges), use_bias=False, dtype=dtype, rngs=rngs)
+        self.conv = Conv(inputs, outputs, kernel_size, **options)
+        self.norm = BatchNorm(outputs, epsilon=epsilon, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+        return self.norm(self.conv(x))
+
+
 def gelu(x: Float[Array, ...]) -> Float[Array, ...]:
-    """x Phi(x) with the normal distribution's Phi(x) = (1 + erf(x / sqrt(2))) / 2, rounded as PyTorch rounds it."""
+    """Return x Phi(x), Phi(x) = (1 + erf(x / sqrt(2))) / 2, computed in float32 and rounded as PyTorch rounds it.
+
+    `jax.nn.gelu` computes in the type of x, and with erfc.
+    """
     wide = x.astype(jnp.float32)
     return (wide * 0.5 * (1 + lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
@@ -147,16 +139,16 @@ def attend(
 def attend_on_cpu(
     query: Float[Array, "B T N K"], key: Float[Array, "B S N K"], value: Float[Array, "B S N K"]
 ) -> Float[Array, "B T N K"]:
-    """Do the same as `jax.nn.dot_product_attention`, in a seventh less time for a whole ViT-S.
+    """Return the same as `jax.nn.dot_product_attention`, which takes a whole ViT-S a seventh more time.
 
-    The softmax's denominator divides the result instead of the weights, and the heads stand before the tokens until
+    The softmax's denominator divides the result instead of the weights, and the heads stay before the tokens until
     then.
     """
     query = query * query.shape[-1] ** -0.5
     scores = jnp.einsum("BTNK,BSNK->BNTS", query, key, preferred_element_type=jnp.float32)
     scores = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
-    mixed = jnp.einsum("BNTS,BSNK->BNTK", scores.astype(value.dtype), value, preferred_element_type=jnp.float32)
-    return (mixed / scores.sum(-1, keepdims=True)).astype(value.dtype).swapaxes(1, 2)
+    sums = jnp.einsum("BNTS,BSNK->BNTK", scores.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return rearrange((sums / scores.sum(-1, keepdims=True)).astype(value.dtype), "B N T K -> B T N K")
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -164,13 +156,14 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) ->
     return nnx.split_rngs(splits=depth)(nnx.vmap(make))(rngs)
 
 
-UNROLL = False  # whether stacked layers become a loop in the program, or one after the other
+UNROLL = False  # whether `run` compiles the stacked layers one after the other instead of as one loop
 
 
 def run(layers: nnx.Module, x: Any, start: int, stop: int, *, remat: bool = False, context: Any = ()) -> Any:
     """Apply the stacked layers `start` to `stop` one after the other: compiled once, whatever their number.
 
-    `context` is passed to each of them after x; `remat` recomputes their insides where gradients are taken.
+    Each layer receives x and then the arrays of `context`; `remat` recomputes what is within a layer where gradients
+    are taken.
     """
     graph, state = nnx.split(layers)
 

@@ -14,10 +14,11 @@ class EncoderConfig:
     """One frozen encoder to learn from.
 
     Attributes:
-        name: of `anyup_jax.encoders` (it runs within the compiled step), or `timm:NAME` (any timm model, in PyTorch).
+        name: one of `anyup_jax.encoders.names()`, which runs within the compiled step, or `timm:NAME`, any timm model,
+            which runs in PyTorch.
         weights: a file or directory with its weights; None for the published ones.
-        pretrained: False for a random initialisation, which only tests want.
-        layer: which block or stage gives the features; several are concatenated along the channels.
+        pretrained: False for a random initialisation, for tests.
+        layer: indices of the blocks or stages whose outputs, concatenated along the channels, are the features.
         norm: apply the model's final norm.
     """
 
@@ -33,12 +34,12 @@ class EncoderConfig:
         return self.layer if len(self.layer) > 1 else self.layer[0]
 
     def stride(self) -> int | None:
-        """Return its pixels a cell without its weights; None for a timm model, which tells once it is built.
+        """Return its pixels per cell without reading weights; None for a timm model, which has to be built to know it.
 
         Raises:
             ValueError: for an unknown name or layer.
         """
-        from anyup_jax.encoders.timm_bridge import PREFIX  # jax comes after the configuration
+        from anyup_jax.encoders.timm_bridge import PREFIX  # a configuration is read without importing jax
 
         if self.name.startswith(PREFIX):
             return None
@@ -46,7 +47,7 @@ class EncoderConfig:
         return common_stride(self.name, resolve_layers(self.name, self.layers, len(strides)), strides)
 
     def load(self, dtype: str = "float32", *, class_token: bool = False) -> Any:
-        """Return the encoder, in Flax or a `timm:` model in PyTorch; it gives its class token too on request.
+        """Return the encoder, in Flax or, for `timm:NAME`, in PyTorch; with `class_token` it returns that token too.
 
         Raises:
             OSError, ValueError, ImportError: as `encoders.create` does.

@@ -1,4 +1,4 @@
-"""Any timm model as an encoder of JAX arrays: it runs in PyTorch, and DLPack hands the memory over.
+"""Any timm model as an encoder of JAX arrays: it runs in PyTorch, and DLPack shares the memory.
 
 Nothing is copied where both frameworks compute on the same device and the model's maps have their channels last.
 Such an encoder cannot be a part of a compiled JAX program; `encoders.create` gives those that can.
@@ -56,7 +56,7 @@ class Bridge:
         self.mean, self.std = encoder.mean, encoder.std
 
     def normalize(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
-        """Return an image with values in [0, 1] as the encoder was trained to see it."""
+        """Return an image with values in [0, 1], normalised as in training."""
         return (image - jnp.asarray(self.mean, image.dtype)) / jnp.asarray(self.std, image.dtype)
 
     def __call__(
@@ -71,9 +71,9 @@ class Bridge:
         if image.ndim != 4 or image.shape[3] != 3:
             raise ValueError(f"The image has shape {image.shape}; give (B, H, W, 3).")
         image = jax.block_until_ready(jax.device_put(image, self.device))
-        found = self.encoder(self.torch.from_dlpack(image).permute(0, 3, 1, 2))
-        features, *token = found if self.class_token else (found,)
-        tensors = (features.permute(0, 2, 3, 1), *token)
+        output = self.encoder(self.torch.from_dlpack(image).permute(0, 3, 1, 2))
+        features, *class_tokens = output if self.class_token else (output,)
+        tensors = (features.permute(0, 2, 3, 1), *class_tokens)
         arrays = (jax.dlpack.from_dlpack(tensor.contiguous()) for tensor in tensors)
         arrays = tuple(jax.device_put(array, jax.devices()[0]) for array in arrays)
         return arrays if self.class_token else arrays[0]

@@ -6,15 +6,17 @@ tokens: class token, registers, cells row by row.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from einops import pack, rearrange, repeat, unpack
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from anyup_core.encoders.vit import ViT as Config
 from anyup_jax.encoders.layers import Conv, LayerNorm, Linear, attend, gelu, normal, run, stack
-from anyup_jax.encoders.position import resample
 
 LAYER_SCALE = 1e-5  # initial
 
@@ -25,62 +27,89 @@ class ViT(nnx.Module):
     def __init__(self, config: Config, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs):
         self.config = config
         self.remat = remat
-        width, patch, embedded = config.width, config.patch_size, config.grid_size**2 + config.embedded_prefix
-        self.patch = Conv(3, width, patch, stride=patch, bias=not config.pre_norm, dtype=dtype, rngs=rngs)
-        self.class_token = nnx.Param(normal(rngs, (1, 1, width))) if config.class_tokens else None
-        self.registers = nnx.Param(normal(rngs, (1, config.registers, width))) if config.registers else None
-        self.position = nnx.Param(normal(rngs, (1, embedded, width)))
-        self.pre_norm = LayerNorm(width, epsilon=config.epsilon) if config.pre_norm else None
-        self.blocks = stack(lambda rngs: Block(config, dtype=dtype, rngs=rngs), config.depth, rngs)
-        self.norm = LayerNorm(width, epsilon=config.epsilon)
+        width, patch, epsilon = config.width, config.patch_size, config.epsilon
+        embedded = config.embedded_prefix + config.grid_size**2
+        self.patch = Conv(3, width, patch, stride=patch, use_bias=not config.pre_norm, dtype=dtype, rngs=rngs)
+        self.class_token = nnx.Param(normal(rngs.params(), (1, 1, width))) if config.class_tokens else None
+        self.registers = nnx.Param(normal(rngs.params(), (1, config.registers, width))) if config.registers else None
+        self.position = nnx.Param(normal(rngs.params(), (1, embedded, width)))
+        self.pre_norm = LayerNorm(width, epsilon=epsilon, rngs=rngs) if config.pre_norm else None
+        self.blocks = stack(lambda rngs: self.block(config, dtype, rngs), config.depth, rngs)
+        self.norm = LayerNorm(width, epsilon=epsilon, rngs=rngs)
+
+    def block(self, config: Config, dtype: DTypeLike, rngs: nnx.Rngs) -> Block:
+        attention = Attention(config.width, config.num_heads, dtype=dtype, rngs=rngs)
+        mlp = MLP(config.width, config.mlp_width, config.activation, dtype=dtype, rngs=rngs)
+        return Block(attention, mlp, config.width, config.epsilon, layer_scale=config.layer_scale, rngs=rngs)
 
     def intermediates(
         self, image: Float[Array, "B H W 3"], layers: tuple[int, ...], norm: bool
-    ) -> list[tuple[Float[Array, "B h w C"], Float[Array, "B P C"] | None]]:
+    ) -> list[tuple[Float[Array, "B h w C"], Float[Array, "B P C"]]]:
         """Return the cells and the P class and register tokens after each of these blocks, in rising order."""
         cells = self.patch(image)
-        batch, height, width, channels = cells.shape
-        tokens = self.embed(cells)
-        count = self.config.prefix_tokens
-        found, start = [], 0
+        grid = cells.shape[1:3]
+        tokens, context = self.embed(cells), self.context(*grid)
+        outputs, start = [], 0
         for layer in layers:
-            tokens = run(self.blocks, tokens, start, layer + 1, remat=self.remat)
+            tokens = run(self.blocks, tokens, start, layer + 1, remat=self.remat, context=context)
             start = layer + 1
             final = self.norm(tokens) if norm else tokens
-            grid = final[:, count:].reshape(batch, height, width, channels)
-            found.append((grid, final[:, :count] if count else None))
-        return found
+            prefix, cells = unpack(final, [(self.config.prefix_tokens,), grid], "B * C")
+            outputs.append((cells, prefix))
+        return outputs
 
     def embed(self, cells: Float[Array, "B h w C"]) -> Float[Array, "B T C"]:
-        """Return what enters the first block: the tokens with their position embeddings, normed in a pre-norm model."""
-        batch, height, width, channels = cells.shape
-        side, count = self.config.grid_size, self.config.embedded_prefix
-        position = self.position[...][0]
-        grid = resample(position[count:].reshape(side, side, channels), height, width)
-        tokens = [(cells + grid.astype(cells.dtype)).reshape(batch, height * width, channels)]
-        if self.config.prefix_tokens:
-            prefix = [token[...] for token in (self.class_token, self.registers) if token is not None]
-            prefix = jnp.concatenate(prefix, 1)
-            prefix = prefix + position[:count] if count else prefix
-            tokens.insert(0, jnp.broadcast_to(prefix.astype(cells.dtype), (batch, *prefix.shape[1:])))
-        tokens = jnp.concatenate(tokens, 1)
+        """Return the input of the first block: all tokens with their position embeddings, normed in a pre-norm model.
+
+        The table of embeddings is resized to the grid of the cells, as timm does it with `dynamic_img_size`.
+        """
+        count, side = self.config.embedded_prefix, self.config.grid_size
+        of_prefix, of_cells = unpack(self.position[0], [(count,), (side, side)], "* C")
+        of_cells = jax.image.resize(of_cells, cells.shape[1:], "cubic", antialias=True)
+        prefix = self.prefix()
+        tokens = joined(prefix + of_prefix if count else prefix, cells + of_cells.astype(cells.dtype))
         return tokens if self.pre_norm is None else self.pre_norm(tokens)
+
+    def prefix(self) -> Float[Array, "P C"]:
+        """Return the class token and the registers, without position embeddings."""
+        tokens = [token[0] for token in (self.class_token, self.registers) if token is not None]
+        return jnp.concatenate(tokens) if tokens else jnp.zeros((0, self.config.width))
+
+    def context(self, height: int, width: int) -> tuple[Any, ...]:
+        """Return what each block receives beside the tokens of an image of height x width cells."""
+        return ()
+
+
+def joined(prefix: Float[Array, "P C"], cells: Float[Array, "B h w C"]) -> Float[Array, "B T C"]:
+    """Return the tokens of every image, the prefix before the cells."""
+    prefix = repeat(prefix.astype(cells.dtype), "P C -> B P C", B=cells.shape[0])
+    return pack([prefix, cells], "B * C")[0]
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each behind a norm and added to its input, with layer scale after a scale per channel."""
+    """Attention and MLP, each behind a norm and added to its input, with layer scale after a scale per channel.
 
-    def __init__(self, config: Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        width = config.width
-        self.norm1 = LayerNorm(width, epsilon=config.epsilon)
-        self.attention = Attention(width, config.num_heads, dtype=dtype, rngs=rngs)
-        self.scale1 = nnx.Param(jnp.full(width, LAYER_SCALE)) if config.layer_scale else None
-        self.norm2 = LayerNorm(width, epsilon=config.epsilon)
-        self.mlp = MLP(width, config.mlp_width, config.activation, dtype=dtype, rngs=rngs)
-        self.scale2 = nnx.Param(jnp.full(width, LAYER_SCALE)) if config.layer_scale else None
+    Args:
+        attention: called with the normed tokens and then what the block receives beside them.
+        mlp: called with the normed tokens.
+        width: channels.
+        epsilon: of both norms.
+        layer_scale: whether the two outputs are scaled.
+        rngs: of the norms.
+    """
 
-    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-        x = x + scaled(self.attention(self.norm1(x)), self.scale1)
+    def __init__(
+        self, attention: nnx.Module, mlp: nnx.Module, width: int, epsilon: float, *, layer_scale: bool, rngs: nnx.Rngs
+    ):
+        self.norm1 = LayerNorm(width, epsilon=epsilon, rngs=rngs)
+        self.attention = attention
+        self.scale1 = nnx.Param(jnp.full(width, LAYER_SCALE)) if layer_scale else None
+        self.norm2 = LayerNorm(width, epsilon=epsilon, rngs=rngs)
+        self.mlp = mlp
+        self.scale2 = nnx.Param(jnp.full(width, LAYER_SCALE)) if layer_scale else None
+
+    def __call__(self, x: Float[Array, "B T C"], *context: Any) -> Float[Array, "B T C"]:
+        x = x + scaled(self.attention(self.norm1(x), *context), self.scale1)
         return x + scaled(self.mlp(self.norm2(x)), self.scale2)
 
 
@@ -93,8 +122,8 @@ class Attention(nnx.Module):
         self.project = Linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-        qkv = (part.reshape(*x.shape[:2], self.num_heads, -1) for part in jnp.split(self.qkv(x), 3, -1))
-        return self.project(attend(*qkv).reshape(x.shape))
+        query, key, value = rearrange(self.qkv(x), "B T (three N K) -> three B T N K", three=3, N=self.num_heads)
+        return self.project(rearrange(attend(query, key, value), "B T N K -> B T (N K)"))
 
 
 class MLP(nnx.Module):
