@@ -21,6 +21,7 @@ from anyup_jax.encoders.settings import EncoderConfig
 from evaluation import depth_normals, sheet
 from evaluation.config import Config, DatasetConfig, ProbeConfig
 from evaluation.data import augment, nyu, open_nyu
+from evaluation.fitting import ProbeFile
 from evaluation.methods import Interpolation
 from tests.training import environment
 
@@ -121,7 +122,7 @@ def test_what_is_impossible_is_one_sentence(folder: Path, task: str, words: list
 class Encoder:
     """Mean colours of cells of 8 x 8 pixels and their squares, as two layers; the class token is their mean."""
 
-    stride, channels, widths = 8, 6, (3, 3)
+    name, stride, channels, widths = "means", 8, 6, (3, 3)
 
     def normalize(self, image):
         return image
@@ -145,7 +146,7 @@ def test_normals_are_learned(folder: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     probe, head = depth_normals.Probe.create(Encoder(), Interpolation("bilinear", "bilinear"), config)
     head = depth_normals.train(
-        probe, head, open_nyu(config.dataset, "train"), tmp_path / "p", {}, lambda epoch, loss: None
+        probe, head, open_nyu(config.dataset, "train"), ProbeFile(tmp_path / "p", {}), lambda epoch, loss: None
     )
     found, predictions = depth_normals.score(probe, head, open_nyu(config.dataset, "val"), shown=[1])
     assert found["rmse"] < 25  # the walls are 37 to 61 degrees apart

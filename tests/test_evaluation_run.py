@@ -24,9 +24,10 @@ from anyup_jax.encoders.settings import EncoderConfig
 from evaluation import fidelity, fitting, results, segmentation, sheet
 from evaluation.config import Config, DatasetConfig, ProbeConfig
 from evaluation.data import Examples, open_segmentation
+from evaluation.fitting import ProbeFile
 from evaluation.frozen import Live, Split
 from evaluation.methods import Interpolation
-from evaluation.prefetch import ahead
+from evaluation.prefetch import prefetch
 from evaluation.published import figures
 from evaluation.results import Result
 from tests.training import environment
@@ -117,7 +118,7 @@ def test_repeated_probes_are_those_of_their_seeds(folder: Path, tmp_path: Path) 
 
     data, settings = DatasetConfig(root=str(folder / "data"), classes=3, size=(64, 64)), found["settings"]
     train, val = (
-        Split(open_segmentation(data, part), (), data.size, mirrored=part == "train") for part in ("train", "val")
+        Split(open_segmentation(data, part), data.size, mirrored=part == "train") for part in ("train", "val")
     )
     encoder = EncoderConfig(**settings["encoder"]).load()
     views = [Live(split, encoder, Interpolation("bilinear", "bilinear")) for split in (train, val)]
@@ -135,7 +136,7 @@ def test_repeated_probes_are_those_of_their_seeds(folder: Path, tmp_path: Path) 
     probe = ProbeConfig(**(settings["probe"] | dict(repeats=1)))
     config = Config(encoders=dict(lite0=EncoderConfig(**settings["encoder"])), dataset=data, probe=probe)
     single = segmentation.train(
-        views[0], train, encoder.channels, config, tmp_path / "probe.safetensors", {}, lambda *_: None
+        views[0], train, encoder.channels, config, ProbeFile(tmp_path / "probe.safetensors", {}), lambda *_: None
     )
     for name, value in both.items():
         assert np.abs(value[0] - single[name][0]).max() < 1e-4 < np.abs(value[1] - value[0]).max()
@@ -187,7 +188,7 @@ def test_fidelity(folder: Path) -> None:
 class Means:
     """An encoder whose features are the mean colours of cells of 4 x 4 pixels, less a constant."""
 
-    stride, channels = 4, 3
+    name, stride, channels, widths = "means", 4, 3, (3,)
 
     def normalize(self, image):
         return image
@@ -210,12 +211,19 @@ def test_fidelity_by_its_definition() -> None:
 
 def test_a_probe_goes_on_where_it_was_and_not_with_other_settings(tmp_path: Path) -> None:
     state, path = dict(head=dict(weight=jnp.ones((2, 3)), bias=jnp.zeros(3))), tmp_path / "probe.safetensors"
-    assert fitting.restore(path, state, dict(x=1))[0] == 0
-    fitting.save(path, 5, dict(head=dict(weight=jnp.full((2, 3), 7.0), bias=jnp.ones(3))), dict(x=1))
-    epoch, found = fitting.restore(path, state, dict(x=1))
-    assert (epoch, float(found["head"]["weight"][1, 2]), float(found["head"]["bias"][0])) == (5, 7, 1)
-    with pytest.raises(ValueError, match="a probe that was trained with other settings"):
-        fitting.restore(path, state, dict(x=2))
+    file = ProbeFile(path, dict(x=1))
+    assert file.restore(state) == (0, state)
+    file.save(5, dict(head=dict(weight=jnp.full((2, 3), 7.0), bias=jnp.ones(3))))
+    epoch, restored = file.restore(state)
+    assert (epoch, float(restored["head"]["weight"][1, 2]), float(restored["head"]["bias"][0])) == (5, 7, 1)
+    assert float(file.load(state["head"], 5)["bias"][2]) == 1
+    with pytest.raises(FileNotFoundError, match=r"probe\.safetensors .* 6 epochs"):
+        file.load(state["head"], 6)
+    with pytest.raises(ValueError, match=r"probe\.safetensors .* other settings"):
+        ProbeFile(path, dict(x=2)).restore(state)
+    path.write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"probe\.safetensors is .* damaged"):
+        file.restore(state)
 
 
 def test_work_ahead_keeps_the_order_and_stops() -> None:
@@ -225,12 +233,12 @@ def test_work_ahead_keeps_the_order_and_stops() -> None:
         done.append(number)
         return 10 // (3 - number)
 
-    iterator = ahead(work, range(100))
+    iterator = prefetch(work, range(100))
     assert [next(iterator) for _ in range(3)] == [3, 5, 10]
     with pytest.raises(ZeroDivisionError):
         next(iterator)
     assert max(done) <= 4
-    assert list(ahead(work, [])) == []
+    assert list(prefetch(work, [])) == []
 
 
 @pytest.mark.parametrize(
@@ -281,7 +289,7 @@ def test_one_pixel_of_every_block_counts() -> None:
         def read(self, index: int):
             return np.zeros((9, 12, 3), np.uint8), np.ones((9, 12), np.uint8)
 
-    split = Split(Labels(), ("here",), (9, 12), mirrored=True, pixel_stride=3, seed=1)
+    split = Split(Labels(), (9, 12), mirrored=True, pixel_stride=3, seed=1)
     chosen = [split.chosen(0, mirror) for mirror in (False, True)]
     assert all((mask.reshape(3, 3, 4, 3).sum((1, 3)) == 1).all() for mask in chosen)
     assert (chosen[0] != chosen[1]).any()
