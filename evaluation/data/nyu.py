@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Shaped, UInt8
@@ -56,24 +56,6 @@ class Scene(NamedTuple):
     normals: Float32[np.ndarray, "H W 3"]
 
 
-@runtime_checkable
-class Source(Protocol):
-    """Images, depth and normals by index, as they are stored."""
-
-    def __len__(self) -> int: ...
-    def name(self, index: int) -> str:
-        """Return the name of a scene in messages."""
-        ...
-
-    def contents(self, index: int) -> Iterable[bytes]:
-        """Return what is stored of a scene."""
-        ...
-
-    def planes(self, index: int) -> Planes:
-        """Return the image, 8 bits, the depth in metres and the normals."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
 class GeoNet:
     """The .mat files of GeoNet, 30914 frames of the raw videos."""
@@ -85,12 +67,15 @@ class GeoNet:
         return len(self.files)
 
     def name(self, index: int) -> str:
+        """Return the name of a scene in messages and pictures."""
         return self.files[index]
 
     def contents(self, index: int) -> Iterable[bytes]:
+        """Return the bytes that are stored of a scene."""
         return [(self.root / self.files[index]).read_bytes()]
 
     def planes(self, index: int) -> Planes:
+        """Return the image, 8 bits, the depth in metres and the normals."""
         import scipy.io  # takes a second
 
         path = self.root / self.files[index]
@@ -111,7 +96,7 @@ class GeoNet:
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """The 654 test images of the labelled set, with the normals of Ladicky et al."""
+    """The 654 test images of the labelled set, with the normals of Ladicky et al.; methods as in `GeoNet`."""
 
     path: Path
     arrays: Mapping[str, np.ndarray]
@@ -141,7 +126,7 @@ class Scenes:
         limit: use only the first ones; None for all.
     """
 
-    source: Source
+    source: GeoNet | Labelled
     size: Size
     limit: int | None = None
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import os
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int16, UInt8
@@ -17,31 +16,14 @@ from anyup_core.files import open_image, to_rgb
 from evaluation.config import DatasetConfig, Size
 from evaluation.data import contents, records
 from evaluation.data.cropping import crop_image, crop_nearest
-from evaluation.data.layouts import LAYOUTS
+from evaluation.data.layouts import LAYOUTS, Files
+from evaluation.data.records import Records
 from evaluation.data.tables import Ids, plain
 
 CLASSES = "classes.json"
 UNKNOWN = -1  # in a table of labels: a value that is no class
-
-File = str | os.PathLike | io.BytesIO
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Images and labels by index, encoded."""
-
-    def __len__(self) -> int: ...
-    def name(self, index: int) -> str:
-        """Return the name of an image in messages."""
-        ...
-
-    def label_name(self, index: int) -> str:
-        """Return the name of its label in messages."""
-        ...
-
-    def open(self, index: int) -> tuple[File, File]:
-        """Return what Pillow opens as the image and as the label."""
-        ...
+STORED = dict.fromkeys(("1", "L", "LA", "P", "P;1", "P;2", "P;4", "I;16", "I;16B", "I;16L"), 1) | {"L;2": 85, "L;4": 17}
+"""Pillow's names of what a label file may store -> the factor that Pillow scales the stored integers by."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +38,7 @@ class Examples:
         size: height and width of images and labels.
     """
 
-    source: Source
+    source: Files | Records
     classes: tuple[str, ...]
     ignore: int
     table: Int16[np.ndarray, "values=256"]
@@ -145,12 +127,19 @@ def open_segmentation(config: DatasetConfig, split: Literal["train", "val"]) -> 
 
 
 def _values(label: Image.Image, name: str) -> UInt8[np.ndarray, "H W"]:
-    if label.mode not in ("L", "P", "1"):
+    """Return the integers that a label file stores, whatever its bit depth and the colours of its palette."""
+    decoder_options = label.tile[0][3] if label.tile else label.mode
+    stored = decoder_options if isinstance(decoder_options, str) else decoder_options[0]
+    if stored not in STORED:
         raise ValueError(
-            f"The label {name} is an image of mode {label.mode}; it must be grayscale or palette of 8 bits, the class "
+            f"The label {name} is an image of mode {label.mode} ({stored}); it must be grayscale or palette, the class "
             "of each pixel."
         )
-    return np.asarray(label).astype(np.uint8)
+    values = np.asarray(label)
+    values = values[..., 0] if label.mode == "LA" else values
+    if values.max() > 255:
+        raise ValueError(f"The label {name} has the value {values.max()}; classes are from 0 to 255.")
+    return values.astype(np.uint8) // STORED[stored]
 
 
 def _table(ids: Ids, ignore: int) -> Int16[np.ndarray, "values=256"]:
