@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,48 +95,34 @@ class Split:
         return _digest([self.contents, self.size, self.mirrored, self.pixel_stride, self.seed])
 
 
-@runtime_checkable
-class Views(Protocol):
-    """The views of a split as an encoder and a method leave them."""
-
-    def batch(self, indices: Sequence[int], mirror: bool) -> tuple[Arrays, UInt8[np.ndarray, "B ..."]]:
-        """Return what `logits` needs of some views, and their labels, in the arrangement of the logits."""
-        ...
-
-    def logits(self, data: Arrays, head: Float[Array, "C K"]) -> Float[Array, "B ... K"]:
-        """Apply a linear head to the features at low resolution and upsample the result."""
-        ...
-
-    def arrange(self, values: np.ndarray) -> np.ndarray:
-        """Put values of all pixels, arranged as the logits are, (B, ...), in rows and columns, (B, H, W)."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Live:
-    """Views that are computed whenever they are needed; methods as in `Views`."""
+    """Views that are computed whenever they are needed."""
 
     split: Split
     encoder: FrozenEncoder
     method: Method
 
     def batch(self, indices: Sequence[int], mirror: bool) -> tuple[Arrays, UInt8[np.ndarray, "B H W"]]:
+        """Return what `logits` needs of some views, and their labels, in the arrangement of the logits."""
         images, labels = map(np.stack, zip(*(self.split.view(i, mirror) for i in indices)))
         features = encode(self.encoder, images, self.method.enlarge)
         thinned = np.stack([self.split.thinned(label, i, mirror) for label, i in zip(labels, indices)])
         return dict(image=_guide(self.method, images, labels), features=features), thinned
 
     def logits(self, data: Arrays, head: Float[Array, "C K"]) -> Float[Array, "B H W K"]:
+        """Apply a linear head to the features at low resolution and upsample the result."""
         low = jnp.matmul(data["features"], head, precision="highest")
         return self.method(data["image"], data["features"], self.split.size, low)
 
     def arrange(self, values: np.ndarray) -> np.ndarray:
+        """Put values of all pixels, arranged as the logits are, (B, ...), in rows and columns, (B, H, W)."""
         return values
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """Views that were computed before; methods as in `Views`.
+    """Views that were computed before; methods as in `Live`.
 
     Attributes:
         split, method: of which views, by which method.
@@ -163,6 +149,9 @@ class Kept:
 
     def arrange(self, values: np.ndarray) -> np.ndarray:
         return values if self.plan is None else self.plan.untile(values[..., None], self.split.size)[..., 0]
+
+
+Views = Live | Kept
 
 
 def keep(
