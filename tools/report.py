@@ -1,11 +1,11 @@
 """`python -m tools.report OUT.md --attempt RUN EVALUATION ...`: training runs and their scores as one document.
 
-An attempt is a folder of `train.run` and the folder of the `evaluation.run` that scored it. The document shows the curve
-of the objective of every attempt, the settings that differ from those of the first attempt, and the scores of each
-encoder less those of bilinear interpolation. The table of scores and the sheets of predictions are those of the first
-attempt. Runs without scores, such as the one whose weights an attempt started from, are shown with their curves and
-settings (`--training`). All numbers are read from the folders and recorded in OUT.json: a later document can show these
-attempts beside its own when the folders are gone (`--earlier OUT.json`).
+An attempt is a folder of `train.run` and the folder of the `evaluation.run` that scored it. The document shows, for
+every attempt, the curve of the objective, the settings that differ from those of the first attempt, and the scores of
+each encoder less those of bilinear interpolation. The table of scores and the sheets of predictions are those of the
+first attempt. Runs without scores, such as the one whose weights an attempt started from, are shown with their curves
+and settings (`--training`). All numbers are read from the folders and recorded in OUT.json: a later document can show
+these attempts beside its own when the folders are gone (`--earlier OUT.json`).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Attempt:
 
     @classmethod
     def read(cls, run: Path, evaluation: Path | None = None) -> Attempt:
-        """Read the folders. Raises FileNotFoundError if `train.run` or `evaluation.run` has not finished one of them."""
+        """Read the folders. Raises FileNotFoundError if one is not of a finished `train.run` or `evaluation.run`."""
         _check(run / "config.yaml", "train.run")
         lines = {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
         results = read_results(evaluation) if evaluation else []
