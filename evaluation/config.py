@@ -1,4 +1,4 @@
-"""The configuration of an evaluation: frozen dataclasses, in which an impossible one cannot be written down."""
+"""The configuration of an evaluation: frozen dataclasses that refuse impossible values."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ METHODS = ("nearest", "bilinear", "bicubic", "joint_bilateral", "anyup", "high_r
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
-    """Images and what is to be predicted of them.
+    """Images and their labels, or their depth and normals.
 
     Attributes:
-        kind: how the files lie: "folder" (`root/SPLIT/images/NAME.jpg` and `root/SPLIT/labels/NAME.png`), the published
-            layout of "voc", "ade20k", "cityscapes", "cocostuff27" or "nyu", or "tfds" (TensorFlow Datasets).
+        kind: the layout of the files: "folder" (`root/SPLIT/images/NAME.jpg` and `root/SPLIT/labels/NAME.png`), the
+            published layout of "voc", "ade20k", "cityscapes", "cocostuff27" or "nyu", or "tfds" (TensorFlow Datasets).
         root: the folder; for tfds its `data_dir`.
-        name: of a TFDS data set; in tables, of any.
-        train, val: the split that the probe is trained on, and the one it is scored on; None for the usual ones.
-        classes: number of classes; None where the layout or `root/classes.json` says it.
-        ignore: label that is neither trained on nor scored.
+        name: of a TFDS data set; of any data set, its name in printed tables.
+        train, val: the splits for training and scoring; None for the usual ones.
+        classes: number of classes, from 2 to 256; None to take it from the layout or from `root/classes.json`.
+        ignore: label of pixels that are neither trained on nor scored.
         image, label: names of the features of a TFDS data set.
-        size: height and width that image and label are resized (short side) and centre cropped to.
+        size: height and width; image and label are resized to cover it and centre cropped.
     """
 
     kind: Literal["folder", "voc", "ade20k", "cityscapes", "cocostuff27", "nyu", "tfds"] = "folder"
@@ -47,7 +47,8 @@ class DatasetConfig:
                 "name the folder with images and labels, dataset.root=FOLDER")  # fmt: skip
         require(self.kind != "tfds" or self.name, "dataset.name", self.name,
                 "name a TFDS data set, dataset.name=NAME")  # fmt: skip
-        require(self.classes is None or self.classes >= 2, "dataset.classes", self.classes, "give at least 2, or null")
+        possible = self.classes is None or 2 <= self.classes <= 256
+        require(possible, "dataset.classes", self.classes, "give a number from 2 to 256, or null")
         require(0 <= self.ignore <= 255, "dataset.ignore", self.ignore, "labels are from 0 to 255")
         require(min(self.size) >= 1, "dataset.size", self.size, "give a positive height and width")
 
@@ -58,20 +59,20 @@ class ProbeConfig:
 
     Attributes:
         head: "linear"; or "dpt", for depth and normals, which takes one layer of the encoder or four.
-        class_token: put the encoder's class token beside the features of every position; for depth and normals.
-        augment: change colours and take parts of the image, as Probe3D does; for depth and normals.
+        class_token: concatenate the encoder's class token to the features of every position; for depth and normals.
+        augment: change colours and crop, as Probe3D does; for depth and normals.
         learning_rate, weight_decay: of AdamW.
         schedule: "cosine_per_epoch" (AnyUp's), "cosine_per_iteration", "warmup_cosine" (Probe3D's: linear from 0.01 of
             the rate over `warmup_epochs`, then cosine to 0.01 of it), "constant", or "per_iteration_bug": a cosine with
-            a period of twice the number of epochs that is stepped with every iteration, as JAFAR's published code does.
+            a period of twice the number of epochs that is stepped with every iteration, as in JAFAR's published code.
         epochs: passes over the training split.
-        batch_size: images of a step.
+        batch_size: images per step.
         flip: mirror whole batches, each with probability 1/2; for segmentation.
         warmup_epochs: of "warmup_cosine".
         pixel_stride: of every square of this many pixels a side, one is trained on, drawn once for each image; 1 for
             all pixels. Scores are over all pixels either way. For segmentation.
-        repeats: probes trained side by side on the same batches, from initial weights of their own; scores are means
-            over them, and their standard deviations are told. For segmentation.
+        repeats: number of probes trained on the same batches, each from initial weights of its own; scores are means
+            over them and are given with their standard deviations. For segmentation.
     """
 
     head: Literal["linear", "dpt"] = "linear"
@@ -104,9 +105,9 @@ class UpsamplerConfig:
     """AnyUp, as a method.
 
     Attributes:
-        weights: what `anyup_jax.from_pretrained` takes: a published name, a file, a folder, a training run.
-        ema: of a training run, the moving average of the parameters.
-        window: "paper" or "natten"; None for the one the checkpoint says.
+        weights: a published name, a file, a folder or a training run, as for `anyup_jax.from_pretrained`.
+        ema: use the moving average of a training run's parameters.
+        window: "paper" or "natten"; None for that of the checkpoint.
         dtype: type of the computation.
     """
 
@@ -121,19 +122,19 @@ class Config:
     """An evaluation: every encoder with every method.
 
     Attributes:
-        task: "segmentation", "depth" and "normals" train and score probes; "fidelity" compares with what the encoder
-            makes of a larger image, and with the features themselves, on images of the validation split.
-        encoders: a name of one's own for each -> the encoder.
-        methods: of `METHODS`; "anyup" with the window of `anyup.window`. "label_guided" looks at the labels, and
-            says how much an upsampler could gain that knows every edge; for segmentation.
+        task: "segmentation", "depth" and "normals" train and score probes; "fidelity" compares upsampled features with
+            those of an enlarged image, and with the features themselves, on images of the validation split.
+        encoders: the encoders, by names of your choice.
+        methods: of `METHODS`. "label_guided" uses the labels and shows how much an upsampler could gain that knows
+            every edge; for segmentation.
         anyup: the upsampler behind "anyup".
-        high_resolution: how many times larger the image is that "high_resolution", or "fidelity", shows to the encoder.
-        cache: where what a frozen method does to each image is kept, so that it is computed once instead of in every
-            epoch; None computes it anew, which is what large data sets need. For segmentation.
+        high_resolution: factor by which "high_resolution" and "fidelity" enlarge the image that the encoder sees.
+        cache: folder for the upsampling weights of every image, so that a method runs once and not in every epoch; None
+            computes them anew, which large data sets need. For segmentation.
         limit: use only this many images of each split; None for all.
         pictures: images of the validation split, evenly spread, in the sheet of predictions of each encoder.
         seed: of the probes' initial weights, the order of images and the flips.
-        output_dir: everything the evaluation writes; starting again with the same one resumes.
+        output_dir: folder for everything that the evaluation writes; the same command with the same folder resumes.
     """
 
     task: Literal["segmentation", "depth", "normals", "fidelity"] = "segmentation"
@@ -160,21 +161,21 @@ class Config:
         require(self.pictures >= 0, "pictures", self.pictures, "give 0 or more")
         enlarged = self.task == "fidelity" and "high_resolution" in self.methods
         require(not enlarged, "methods", list(self.methods), "fidelity compares the others with high_resolution")
-        guided = self.task == "segmentation" or "label_guided" not in self.methods
+        labelled = self.task == "segmentation"
+        guided = labelled or "label_guided" not in self.methods
         require(guided, "methods", list(self.methods), f"{self.task} has no labels to be guided by")
-        keeps = self.task == "segmentation" or self.cache is None
-        require(keeps, "cache", self.cache, f"{self.task} keeps nothing; leave it out")
+        require(labelled or self.cache is None, "cache", self.cache, f"{self.task} keeps nothing; leave it out")
         self._check_geometry() if self.task in GEOMETRY else self._check_flat()
 
     def _check_geometry(self) -> None:
         probe, task = self.probe, self.task
-        require(self.dataset.kind == "nyu", "dataset.kind", self.dataset.kind, f"{task} is that of nyu")
-        require(not probe.flip, "probe.flip", True, f"{task} does not mirror; take probe=geometry")
-        require(probe.pixel_stride == 1, "probe.pixel_stride", probe.pixel_stride, f"{task} takes all pixels")
+        require(self.dataset.kind == "nyu", "dataset.kind", self.dataset.kind, f"{task} needs nyu")
+        require(not probe.flip, "probe.flip", True, f"{task} does not mirror; give probe=geometry")
+        require(probe.pixel_stride == 1, "probe.pixel_stride", probe.pixel_stride, f"{task} uses all pixels")
         require(probe.repeats == 1, "probe.repeats", probe.repeats, f"{task} trains one probe")
         layers = {name: len(encoder.layer) for name, encoder in self.encoders.items()}
-        fitting = probe.head == "linear" or set(layers.values()) <= {1, LEVELS}
-        require(fitting, "encoders", layers, f"probe.head=dpt takes 1 layer or {LEVELS}")
+        possible = probe.head == "linear" or set(layers.values()) <= {1, LEVELS}
+        require(possible, "encoders", layers, f"probe.head=dpt takes 1 layer or {LEVELS}")
 
     def _check_flat(self) -> None:
         probe, task = self.probe, self.task

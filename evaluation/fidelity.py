@@ -1,20 +1,20 @@
-"""How true upsampled features are to the encoder, without labels.
+"""How close upsampled features are to those of the encoder; no labels are needed.
 
-Two cosine similarities, averaged over positions and images: of features upsampled by a whole factor to those the
-encoder has of the image enlarged by that factor, and of features upsampled to the image's size and averaged over cells
-again to the features themselves.
+Two cosine similarities, averaged over positions and images: between features upsampled by a whole factor and the
+features of the image enlarged by that factor, and between features upsampled to the image's size, then averaged over
+cells again, and the features themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from anyup_core.encoders.frozen import FrozenEncoder
 from anyup_jax.layers import adaptive_average_pool
 from evaluation.frozen import encode
 from evaluation.methods import Method
@@ -26,29 +26,27 @@ def cosine(a: Float[Array, "... C"], b: Float[Array, "... C"]) -> Float[Array, .
     return (a * b).sum(-1) / jnp.maximum(norms, 1e-12)
 
 
-def scores(encoder: Any, method: Method, images: Iterable[UInt8[np.ndarray, "H W 3"]], factor: int) -> dict[str, float]:
+def scores(
+    encoder: FrozenEncoder, method: Method, images: Iterable[UInt8[np.ndarray, "H W 3"]], factor: int
+) -> dict[str, float]:
     """Return `cosine_high` and `cosine_down`.
 
     Args:
-        encoder: whose features are upsampled.
-        method: what upsamples them.
+        encoder: computes the features.
+        method: upsamples them.
         images: 8-bit RGB.
-        factor: how many times larger the image is for the features to compare with.
+        factor: how many times larger the image is whose features `cosine_high` compares with.
     """
-    compare = _compare(method)
-    found = []
-    for image in images:
-        low, high = encode(encoder, image[None]), encode(encoder, image[None], factor)
-        found.append(compare(jnp.asarray(image[None], jnp.float32) / 255, low, high))
-    mean = np.mean(jax.device_get(found), axis=0)
-    return dict(cosine_high=float(mean[0]), cosine_down=float(mean[1]))
 
-
-def _compare(method: Method) -> Callable[..., Any]:
     @jax.jit
     def compare(image, low, high):
         at_high = method(image, low, high.shape[1:3])
         down = adaptive_average_pool(method(image, low, image.shape[1:3]), low.shape[1:3])
         return cosine(at_high, high).mean(), cosine(down, low).mean()
 
-    return compare
+    cosines = []
+    for image in images:
+        low, high = encode(encoder, image[None]), encode(encoder, image[None], factor)
+        cosines.append(compare(jnp.asarray(image[None], jnp.float32) / 255, low, high))
+    mean = np.mean(jax.device_get(cosines), axis=0)
+    return dict(cosine_high=float(mean[0]), cosine_down=float(mean[1]))

@@ -1,10 +1,10 @@
-"""Heads that predict depth and surface normals from frozen features, as Probe3D has them (El Banani et al., 2024).
+"""Heads that predict depth and surface normals from frozen features, as in Probe3D (El Banani et al., 2024).
 
 A head's output becomes depth or normals at the size of the target: depth is interpolated bilinearly after the bins are
-averaged, the raw normals bicubically before they are scaled to unit length. The heads make low-resolution features
-larger; features that an upsampler has made larger need none of that, so a head is told which size to reach.
+averaged, the raw normals bicubically before they are scaled to unit length. The published heads upsample low-resolution
+features; features that are upsampled already need no more, so the caller gives the size of the output.
 
-Parameters are float32; `dtype` is the type of the computation. The outputs are float32 whatever it is.
+Parameters are float32; `dtype` is the type of the computation. The outputs are float32 for every `dtype`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Linear(nnx.Module):
         """Return the raw prediction.
 
         Args:
-            features: one map, or the maps of several layers, all of one size, which are put side by side.
+            features: one map, or the maps of several layers, all of one size, which are concatenated.
             size: height and width of the output; None for four times those of the features, as published. Features of
                 this size are not resized.
         """
@@ -60,9 +60,9 @@ class Linear(nnx.Module):
 class DPT(nnx.Module):
     """Four maps, fused from the last to the first by residual convolutions, then two convolutions.
 
-    A 1 x 1 convolution takes every map to `hidden` channels, and nearest upsampling takes it to twice its size; the
-    fused map is made four times larger before the last convolutions, and the output twice as large after them (Ranftl
-    et al., 2021, in the form that Probe3D gives it: no normalisation, nearest upsampling throughout).
+    Every map passes a 1 x 1 convolution to `hidden` channels and is upsampled to twice its size; the fused map is
+    upsampled four times before the last convolutions, and the output twice after them (Ranftl et al., 2021, as in
+    Probe3D: no normalisation, nearest upsampling throughout).
 
     Args:
         channels: of the features, one number for all four maps or one for each.
@@ -91,13 +91,13 @@ class DPT(nnx.Module):
         """Return the raw prediction.
 
         Args:
-            features: four maps of one size, from the first layer to the last, or one that stands for all four.
-            size: height and width of the output; None for 16 times those of the features, as published. With a size no
-                stage goes beyond it and the last one reaches it: nothing is resized where the features have it, and
-                nothing differs from None where it is 16 times theirs.
+            features: four maps of one size, from the first layer to the last, or one that is used four times.
+            size: height and width of the output; None for 16 times those of the features, as published. No stage
+                exceeds it and the last one reaches it: features of this size are not resized, and 16 times the size of
+                the features is the same as None.
 
         Raises:
-            ValueError: for another number of maps.
+            ValueError: for any other number of maps.
         """
         maps = _listed(features)
         maps = maps * LEVELS if len(maps) == 1 else maps
@@ -125,7 +125,7 @@ def _at_most(size: Size, limit: Size) -> Size:
 
 
 class Fusion(nnx.Module):
-    """Two residual blocks; what the later levels gave is added between them. The last level has only the second."""
+    """Two residual blocks; the result of the later levels is added between them. The last level has only the second."""
 
     def __init__(self, channels: int, *, last: bool, dtype: DTypeLike, rngs: nnx.Rngs):
         self.block1 = None if last else Residual(channels, dtype=dtype, rngs=rngs)

@@ -1,7 +1,7 @@
-"""What the heads for depth and surface normals are trained with, as in Probe3D (El Banani et al., 2024).
+"""Losses of the heads for depth and surface normals, as in Probe3D (El Banani et al., 2024).
 
-Every mean is over the valid pixels of the whole batch. Without any the losses are 0, and so are their gradients; what
-prediction and target hold at other pixels has no influence, whatever it is.
+Every mean is over the valid pixels of the whole batch. If there are none, the losses and their gradients are 0. Other
+pixels have no influence, whatever values they have, NaN included.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ def depth_loss(
 
     L is the log-gradient loss (MegaDepth, Li & Snavely, 2018, as DINOv2 has it): of every 1st, 2nd, 4th and 6th row and
     column, the sum of |g(i) - g(i + 2)| along rows and along columns where both are valid, divided by the number of
-    valid pixels there. Probe3D's code took these differences and strides along the axes of batch and channels until
-    November 2025; here they run along rows and columns, as its correction has it.
+    valid pixels there. Until November 2025 Probe3D's code took these differences and strides along the axes of batch
+    and channels; here they run along rows and columns, as in its correction.
 
     Args:
         prediction, target: depth in metres, at least 0 where valid.
         valid: pixels that count; in the protocol those with 0 < target <= 10.
     """
     safe = (jnp.where(valid, depth, 1) for depth in (prediction, target))
-    ahead, behind = (jnp.log(depth + SHIFT) for depth in safe)
-    g = ahead - behind
+    predicted, true = (jnp.log(depth + SHIFT) for depth in safe)
+    g = predicted - true
     return SCALE_INVARIANT_WEIGHT * _scale_invariant(g, valid) + GRADIENT_WEIGHT * _gradients(g, valid)
 
 
 def _scale_invariant(g: Float[Array, "B H W"], valid: Bool[Array, "B H W"]) -> Float[Array, ""]:
     square = _mean(jnp.square(g), valid) - VARIANCE_FOCUS * jnp.square(_mean(g, valid))
-    some = square > 0  # the root has no gradient at 0, which is where a perfect prediction is
-    return jnp.where(some, jnp.sqrt(jnp.where(some, square, 1)), 0)
+    positive = square > 0  # the root has no gradient at 0, the value of a perfect prediction
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
 
 
 def _gradients(g: Float[Array, "B H W"], valid: Bool[Array, "B H W"]) -> Float[Array, ""]:
@@ -70,7 +70,7 @@ def normal_loss(
 
     It is the negative log-likelihood of the angular von Mises-Fisher distribution (Bae et al., 2021) without its
     constant. As in Probe3D the cosine is clipped to +-(1 - 1e-4): within 0.81 degrees of the truth, and of its
-    opposite, the loss is flat in the direction.
+    opposite, the loss does not depend on the direction.
 
     Args:
         normals: of unit length where valid, and `kappa` positive, as `evaluation.heads.normals_of` returns them.

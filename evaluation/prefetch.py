@@ -1,30 +1,30 @@
-"""Work that is done ahead by a thread, while what was asked for before is still in use."""
+"""Values that a thread computes one in advance, while the caller still uses the one before."""
 
 from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 Item, Value = TypeVar("Item"), TypeVar("Value")
 
 
-def ahead(function: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
-    """Give the function of every item, in order, the next one being computed by a thread.
+def prefetch(function: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
+    """Yield the function of every item, in order; a thread computes the next one.
 
     Raises:
-        Exception: what the function raises, when that item is due. Closing the iterator stops the thread.
+        Exception: what the function raises, where that item's value is due. Closing the iterator stops the thread.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="evaluation") as pool:
-        waiting: collections.deque = collections.deque()
+        pending: collections.deque[Future] = collections.deque()
         try:
             for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) == 2:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                pending.append(pool.submit(function, item))
+                if len(pending) == 2:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
-            for future in waiting:
+            for future in pending:
                 future.cancel()

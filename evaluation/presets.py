@@ -1,4 +1,4 @@
-"""Presets of evaluations for hydra: `+experiment=NAME`, and the groups `encoders` and `probe`."""
+"""Presets of evaluations for hydra: `+experiment=NAME` and the groups `encoders` and `probe`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from evaluation.config import Config, DatasetConfig, ProbeConfig, UpsamplerConfi
 from train.presets import HYDRA, QUIET
 
 DINOV2_S = "vit_small_patch14_dinov2.lvd142m"
-NAME = "evaluation"  # of the configuration that `evaluation.run` starts from
+NAME = "evaluation"  # of the configuration that `evaluation.run` changes
 
 LITE = {
     f"lite{size}_stride{stride}": dict(name=f"efficientnet_lite{size}", layer=[layer])
@@ -45,7 +45,7 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
 
 
 def register() -> None:
-    """Make groups and presets known to hydra."""
+    """Register groups and presets with hydra."""
     store = ConfigStore.instance().store
     for name, members in ENCODERS.items():
         store(name=name, group="encoders", node={k: defaults(EncoderConfig, **v) for k, v in members.items()})

@@ -1,7 +1,7 @@
-"""The published figures of the protocols, to be printed beside those of an evaluation of the same data and encoder.
+"""Published scores, which an evaluation of the same data and encoder prints beside its own.
 
-None was verified by a run of this project. Sources: AnyUp, arXiv 2510.12764v2, tables 2 and 3; UPLiFT, arXiv
-2601.17950, whose rows for the other methods are runs of its authors.
+No run of this project has reproduced them. Sources: AnyUp, arXiv 2510.12764v2, tables 2 and 3; UPLiFT, arXiv
+2601.17950, whose authors ran the other methods themselves.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ SIZES = {"segmentation": (448, 448), "depth": (224, 224), "normals": (224, 224)}
 
 
 class Figure(NamedTuple):
-    """What a paper says of a method.
+    """The published scores of a method.
 
     Attributes:
-        method: its name there.
-        scores: under the names that an evaluation gives them, from 0 to 1, metres or degrees.
-        source: the paper and where in it.
+        method: its name in the paper.
+        scores: by the names that an evaluation uses, from 0 to 1, in metres or in degrees.
+        source: the paper and its table.
     """
 
     method: str
@@ -63,9 +63,9 @@ DEPTH = {  # method -> RMSE in metres and delta 1, absolute and aligned; AnyUp's
 
 
 def figures(config: Config, encoder: EncoderConfig) -> list[Figure]:
-    """Return what was published for the task, data and image size of an evaluation with one of its encoders."""
+    """Return what was published for the task, data and image size of an evaluation and one of its encoders."""
     same = encoder.name.partition(".")[0].removeprefix("timm:") == DINOV2_S and encoder.layer in ((-1,), (11,))
-    same = same and encoder.norm == (config.task == "segmentation")  # Probe3D takes the features before the norm
+    same = same and encoder.norm == (config.task == "segmentation")  # Probe3D uses the features before the norm
     if not same or config.limit is not None or config.dataset.size != SIZES.get(config.task):
         return []
     return list(_rows(config.task, config.dataset.kind))

@@ -1,9 +1,10 @@
-"""What an evaluation found: one file for each encoder and method, and tables of all of them, and of what papers say."""
+"""The scores of an evaluation: one file for each encoder and method, tables of all of them, and published figures."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ class Result:
 
     Attributes:
         encoder, method: their names.
-        stride: pixels a cell of the encoder.
+        stride: pixels per cell of the encoder.
         scores: name -> value.
         details: lists, such as a score for each class.
         settings: all that the scores depend on.
@@ -40,21 +41,24 @@ class Result:
 
 
 def path_of(folder: Path, encoder: str, method: str) -> Path:
-    """Where the result of an encoder and a method is kept."""
+    """Return the file of the result of an encoder and a method."""
     return folder / encoder / method / "result.json"
 
 
 def load(folder: Path, encoder: str, method: str, settings: Mapping[str, Any]) -> Result | None:
-    """Return a result that is there already; None if there is none.
+    """Return a result of an earlier run; None if there is none.
 
     Raises:
-        ValueError: if it was made with other settings; the message lists them.
+        ValueError: if the file is no result, or was written with other settings; the message lists them.
     """
     path = path_of(folder, encoder, method)
     if not path.is_file():
         return None
-    result = Result(**json.loads(path.read_text()))
-    changed = changes(result.settings, json.loads(json.dumps(settings)))
+    try:
+        result = Result(**json.loads(path.read_text()))
+        changed = changes(result.settings, json.loads(json.dumps(settings)))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no result, or damaged ({error}); delete it.") from error
     if changed:
         raise ValueError(
             f"{path} was made with other settings ({'; '.join(changed.values())}); choose another output_dir, or "
@@ -67,21 +71,17 @@ def save(folder: Path, result: Result) -> None:
     """Write a result."""
     path = path_of(folder, result.encoder, result.method)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(dataclasses.asdict(result), indent=1))
+    _write(path, json.dumps(dataclasses.asdict(result), indent=1))
 
 
 def write_tables(folder: Path, results: Sequence[Result]) -> None:
     """Write all results as `results.json`, `results.csv` and `results.md`, and scores by class as `classes.csv`."""
-    names = list(dict.fromkeys(name for result in results for name in result.scores))
+    names = score_names(results)
     head = ["encoder", "stride", "method", *names]
-    rows = [[r.encoder, r.stride, r.method, *(text_of(r.scores.get(name)) for name in names)] for r in results]
-    with replacing(folder / "results.json") as temporary:
-        temporary.write_text(json.dumps([dataclasses.asdict(result) for result in results], indent=1))
-    with replacing(folder / "results.csv") as temporary, temporary.open("w", newline="") as file:
-        csv.writer(file).writerows([head, *rows])
-    with replacing(folder / "results.md") as temporary:
-        temporary.write_text(markdown(head, rows))
+    rows = [[r.encoder, r.stride, r.method, *texts_of(r.scores, names)] for r in results]
+    _write(folder / "results.json", json.dumps([dataclasses.asdict(result) for result in results], indent=1))
+    _write(folder / "results.csv", _csv([head, *rows]))
+    _write(folder / "results.md", markdown(head, rows))
     classes = [
         [result.encoder, result.method, *row]
         for result in results
@@ -89,8 +89,7 @@ def write_tables(folder: Path, results: Sequence[Result]) -> None:
         for row in zip(*(result.details[name] for name in ("class_names", "iou", "band_iou")))
     ]
     if classes:
-        with replacing(folder / "classes.csv") as temporary, temporary.open("w", newline="") as file:
-            csv.writer(file).writerows([["encoder", "method", "class", "IoU", "band_IoU"], *classes])
+        _write(folder / "classes.csv", _csv([["encoder", "method", "class", "IoU", "band_IoU"], *classes]))
 
 
 def markdown(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
@@ -100,25 +99,37 @@ def markdown(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def show(results: Sequence[Result], config: Config) -> None:
-    """Print all results, and after each encoder what papers say of the same data and encoder."""
-    title = f"{config.task} on {config.dataset.name or config.dataset.root}"
-    names = list(dict.fromkeys(name for result in results for name in result.scores))
-    table = Table(title=title, title_justify="left")
-    for name in ("encoder", "stride", "method"):
-        table.add_column(name)
-    for name in names:
-        table.add_column(name, justify="right")
+    """Print all results, and after those of each encoder the published figures of the same data and encoder."""
+    names = score_names(results)
+    table = Table(title=f"{config.task} on {config.dataset.name or config.dataset.root}", title_justify="left")
+    for name in ("encoder", "stride", "method", *names):
+        table.add_column(name, justify="right" if name in names else "left")
     for encoder in dict.fromkeys(r.encoder for r in results):
         for r in (r for r in results if r.encoder == encoder):
-            table.add_row(encoder, str(r.stride), r.method, *(text_of(r.scores.get(name)) for name in names))
-        for said in figures(config, config.encoders[encoder]):
-            cells = (text_of(said.scores.get(name)) for name in names)
-            table.add_row(f"({said.source})", "", said.method, *cells, style="dim")
+            table.add_row(encoder, str(r.stride), r.method, *texts_of(r.scores, names))
+        for figure in figures(config, config.encoders[encoder]):
+            table.add_row(f"({figure.source})", "", figure.method, *texts_of(figure.scores, names), style="dim")
         table.add_section()
-    Console(width=max(140, Console().width)).print(table)
+    Console(width=max(140, Console().width), markup=False).print(table)
 
 
-def text_of(value: float | None) -> str:
-    if value is None or math.isnan(value):
-        return "-"
-    return f"{value:.4f}"
+def score_names(results: Sequence[Result]) -> list[str]:
+    """Return the names of all scores, in the order in which they first occur."""
+    return list(dict.fromkeys(name for result in results for name in result.scores))
+
+
+def texts_of(scores: Mapping[str, float], names: Sequence[str]) -> list[str]:
+    """Return the named scores with four digits; "-" for one that is missing or not a number."""
+    values = (scores.get(name, math.nan) for name in names)
+    return ["-" if math.isnan(value) else f"{value:.4f}" for value in values]
+
+
+def _csv(rows: Sequence[Sequence[Any]]) -> str:
+    file = io.StringIO()
+    csv.writer(file).writerows(rows)
+    return file.getvalue()
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, newline="")

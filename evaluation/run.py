@@ -1,6 +1,6 @@
-"""`python -m evaluation.run [NAME=VALUE ...]`: score upsamplers; the same command goes on where it was stopped.
+"""`python -m evaluation.run [NAME=VALUE ...]`: score upsamplers; the same command resumes a run that was stopped.
 
-Exit status: 0 finished, 2 impossible as configured.
+Exit status: 0 finished; 2 impossible as configured, or a file cannot be read or written.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ presets.register()
 def launch(settings: DictConfig) -> None:
     try:
         config = from_dict(Config, OmegaConf.to_container(settings, resolve=True))
-        from evaluation import results, tasks  # jax comes after the configuration
+        from evaluation import results, tasks  # jax is imported once the configuration is known to be possible
 
-        found = tasks.run(config)
-        results.show(found, config)
-    except (ValueError, ImportError, FileNotFoundError, FileExistsError, ConnectionError, PermissionError) as error:
+        results.show(tasks.run(config), config)
+    except (ValueError, ImportError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(IMPOSSIBLE)
 

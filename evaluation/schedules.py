@@ -1,4 +1,4 @@
-"""The learning rate of a probe by step: the published schedules, and one that was published by mistake."""
+"""The learning rate of a probe by step: the published schedules, one of which is a published mistake."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Schedule = Callable[[ArrayLike], Float[Array, ""]]
 
 
 def schedule(config: ProbeConfig, steps_per_epoch: int) -> Schedule:
-    """Return the learning rate as a function of the number of steps done before; it can be traced and given to optax.
+    """Return the learning rate as a function of the number of finished steps; optax can trace it.
 
-    With the peak p, E epochs of n steps, and s steps done, of which e = floor(s / n) epochs:
+    With the peak p, E epochs of n steps, and s finished steps, that is e = floor(s / n) finished epochs:
 
     - "constant": p.
     - "cosine_per_epoch": p (1 + cos(pi e / E)) / 2, PyTorch's `CosineAnnealingLR(T_max=E)` stepped once an epoch.
@@ -30,14 +30,14 @@ def schedule(config: ProbeConfig, steps_per_epoch: int) -> Schedule:
     - "per_iteration_bug": p (1 + cos(pi s / E)) / 2, `CosineAnnealingLR(T_max=E)` stepped every iteration: the rate
       falls to 0 and returns to the peak every 2 E iterations.
 
-    After the last epoch the rate stays what it was at its end, but for the last schedule, which goes on as before.
+    After the last epoch the rate stays constant, except for the last schedule, which goes on as before.
 
     Args:
         config: schedule, learning rate and epochs.
         steps_per_epoch: optimizer steps of an epoch.
 
     Raises:
-        ValueError: for no steps, or for a warm-up that leaves nothing after it.
+        ValueError: for no steps, or for a warm-up that takes all epochs.
     """
     require(steps_per_epoch >= 1, "steps_per_epoch", steps_per_epoch, "an epoch needs at least one batch")
     epochs, total, warmup = config.epochs, config.epochs * steps_per_epoch, config.warmup_epochs * steps_per_epoch
@@ -62,6 +62,6 @@ def _oscillation(step: Array, half_period: int) -> Float[Array, ""]:
 
 
 def _warmup_cosine(step: Array, *, warmup: float, total: int) -> Float[Array, ""]:
-    rise = step / max(warmup, 1)  # without a warm-up no step is before its end
+    rise = step / max(warmup, 1)  # 1 avoids a division by 0; without a warm-up `rise` is not used
     fall = jnp.cos(jnp.pi / 2 * jnp.clip((step - warmup) / (total - warmup), 0, 1))
     return (1 - FLOOR) * jnp.where(step < warmup, rise, fall) + FLOOR

@@ -1,7 +1,7 @@
 """The linear probe for segmentation: one 1 x 1 convolution on frozen upsampled features.
 
-The protocol is that of JAFAR (Couairon et al., 2025) with AnyUp's correction of the schedule. Since every method is
-linear in what it upsamples, the head is applied at low resolution and its logits are upsampled: the same numbers for a
+The protocol is that of JAFAR (Couairon et al., 2025) with AnyUp's correction of the schedule. Every method is linear in
+what it upsamples, so the head is applied at low resolution and its logits are upsampled: the same numbers for a
 fraction of the memory and time.
 """
 
@@ -10,24 +10,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from einops import rearrange
 from jaxtyping import Array, Float, UInt8
 
 from evaluation.config import Config
-from evaluation.fitting import Told, epoch_order, fit
-from evaluation.frozen import Split, Views
+from evaluation.fitting import ProbeFile, Report, Training, epoch_order, fit
+from evaluation.frozen import Arrays, Split, Views
 from evaluation.metrics.segmentation import Confusion, boundary_band
-from evaluation.prefetch import ahead
+from evaluation.prefetch import prefetch
 
 BAND = 4  # pixels on either side of a label's edge
 
-Head = dict[str, Float[Array, "..."]]  # a linear probe; or several, along the first axis
+Head = dict[str, Float[Array, "..."]]  # weight (C, K) and bias (K,) of a probe; or of N probes, stacked along axis 0
 
 
 def init_head(channels: int, classes: int, seed: int) -> Head:
@@ -38,6 +37,12 @@ def init_head(channels: int, classes: int, seed: int) -> Head:
     return dict(weight=draw(keys[0], (channels, classes)), bias=draw(keys[1], (classes,)))
 
 
+def init_heads(channels: int, classes: int, config: Config) -> Head:
+    """Return `probe.repeats` probes before training, stacked; their seeds are `seed`, `seed + 1` and so on."""
+    heads = [init_head(channels, classes, config.seed + i) for i in range(config.probe.repeats)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *heads)
+
+
 def cross_entropy(logits: Float[Array, "... K"], labels: UInt8[Array, ...], ignore: int) -> Float[Array, ""]:
     """Return the mean over all pixels whose label is not `ignore`; 0 if there are none."""
     valid = labels != ignore
@@ -46,55 +51,49 @@ def cross_entropy(logits: Float[Array, "... K"], labels: UInt8[Array, ...], igno
     return jnp.where(valid, losses, 0).sum() / jnp.maximum(valid.sum(), 1)
 
 
-def train(
-    views: Views, split: Split, channels: int, config: Config, saved: Path, about: Mapping[str, Any], say: Told
-) -> Head:
-    """Train `probe.repeats` probes and return them, along the first axis.
+def probe_logits(views: Views, data: Arrays, heads: Head) -> Float[Array, "B ... N K"]:
+    """Return the logits of N stacked probes for a batch, which is upsampled once for all of them."""
+    logits = views.logits(data, rearrange(heads["weight"], "n c k -> c (n k)"))
+    return rearrange(logits, "... (n k) -> ... n k", n=len(heads["bias"])) + heads["bias"]
 
-    Each is what it would be by itself: they share the batches, and nothing else.
+
+def train(views: Views, split: Split, channels: int, config: Config, file: ProbeFile, report: Report) -> Head:
+    """Train `probe.repeats` probes and return them, stacked.
+
+    They share the batches and nothing else: each is the probe that training it alone gives.
 
     Args:
         views: of the training split.
         split: the training split.
         channels: of the features.
         config: the evaluation.
-        saved, about, say: as for `fitting.fit`.
+        file, report: as in `fitting.Training`; the reported loss is the mean over the probes.
 
     Raises:
-        ValueError: if `saved` is of a probe that something else was said of.
+        ValueError: if the file is damaged or was written with other settings.
     """
     probe, ignore = config.probe, split.examples.ignore
 
     def loss(heads, batch):
         data, labels = batch
-        logits = several(views, data, heads)
+        logits = probe_logits(views, data, heads)
         return sum(cross_entropy(logits[..., i, :], labels, ignore) for i in range(probe.repeats))
 
-    heads = initial(channels, len(split.examples.classes), config)
-    order = functools.partial(epoch_order, len(split), probe, config.seed)
-
-    def told(epoch, total):
-        say(epoch, total / probe.repeats)
-
-    return fit(heads, loss, lambda batch: views.batch(*batch), order, probe, len(split), saved, about, told)
-
-
-def initial(channels: int, classes: int, config: Config) -> Head:
-    """Return the probes before they are trained, with the seeds from `seed` on."""
-    heads = [init_head(channels, classes, config.seed + i) for i in range(config.probe.repeats)]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *heads)
-
-
-def several(views: Views, data: dict[str, Any], heads: Head) -> Float[Array, "B ... N K"]:
-    """Return what several probes say of a batch, which is upsampled once."""
-    weight, bias = heads["weight"], heads["bias"]
-    logits = views.logits(data, weight.transpose(1, 0, 2).reshape(weight.shape[1], -1))
-    return logits.reshape(*logits.shape[:-1], *bias.shape) + bias
+    training = Training(
+        loss=loss,
+        order=functools.partial(epoch_order, len(split), probe, config.seed),
+        read=lambda selection: views.batch(*selection),
+        images=len(split),
+        probe=probe,
+        file=file,
+        report=lambda epoch, total: report(epoch, total / probe.repeats),
+    )
+    return fit(init_heads(channels, len(split.examples.classes), config), training)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Of probes on the validation split, means over them, each from 0 to 1.
+    """The scores of probes on the validation split: means over the probes, each from 0 to 1.
 
     Attributes:
         mean_iou, band_iou: mean over the classes that occur, of all pixels and of those within 4 pixels of an edge.
@@ -112,11 +111,10 @@ class Scores:
     band_iou_std: float
 
     @classmethod
-    def of(cls, counted: Sequence[tuple[Confusion, Confusion]]) -> Scores:
-        """Return the means of the scores of what was counted of all pixels and of those near an edge."""
-        wholes, bands = zip(*counted)
-        values = [(x.mean_iou(), y.mean_iou(), x.pixel_accuracy()) for x, y in counted]
-        rows = (np.mean([x.iou() for x in many], 0) for many in (wholes, bands))  # what occurs is the same for all
+    def of(cls, confusions: Sequence[tuple[Confusion, Confusion]]) -> Scores:
+        """Return the scores of probes, given for each the counts of all pixels and of those near an edge."""
+        values = [(whole.mean_iou(), band.mean_iou(), whole.pixel_accuracy()) for whole, band in confusions]
+        rows = (np.mean([x.iou() for x in region], 0) for region in zip(*confusions))
         classes = (tuple(None if np.isnan(x) else float(x) for x in row) for row in rows)
         return cls(*map(float, np.mean(values, 0)), *classes, *map(float, np.std(values, 0)[:2]))
 
@@ -124,25 +122,25 @@ class Scores:
 def score(
     views: Views, split: Split, heads: Mapping[str, Head], shown: Sequence[int] = ()
 ) -> tuple[dict[str, Scores], dict[str, UInt8[np.ndarray, "N H W"]]]:
-    """Score probes on a whole split, which is gone through once; every pixel counts the same.
+    """Score probes on a whole split in one pass; every pixel counts the same.
 
     Args:
         views: of the split.
         split: the images.
-        heads: a name for each of several, as `train` returns them.
-        shown: the images whose predictions are wanted too, in rising order.
+        heads: stacked probes, as `train` returns them, by name.
+        shown: the images whose predictions are returned too, in rising order.
 
     Returns:
-        The scores, means over the probes of a name, and the classes that its first one predicts of the images to be
-        shown.
+        For every name the scores, means over its probes, and the classes that its first probe predicts of the images
+        to be shown.
     """
     classes, ignore = len(split.examples.classes), split.examples.ignore
-    owners = [name for name, found in heads.items() for _ in found["bias"]]
-    every = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *heads.values())
-    classify = jax.jit(lambda data: several(views, data, every).argmax(-1).astype(jnp.uint8))
+    owners = [name for name, head in heads.items() for _ in head["bias"]]
+    stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *heads.values())
+    classify = jax.jit(lambda data: probe_logits(views, data, stacked).argmax(-1).astype(jnp.uint8))
     counts = [(Confusion(classes, ignore), Confusion(classes, ignore)) for _ in owners]
     pictures: dict[str, list[np.ndarray]] = {name: [] for name in heads}
-    for index, (data, labels) in enumerate(ahead(lambda index: views.batch([index], False), range(len(split)))):
+    for index, (data, labels) in enumerate(prefetch(lambda index: views.batch([index], False), range(len(split)))):
         predictions, label = np.asarray(classify(data)), views.arrange(labels)[0]
         band = boundary_band(label, BAND)
         for number, (name, (whole, edges)) in enumerate(zip(owners, counts)):
@@ -152,4 +150,4 @@ def score(
             if index in shown and number == owners.index(name):
                 pictures[name].append(prediction)
     scores = {name: Scores.of([c for owner, c in zip(owners, counts) if owner == name]) for name in heads}
-    return scores, {name: np.stack(found) for name, found in pictures.items() if found}
+    return scores, {name: np.stack(images) for name, images in pictures.items() if images}

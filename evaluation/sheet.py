@@ -1,10 +1,9 @@
-"""The picture sheet of an encoder: of every image shown, what is true and what each method's probe predicts."""
+"""The picture sheet of an encoder: a row for each image, with its truth and what each method's probe predicts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Shaped, UInt8
@@ -17,59 +16,60 @@ IGNORED = (255, 255, 255)
 COLOURS = 20  # of matplotlib's "tab20"; classes beyond share them
 
 Paint = Callable[[np.ndarray], np.ndarray]  # predictions or truth -> a picture
+Example = tuple[str, UInt8[np.ndarray, "H W 3"], np.ndarray]  # name, image and truth
 
 
 def shown(count: int, wanted: int) -> tuple[int, ...]:
-    """Return which of `count` images are shown: `wanted` of them, evenly spread, in rising order."""
+    """Return `wanted` of `count` images, evenly spread, in rising order; all if there are fewer."""
     wanted = min(count, wanted)
     return tuple((2 * i + 1) * count // (2 * wanted) for i in range(wanted))
 
 
 def write(folder: Path, predictions: Shaped[np.ndarray, "N H W *_"]) -> None:
-    """Keep the predictions of a method for the sheet."""
+    """Write the predictions of a method that the sheet shows."""
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / FILE) as temporary, temporary.open("wb") as file:
         np.save(file, predictions)
 
 
 def count(folder: Path) -> int:
-    """Return how many predictions of a method are kept."""
+    """Return how many predictions `write` has written for a method."""
     path = folder / FILE
     return len(np.load(path, mmap_mode="r")) if path.is_file() else 0
 
 
 def draw(
     path: Path,
-    images: Sequence[tuple[str, UInt8[np.ndarray, "H W 3"], np.ndarray]],
+    images: Sequence[Example],
     methods: Mapping[str, Path],
     paint: Paint,
     truth: str,
     title: str,
     subtitle: str,
 ) -> None:
-    """Draw the sheet: a row for each image, which is beside its truth and the predictions of every method.
+    """Draw the sheet: a row for each image, which stands beside its truth and the predictions of every method.
 
     Args:
         path: the picture.
-        images: name, image and truth of everything shown, as the predictions were written.
-        methods: name -> the folder its predictions are in.
-        paint: makes a picture of truth or of a prediction.
-        truth: what the truth is called.
+        images: in the order of the predictions.
+        methods: name -> the folder of its predictions.
+        paint: draws the truth or a prediction.
+        truth: the title of the truth.
         title, subtitle: above the pictures.
 
     Raises:
         ImportError: if matplotlib is not installed.
     """
     predictions = {name: np.load(folder / FILE) for name, folder in methods.items()}
-    panels: list[tuple[str, Any]] = []
+    panels: list[tuple[str, np.ndarray]] = []
     for row, (name, image, target) in enumerate(images):
         panels += [(name, image), (truth, paint(target))]
-        panels += [(method, paint(found[row])) for method, found in predictions.items()]
+        panels += [(method, paint(predicted[row])) for method, predicted in predictions.items()]
     figure.draw_panels(path, panels, columns=2 + len(methods), title=title, subtitle=subtitle)
 
 
 def paint_classes(ignore: int) -> Paint:
-    """Return what paints classes: the first black, the others in colours, white what is not labelled."""
+    """Return a function that paints the first class black, the others in colours, and pixels without a label white."""
     from matplotlib import colormaps
 
     colours = np.array([colormaps["tab20"](i % COLOURS)[:3] for i in range(256)])

@@ -1,11 +1,11 @@
-"""The tasks: every encoder with every method, one after the other, going on where an earlier start was stopped."""
+"""The tasks: every encoder with every method, one after the other; a run that was stopped goes on where it was."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,113 +14,196 @@ import numpy as np
 from flax import nnx
 
 from anyup_core import figure
+from anyup_core.encoders.frozen import FrozenEncoder
 from anyup_core.settings import to_dict
 from anyup_jax.encoders.settings import check_cells
+from anyup_jax.encoders.timm_bridge import Bridge
 from evaluation import depth_normals, fidelity, methods, results, segmentation, sheet
 from evaluation.config import Config
-from evaluation.data import open_nyu, open_segmentation
-from evaluation.fitting import restore
+from evaluation.data import Scenes, open_nyu, open_segmentation
+from evaluation.fitting import ProbeFile, Report
 from evaluation.frozen import Live, Split, Views, keep
 from evaluation.methods import Method
 from evaluation.results import Result
 
-Say = Callable[[str], None]
-Key = tuple[str, str]  # an encoder and a method
-BORROWED = "bilinear"  # its probe is tried on what the other methods upsample, without training it again
+Log = Callable[[str], None]
+BORROWED = "bilinear"  # its probe is also scored on the features of the other methods, without retraining
 
 
-def run(config: Config, say: Say = print) -> list[Result]:
-    """Evaluate, write every result as soon as it is there, and return all of them.
+def run(config: Config, log: Log = print) -> list[Result]:
+    """Evaluate, write every result as soon as it is complete, and return all of them.
 
     Raises:
         ValueError, OSError, ImportError: for what is impossible as configured; before anything is computed.
     """
-    return TASKS[config.task](config, say)
+    return TASKS[config.task](config, log)
 
 
-def probe_segmentation(config: Config, say: Say) -> list[Result]:
+class Run:
+    """An evaluation in progress: its encoders and methods, and the results so far.
+
+    Args:
+        config: the evaluation.
+        log: receives a line on every epoch and result.
+        splits: the data, by the name of the split.
+        shown: the images of the validation split whose predictions are drawn. A result without them is not complete;
+            its probe is scored again.
+
+    Raises:
+        ValueError, OSError, ImportError: for what is impossible as configured.
+    """
+
+    def __init__(self, config: Config, log: Log, splits: Mapping[str, Split | Scenes], shown: Sequence[int] = ()):
+        if shown:
+            figure.load_figure_class()
+        self.config, self.log, self.shown, self.folder = config, log, shown, Path(config.output_dir)
+        for name, encoder in config.encoders.items():
+            if (stride := encoder.stride()) is not None:
+                check_cells("dataset.size", config.dataset.size, name, stride)
+        self.methods: dict[str, Method] = {name: methods.create(name, config) for name in config.methods}
+        self.encoders: dict[str, FrozenEncoder] = {
+            name: encoder.load(class_token=config.probe.class_token) for name, encoder in config.encoders.items()
+        }
+        for name, encoder in self.encoders.items():
+            check_cells("dataset.size", config.dataset.size, name, encoder.stride)
+        contents = {name: split.contents for name, split in splits.items()}
+        self.settings: dict[tuple[str, str], dict[str, Any]] = {
+            (key, name): self._settings(key, method, contents | dict(encoder=digest(encoder)))
+            for key, encoder in self.encoders.items()
+            for name, method in self.methods.items()
+        }
+        self.results: dict[tuple[str, str], Result] = {}
+        for (key, name), settings in self.settings.items():
+            result = results.load(self.folder, key, name, settings)
+            if result and (not shown or sheet.count(self.folder_of(key, name)) == len(shown)):
+                self.results[key, name] = result
+
+    def _settings(self, encoder: str, method: Method, contents: Mapping[str, str]) -> dict[str, Any]:
+        """Return all that the scores of an encoder with a method depend on."""
+        values = to_dict(self.config)
+        chosen = {name: values[name] for name in ("task", "probe", "seed", "limit", "high_resolution")}
+        data = {name: value for name, value in values["dataset"].items() if name != "root"}
+        options: dict[str, Any] = dict(name=method.name, enlarge=method.enlarge)
+        if isinstance(method, methods.Upsampler):
+            window, dtype = method.model.config.window, self.config.anyup.dtype
+            options |= dict(weights=digest(method.model), window=window, dtype=dtype)
+        elif isinstance(method, methods.JointBilateral):
+            options |= dataclasses.asdict(method)
+        return chosen | dict(dataset=data, encoder=values["encoders"][encoder], method=options, contents=contents)
+
+    def missing(self, method: str) -> dict[str, FrozenEncoder]:
+        """Return the encoders whose result with a method is not complete."""
+        return {key: encoder for key, encoder in self.encoders.items() if (key, method) not in self.results}
+
+    def folder_of(self, encoder: str, method: str) -> Path:
+        """Return the folder with the result, the probe and the predictions of an encoder with a method."""
+        return results.path_of(self.folder, encoder, method).parent
+
+    def probe_file(self, encoder: str, method: str) -> ProbeFile:
+        """Return the file of the probe of an encoder with a method."""
+        return ProbeFile(self.folder_of(encoder, method) / "probe.safetensors", self.settings[encoder, method])
+
+    def report(self, encoder: str, method: str) -> Report:
+        """Return what logs the epochs of a probe."""
+        return lambda epoch, loss: self.log(f"{encoder}, {method}: epoch {epoch}, loss {loss:.4f}")
+
+    def add(
+        self,
+        encoder: str,
+        method: str,
+        scores: Mapping[str, float],
+        summary: str,
+        predictions: np.ndarray | None = None,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the scores of an encoder with a method and the predictions to be drawn, and log a summary."""
+        if predictions is not None:
+            sheet.write(self.folder_of(encoder, method), predictions)
+        key = encoder, method
+        self.results[key] = Result(*key, self.encoders[encoder].stride, scores, details or {}, self.settings[key])
+        results.save(self.folder, self.results[key])
+        self.log(f"{encoder}, {method}: {summary}")
+
+    def draw(self, images: Sequence[sheet.Example], paint: sheet.Paint, truth: str) -> None:
+        """Draw the sheet of every encoder."""
+        config = self.config
+        weights = f" AnyUp weights: {Path(config.anyup.weights).name}." if "anyup" in config.methods else ""
+        for key, encoder in config.encoders.items() if images else ():
+            folders = {name: self.folder_of(key, name) for name in config.methods}
+            subtitle = f"Encoder: {encoder.name}, layer {', '.join(map(str, encoder.layer))}.{weights}"
+            title = f"{key}: {config.task}"
+            sheet.draw(self.folder / key / "sheet.png", images, folders, paint, truth, title, subtitle)
+
+    def finish(self) -> list[Result]:
+        """Write the tables and return all results."""
+        everything = [self.results[key] for key in self.settings]
+        results.write_tables(self.folder, everything)
+        return everything
+
+
+def probe_segmentation(config: Config, log: Log) -> list[Result]:
     """Train and score linear probes for segmentation."""
-    folder, probe = Path(config.output_dir), config.probe
+    probe = config.probe
     train = _split(config, "train", mirrored=probe.flip, pixel_stride=probe.pixel_stride, seed=config.seed)
     val = _split(config, "val")
-    shown = sheet.shown(len(val), config.pictures)
-    ready, about, found = _begin(config, folder, len(shown))
-    for name in sorted(config.methods, key=lambda name: name != BORROWED):  # whose probes the others try too
-        wanted = {key: config.encoders[key].load() for key in config.encoders if (key, name) not in found}
-        if not wanted:
-            continue
-        views = [_views(config, split, wanted, ready[name], about, say) for split in (train, val)]
-        for key, encoder in wanted.items():
+    run = Run(config, log, dict(train=train, val=val), sheet.shown(len(val), config.pictures))
+    for name in sorted(config.methods, key=lambda name: name != BORROWED):  # whose probes the others need
+        encoders = run.missing(name)
+        heads = {key: {} for key in encoders}
+        if name != BORROWED and BORROWED in config.methods:
+            for key, encoder in encoders.items():
+                initial = segmentation.init_heads(encoder.channels, len(train.examples.classes), config)
+                heads[key][BORROWED] = run.probe_file(key, BORROWED).load(initial, probe.epochs)
+        views = [_views(run, split, name) for split in (train, val)] if encoders else []
+        for key, encoder in encoders.items():
             started = time.perf_counter()
-            probes = segmentation.train(
-                views[0][key], train, encoder.channels, config, _probe(folder, key, name), about[key, name],
-                lambda epoch, loss, key=key, name=name: say(f"{key}, {name}: epoch {epoch}, loss {loss:.4f}"),
-            )  # fmt: skip
-            heads = {name: probes}
-            if BORROWED in config.methods:
-                _, state = restore(_probe(folder, key, BORROWED), dict(head=probes), about[key, BORROWED])
-                heads[BORROWED] = state["head"]
-            scores, predictions = segmentation.score(views[1][key], val, heads, shown)
-            own = scores[name]
-            table = dict(mIoU=own.mean_iou, band_mIoU=own.band_iou, accuracy=own.accuracy)
+            own = segmentation.train(
+                views[0][key], train, encoder.channels, config, run.probe_file(key, name), run.report(key, name)
+            )
+            scores, predictions = segmentation.score(views[1][key], val, {name: own} | heads[key], run.shown)
+            best = scores[name]
+            table = dict(mIoU=best.mean_iou, band_mIoU=best.band_iou, accuracy=best.accuracy)
             if name != BORROWED in scores:
-                table |= {f"mIoU_{BORROWED}_probe": scores[BORROWED].mean_iou}
-                table |= {f"band_{BORROWED}_probe": scores[BORROWED].band_iou}
+                table[f"mIoU_{BORROWED}_probe"] = scores[BORROWED].mean_iou
+                table[f"band_{BORROWED}_probe"] = scores[BORROWED].band_iou
             if probe.repeats > 1:
-                table |= dict(mIoU_std=own.mean_iou_std, band_mIoU_std=own.band_iou_std)
+                table |= dict(mIoU_std=best.mean_iou_std, band_mIoU_std=best.band_iou_std)
             table["seconds"] = time.perf_counter() - started
-            details = dict(class_names=val.examples.classes, iou=own.classes, band_iou=own.band_classes)
-            if shown:
-                sheet.write(results.path_of(folder, key, name).parent, predictions[name])
-            found[key, name] = Result(key, name, encoder.stride, table, details, about[key, name])
-            results.save(folder, found[key, name])
-            say(f"{key}, {name}: mIoU {own.mean_iou:.4f}, band {own.band_iou:.4f}")
-    images = [(val.examples.name(i), *val.view(i, False)) for i in shown]
-    _draw(config, folder, images, sheet.paint_classes(val.examples.ignore), "label")
-    return _finish(config, folder, found)
+            details = dict(class_names=val.examples.classes, iou=best.classes, band_iou=best.band_classes)
+            summary = f"mIoU {best.mean_iou:.4f}, band {best.band_iou:.4f}"
+            run.add(key, name, table, summary, predictions.get(name), details)
+    images = [(val.examples.name(i), *val.view(i, False)) for i in run.shown]
+    run.draw(images, sheet.paint_classes(val.examples.ignore), "label")
+    return run.finish()
 
 
-def probe_geometry(config: Config, say: Say) -> list[Result]:
+def probe_geometry(config: Config, log: Log) -> list[Result]:
     """Train and score probes for depth or surface normals."""
-    folder, kind = Path(config.output_dir), depth_normals.KINDS[config.task]
+    kind = depth_normals.KINDS[config.task]
     train, val = (dataclasses.replace(open_nyu(config.dataset, part), limit=config.limit) for part in ("train", "val"))
-    shown = sheet.shown(len(val), config.pictures)
-    ready, about, found = _begin(config, folder, len(shown))
-    for key, name in about:
-        if (key, name) in found:
-            continue
-        started, encoder = time.perf_counter(), config.encoders[key].load(class_token=config.probe.class_token)
-        check_cells("dataset.size", config.dataset.size, key, encoder.stride)
-        probe, head = depth_normals.Probe.create(encoder, ready[name], config)
-        head = depth_normals.train(
-            probe, head, train, _probe(folder, key, name), about[key, name],
-            lambda epoch, loss, key=key, name=name: say(f"{key}, {name}: epoch {epoch}, loss {loss:.4f}"),
-        )  # fmt: skip
-        table, predictions = depth_normals.score(probe, head, val, shown)
-        if predictions is not None:
-            sheet.write(results.path_of(folder, key, name).parent, predictions)
-        table["seconds"] = time.perf_counter() - started
-        found[key, name] = Result(key, name, encoder.stride, table, {}, about[key, name])
-        results.save(folder, found[key, name])
-        say(f"{key}, {name}: RMSE {table['rmse']:.4f}")
-    scenes = [val.read(i) for i in shown]
-    images = [(val.name(i), scene.image, kind.truth(scene)) for i, scene in zip(shown, scenes)]
-    _draw(config, folder, images, kind.paint, config.task)
-    return _finish(config, folder, found)
+    run = Run(config, log, dict(train=train, val=val), sheet.shown(len(val), config.pictures))
+    for name in config.methods:
+        for key, encoder in run.missing(name).items():
+            started = time.perf_counter()
+            probe, head = depth_normals.Probe.create(encoder, run.methods[name], config)
+            head = depth_normals.train(probe, head, train, run.probe_file(key, name), run.report(key, name))
+            scores, predictions = depth_normals.score(probe, head, val, run.shown)
+            scores["seconds"] = time.perf_counter() - started
+            run.add(key, name, scores, f"RMSE {scores['rmse']:.4f}", predictions)
+    scenes = [(val.name(i), val.read(i)) for i in run.shown]
+    run.draw([(name, scene.image, kind.truth(scene)) for name, scene in scenes], kind.paint, config.task)
+    return run.finish()
 
 
-def compare_features(config: Config, say: Say) -> list[Result]:
+def compare_features(config: Config, log: Log) -> list[Result]:
     """Score the fidelity of every method to every encoder on the validation split."""
-    folder, val, factor = Path(config.output_dir), _split(config, "val"), config.high_resolution
-    ready, about, found = _begin(config, folder)
-    for key, name in about:
-        if (key, name) not in found:
-            encoder, images = config.encoders[key].load(), (val.view(i, False)[0] for i in range(len(val)))
-            table = fidelity.scores(encoder, ready[name], images, factor)
-            found[key, name] = Result(key, name, encoder.stride, table, {}, about[key, name])
-            results.save(folder, found[key, name])
-            say(f"{key}, {name}: cosine {table['cosine_high']:.4f} at {factor} times the size")
-    return _finish(config, folder, found)
+    val, factor = _split(config, "val"), config.high_resolution
+    run = Run(config, log, dict(val=val))
+    for name, method in run.methods.items():
+        for key, encoder in run.missing(name).items():
+            scores = fidelity.scores(encoder, method, (val.view(i, False)[0] for i in range(len(val))), factor)
+            run.add(key, name, scores, f"cosine {scores['cosine_high']:.4f} at {factor} times the size")
+    return run.finish()
 
 
 TASKS = {
@@ -131,78 +214,27 @@ TASKS = {
 }
 
 
-def _begin(
-    config: Config, folder: Path, shown: int = 0
-) -> tuple[dict[str, Method], dict[Key, dict[str, Any]], dict[Key, Result]]:
-    """Check what can be checked, and return the methods, what the results depend on, and the results that are there.
-
-    A result without the predictions that are to be `shown` is not there; its probe, which is, is scored again.
-    """
-    if shown:
-        figure.load_figure_class()
-    for name, encoder in config.encoders.items():
-        if (patch := encoder.stride()) is not None:
-            check_cells("dataset.size", config.dataset.size, name, patch)
-    ready = {name: methods.create(name, config) for name in config.methods}
-    about = {(key, name): _settings(config, key, ready[name]) for key in config.encoders for name in config.methods}
-    there = {key: results.load(folder, *key, settings) for key, settings in about.items()}
-    complete = {key for key in there if not shown or sheet.count(results.path_of(folder, *key).parent) == shown}
-    return ready, about, {key: result for key, result in there.items() if result is not None and key in complete}
-
-
-def _draw(config: Config, folder: Path, images: list[Any], paint: sheet.Paint, truth: str) -> None:
-    """Draw the sheet of every encoder."""
-    for key in config.encoders if images else ():
-        chosen = {name: results.path_of(folder, key, name).parent for name in config.methods}
-        encoder, said = config.encoders[key], ""
-        if "anyup" in config.methods:
-            said = f" AnyUp weights: {Path(config.anyup.weights).name}."
-        subtitle = f"Encoder: {encoder.name}, layer {', '.join(map(str, encoder.layer))}.{said}"
-        sheet.draw(folder / key / "sheet.png", images, chosen, paint, truth, f"{key}: {config.task}", subtitle)
-
-
-def _finish(config: Config, folder: Path, found: dict[Key, Result]) -> list[Result]:
-    everything = [found[key, name] for key in config.encoders for name in config.methods]
-    results.write_tables(folder, everything)
-    return everything
-
-
 def _split(config: Config, part: Literal["train", "val"], **options: Any) -> Split:
-    data = config.dataset
-    origin = data.kind, str(data.name), str(data.root and Path(data.root).resolve()), str(getattr(data, part)), part
-    return Split(open_segmentation(data, part), origin, data.size, config.limit, **options)
+    return Split(open_segmentation(config.dataset, part), config.dataset.size, config.limit, **options)
 
 
-def _probe(folder: Path, encoder: str, method: str) -> Path:
-    return results.path_of(folder, encoder, method).with_name("probe.safetensors")
+def _views(run: Run, split: Split, method: str) -> Mapping[str, Views]:
+    """Return the views of a split for the encoders whose result with a method is not complete."""
+    encoders, cache = run.missing(method), run.config.cache
+    if cache is None:
+        return {key: Live(split, encoder, run.methods[method]) for key, encoder in encoders.items()}
+    settings = {key: run.settings[key, method] for key in encoders}
+    settings = {key: [s["encoder"], s["contents"]["encoder"], s["method"]] for key, s in settings.items()}
+    return keep(split, encoders, run.methods[method], Path(cache), settings, run.log)
 
 
-def _views(config: Config, split: Split, encoders: dict[str, Any], method: Method, about: dict[Key, dict[str, Any]],
-           say: Say) -> dict[str, Views]:  # fmt: skip
-    for name, encoder in encoders.items():
-        check_cells("dataset.size", split.size, name, encoder.stride)
-    if config.cache is None:
-        return {key: Live(split, encoder, method) for key, encoder in encoders.items()}
-    chosen = {key: {name: about[key, method.name][name] for name in ("encoder", "method")} for key in encoders}
-    return dict(keep(split, encoders, method, Path(config.cache), chosen, say))
-
-
-def _settings(config: Config, encoder: str, method: Method) -> dict[str, Any]:
-    """All that the scores of an encoder with a method depend on."""
-    values = to_dict(config)
-    chosen = {name: values[name] for name in ("task", "probe", "seed", "limit", "high_resolution")}
-    data = {name: value for name, value in values["dataset"].items() if name != "root"}
-    about: dict[str, Any] = dict(name=method.name, enlarge=method.enlarge)
-    if isinstance(method, methods.Upsampler):
-        about |= dict(weights=digest(method.model), window=method.model.config.window, dtype=config.anyup.dtype)
-    elif isinstance(method, methods.JointBilateral):
-        about |= dataclasses.asdict(method)
-    return chosen | dict(dataset=data, encoder=values["encoders"][encoder], method=about)
-
-
-def digest(model: nnx.Module) -> str:
-    """The same for the same weights."""
-    found = hashlib.sha256()
-    for leaf in jax.tree.leaves(nnx.state(model)):
-        found.update(np.ascontiguousarray(leaf).tobytes())
-    return found.hexdigest()[:16]
+def digest(model: nnx.Module | Bridge) -> str:
+    """Return the same for the same weights."""
+    if isinstance(model, Bridge):
+        arrays = [tensor.cpu().numpy() for tensor in model.encoder.state_dict().values()]
+    else:
+        arrays = jax.tree.leaves(nnx.state(model))
+    hashed = hashlib.sha256()
+    for array in arrays:
+        hashed.update(np.ascontiguousarray(array).tobytes())
+    return hashed.hexdigest()[:16]

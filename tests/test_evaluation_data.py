@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,12 +97,72 @@ def test_folder(tmp_path: Path) -> None:
 
     numbered = open_segmentation(config("folder", tmp_path, val="train", ignore=2, classes=3), "val")
     assert numbered.ignore == 2
-    with pytest.raises(
-        ValueError, match=r"label train/labels/a.png has the value 255, .* 3 classes and not dataset.ignore=2"
-    ):
+    with pytest.raises(ValueError, match=r"train/labels/a\.png .*\b255\b.*dataset\.ignore=2"):
         numbered.read(0)
     (tmp_path / "classes.json").unlink()
     assert open_segmentation(config("folder", tmp_path, classes=2), "train").classes == ("class 0", "class 1")
+
+
+def png_of(values: np.ndarray, bits: int, colour: int = 0) -> bytes:
+    """A PNG with these integers as they are: `colour` is 0 for grey, 3 for a palette, 4 for grey with alpha 128."""
+    height, width = values.shape
+    if colour == 4:
+        rows = np.stack([values, np.full_like(values, 128)], -1).astype(">u2" if bits == 16 else "u1").view("u1")
+    elif bits == 16:
+        rows = values.astype(">u2").view("u1")
+    else:
+        digits = np.unpackbits(values.astype("u1")[..., None], axis=-1)[..., 8 - bits :]
+        rows = np.packbits(digits.reshape(height, -1), axis=-1)
+    data = b"".join(b"\0" + row.tobytes() for row in rows)
+    palette = [(b"PLTE", np.random.default_rng(0).bytes(3 << bits))] if colour == 3 else []
+    header = (b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+    chunks = [header, *palette, (b"IDAT", zlib.compress(data)), (b"IEND", b"")]
+    packed = (struct.pack(">I", len(x)) + kind + x + struct.pack(">I", zlib.crc32(kind + x)) for kind, x in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+@pytest.mark.parametrize(
+    ("bits", "colour", "count"),
+    [(1, 0, 2), (2, 0, 4), (4, 0, 12), (8, 0, 200), (16, 0, 7), (1, 3, 2), (2, 3, 3), (4, 3, 11), (8, 3, 5), (8, 4, 6)],
+)
+@pytest.mark.parametrize("width", [12, 13])
+def test_the_integer_that_a_label_file_stores_is_the_class(
+    bits: int, colour: int, count: int, width: int, tmp_path: Path
+) -> None:
+    label = np.add.outer(2 * np.arange(12), np.arange(width)) % count
+    save(tmp_path, "val/images/a.png", picture(12, width))
+    (tmp_path / "val/labels").mkdir()
+    (tmp_path / "val/labels/a.png").write_bytes(png_of(label, bits, colour))
+    examples = open_segmentation(config("folder", tmp_path, classes=max(count, 2), size=(12, width)), "val")
+    assert np.array_equal(examples.read(0)[1], label)
+
+
+def test_grey_of_16_bits_with_alpha_is_refused(tmp_path: Path) -> None:
+    """Pillow reads the upper 8 bits only."""
+    save(tmp_path, "val/images/a.png", picture(12, 12))
+    (tmp_path / "val/labels").mkdir()
+    (tmp_path / "val/labels/a.png").write_bytes(png_of(np.ones((12, 12), int), 16, 4))
+    with pytest.raises(ValueError, match=r"val/labels/a\.png .*LA;16B"):
+        open_segmentation(config("folder", tmp_path, classes=2), "val").read(0)
+
+
+def test_the_digest_is_that_of_the_contents(tmp_path: Path) -> None:
+    digests = []
+    for place in ("one", "two"):
+        root = tmp_path / place
+        for name in "ab":
+            save(root, f"val/images/{name}.png", Image.fromarray(np.full((12, 12, 3), ord(name), np.uint8)))
+            save(root, f"val/labels/{name}.png", ids([0, 1], 12, 12))
+        digests.append(open_segmentation(config("folder", root, classes=2), "val").digest(2))
+    assert digests[0] == digests[1]
+    changed = {digests[0]}
+    examples = open_segmentation(config("folder", root, classes=2), "val")
+    save(root, "val/labels/b.png", ids([1, 0], 12, 12))
+    changed.add(examples.digest(2))
+    save(root, "val/images/b.png", picture(12, 12))
+    changed |= {examples.digest(2), examples.digest(1)}
+    changed.add(open_segmentation(config("folder", root, classes=3), "val").digest(2))
+    assert len(changed) == 5
 
 
 def test_voc(tmp_path: Path) -> None:
@@ -119,14 +182,21 @@ def test_voc(tmp_path: Path) -> None:
     assert set(np.unique(examples.read(0)[1])) == {0, 20, 255}
     other = open_segmentation(config("voc", tmp_path, ignore=100), "train")
     assert set(np.unique(other.read(0)[1])) == {0, 20, 100}
-    with pytest.raises(FileNotFoundError, match=r"The split trainval has no list of images: .*trainval.txt does not"):
+    with pytest.raises(FileNotFoundError, match=r"trainval\.txt"):
         open_segmentation(config("voc", tmp_path, train="trainval"), "train")
-    with pytest.raises(ValueError, match=r"dataset.classes=20 contradicts dataset.kind=voc, which has 21"):
+    with pytest.raises(ValueError, match=r"dataset\.classes=20 .*dataset\.kind=voc.* 21\b"):
         open_segmentation(config("voc", tmp_path, classes=20), "train")
+    for content in (b"\xef\xbb\xbf2007_000039\n\n2007_000032\n", "2007_000039\r\n2007_000032".encode("utf-16")):
+        (lists / "train.txt").write_bytes(content)
+        assert open_segmentation(config("voc", tmp_path), "train").name(1) == "JPEGImages/2007_000032.jpg"
+    (lists / "val.txt").write_text("2007_000063\n2007_000039 1\n")
+    with pytest.raises(ValueError, match=r"val\.txt, line 2: '2007_000039 1'"):
+        open_segmentation(config("voc", tmp_path), "val")
+    (lists / "val.txt").write_bytes(b"\xff2007_000063\n")
+    with pytest.raises(ValueError, match=r"val\.txt"):
+        open_segmentation(config("voc", tmp_path), "val")
     (lists / "val.txt").write_text("2007_000064\n")
-    with pytest.raises(
-        FileNotFoundError, match=r"The image JPEGImages/2007_000064.jpg of the split val does not exist"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"JPEGImages/2007_000064\.jpg .*\bval\b"):
         open_segmentation(config("voc", tmp_path), "val")
 
 
@@ -140,7 +210,7 @@ def test_ade20k(tmp_path: Path) -> None:
         assert [examples.classes[index] for index in (0, 1, 13, 150)] == ["background", "wall", "person", "flag"]
         assert set(np.unique(examples.read(0)[1])) == {0, 150}  # neither of which is ignored
     save(tmp_path, "ADEChallengeData2016/annotations/validation/ADE_1.png", ids([0, 151]))
-    with pytest.raises(ValueError, match=r"annotations/validation/ADE_1.png has the value 151, .* 151 classes"):
+    with pytest.raises(ValueError, match=r"annotations/validation/ADE_1\.png .*\b151\b"):
         examples.read(0)
 
 
@@ -152,9 +222,7 @@ def test_cityscapes(tmp_path: Path) -> None:
     assert examples.name(0) == "leftImg8bit/val/bonn/bonn_0_1_leftImg8bit.png"
     assert (len(examples), len(examples.classes), examples.classes[13]) == (2, 19, "car")
     assert set(np.unique(examples.read(1)[1])) == {0, 13, 18, 255}
-    with pytest.raises(
-        FileNotFoundError, match=r"The split train in .* has no images; it must hold leftImg8bit/.train"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"\btrain\b.*leftImg8bit"):
         open_segmentation(config("cityscapes", tmp_path), "train")
 
 
@@ -178,9 +246,7 @@ def test_cocostuff27(tmp_path: Path) -> None:
     assert {examples.classes[index] for index in found} == {"person", "animal", "plant", "solid"}
     curated = tmp_path / "curated" / "val2017"
     curated.mkdir(parents=True)
-    with pytest.raises(
-        FileNotFoundError, match=r"The split val2017 has no list of images: .*Stuff_Coarse.txt does not"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"\bval2017\b.*Stuff_Coarse\.txt"):
         open_segmentation(config("cocostuff27", tmp_path), "val")
     (curated / "Coco164kFull_Stuff_Coarse.txt").write_text("000000000285\n")
     (curated / "Coco164kFull_Stuff_Coarse_7.txt").write_text("000000000139\n")
@@ -188,7 +254,7 @@ def test_cocostuff27(tmp_path: Path) -> None:
     stego = open_segmentation(config("cocostuff27", tmp_path, val="val2017/Coco164kFull_Stuff_Coarse_7"), "val")
     assert (len(stego), stego.name(0)) == (1, "images/val2017/000000000139.jpg")
     save(tmp_path, "annotations/val2017/000000000285.png", ids([182]))
-    with pytest.raises(ValueError, match=r"000000000285.png has the value 182, which is none of the 27 classes"):
+    with pytest.raises(ValueError, match=r"000000000285\.png .*\b182\b.*\b27\b"):
         open_segmentation(config("cocostuff27", tmp_path), "val").read(0)
 
 
@@ -214,8 +280,8 @@ def test_cocostuff27_supercategories() -> None:
 )  # fmt: skip
 def test_missing_data_says_what_to_put_there(kind: str, advice: str, tmp_path: Path) -> None:
     opener = open_nyu if kind == "nyu" else open_segmentation
-    for root, message in ((tmp_path / "nowhere", "nowhere does not exist; it must hold"), (tmp_path, "must hold")):
-        with pytest.raises(FileNotFoundError, match=message) as caught:
+    for root in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(FileNotFoundError, match=re.escape(str(root))) as caught:
             opener(config(kind, root), "val")
         assert advice in str(caught.value)
         assert "\n" not in str(caught.value)
@@ -223,35 +289,38 @@ def test_missing_data_says_what_to_put_there(kind: str, advice: str, tmp_path: P
 
 def test_examples_that_cannot_be_used(tmp_path: Path) -> None:
     save(tmp_path, "val/images/0.png", picture())
-    with pytest.raises(
-        FileNotFoundError, match=r"val/images/0.png in .* has no label: val/labels/0.png does not exist"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"val/images/0\.png .*val/labels/0\.png"):
         open_segmentation(config("folder", tmp_path), "val")
     for label, message in (
-        (ids([0], 16, 23), r"label val/labels/0.png has 16x23 pixels and its image val/images/0.png 16x24"),
-        (ids([0, 5]), r"label val/labels/0.png has the value 5, which is none of the 5 classes"),
-        (picture(), r"label val/labels/0.png is an image of mode RGB"),
-        (ids([0]).astype(np.uint16), r"label val/labels/0.png is an image of mode I;16"),
+        (ids([0], 16, 23), "16x23 .*val/images/0.png 16x24"),
+        (ids([0, 5]), "value 5, .* 5 classes"),
+        (picture(), "mode RGB "),
+        (picture().convert("RGBA"), "mode RGBA "),
+        (ids([0, 1]).astype(np.uint16) + 300, r"\b301\b"),
     ):
         save(tmp_path, "val/labels/0.png", label)
-        with pytest.raises(ValueError, match="The " + message):
+        with pytest.raises(ValueError, match=f"val/labels/0.png .*{message}"):
             open_segmentation(config("folder", tmp_path, classes=5), "val").read(0)
     save(tmp_path, "val/labels/0.png", ids([0]))
+    save(tmp_path, "val/images/0.jpg", picture())
+    with pytest.raises(ValueError, match=r"val/images/0\.jpg and val/images/0\.png .*val/labels/0\.png"):
+        open_segmentation(config("folder", tmp_path, classes=5), "val")
+    (tmp_path / "val/images/0.jpg").unlink()
     image = tmp_path / "val/images/0.png"
     image.write_bytes(image.read_bytes()[:200])
-    with pytest.raises(OSError, match=r"val/images/0.png is damaged"):
+    with pytest.raises(OSError, match=r"val/images/0\.png"):
         open_segmentation(config("folder", tmp_path, classes=5), "val").read(0)
 
-    with pytest.raises(ValueError, match=r"number of classes is unknown: give dataset.classes=NUMBER, or name them in"):
+    with pytest.raises(ValueError, match=r"dataset\.classes=NUMBER"):
         open_segmentation(config("folder", tmp_path), "val")
     (tmp_path / "classes.json").write_text('{"0": "a", "1": "b"}')
-    with pytest.raises(ValueError, match=r"dataset.classes=5 contradicts .*classes.json, which has 2"):
+    with pytest.raises(ValueError, match=r"dataset\.classes=5 .*classes\.json.* 2\b"):
         open_segmentation(config("folder", tmp_path, classes=5), "val")
     for text in ('{"1": "a", "2": "b"}', '["a", "b"]', "{"):
         (tmp_path / "classes.json").write_text(text)
-        with pytest.raises(ValueError, match=r"classes.json must be a JSON object that names the classes in order"):
+        with pytest.raises(ValueError, match=r"classes\.json"):
             open_segmentation(config("folder", tmp_path), "val")
-    with pytest.raises(ValueError, match=r"dataset.kind=nyu has no labels for segmentation"):
+    with pytest.raises(ValueError, match=r"dataset\.kind=nyu"):
         open_segmentation(config("nyu", tmp_path), "val")
 
 
@@ -318,22 +387,16 @@ def test_tfds(prepared: tuple[Path, list[Image.Image]]) -> None:
 
     counted = open_segmentation(config("tfds", folder, name="mine", label="plain", classes=3), "val")
     assert counted.classes == ("class 0", "class 1", "class 2")
-    with pytest.raises(ValueError, match=r"label mine/validation#0 \(plain\) has the value 3, .* 3 classes"):
+    with pytest.raises(ValueError, match=r"mine/validation#0 \(plain\) .*\b3\b"):
         counted.read(0)
     for settings, split, message in (
-        (dict(name="mine", label="plain"), "val", "number of classes is unknown"),
-        (
-            dict(name="mine"),
-            "val",
-            r"dataset.label=segmentation_label is no image of mine, whose features are image, mask, n, plain",
-        ),
-        (mine | dict(image="n"), "val", "dataset.image=n is no image of mine"),
-        (mine | dict(classes=5), "val", "dataset.classes=5 contradicts the feature mask of mine, which has 2"),
-        (mine, "train", "The split train of mine cannot be read: Unknown split"),
+        (dict(name="mine", label="plain"), "val", r"dataset\.classes=NUMBER"),
+        (dict(name="mine"), "val", r"dataset\.label=segmentation_label .*image, mask, n, plain"),
+        (mine | dict(image="n"), "val", r"dataset\.image=n .*\bmine\b"),
+        (mine | dict(classes=5), "val", r"dataset\.classes=5 .*\bmask\b.* 2\b"),
+        (mine, "train", r"\btrain of mine\b"),
     ):
         with pytest.raises(ValueError, match=message):
             open_segmentation(config("tfds", folder, **settings), split)
-    with pytest.raises(
-        FileNotFoundError, match=r"The data set other, split validation, is not prepared as array_record"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"\bother\b.*\bvalidation\b.*array_record"):
         open_segmentation(config("tfds", folder, name="other"), "val")

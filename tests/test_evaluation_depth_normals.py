@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from anyup_jax.encoders.settings import EncoderConfig
 from evaluation import depth_normals, sheet
 from evaluation.config import Config, DatasetConfig, ProbeConfig
 from evaluation.data import augment, nyu, open_nyu
+from evaluation.fitting import ProbeFile
 from evaluation.methods import Interpolation
 from tests.training import environment
 
@@ -101,27 +103,43 @@ def test_presets_are_the_protocol(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "words", "message"),
     [
-        ("depth", ["probe=segmentation", "probe.class_token=true"], "probe.flip=True cannot be: depth does not mirror"),
-        ("depth", ["dataset.kind=folder"], "dataset.kind='folder' cannot be: depth is that of nyu"),
-        ("depth", ["probe.repeats=2"], "probe.repeats=2 cannot be: depth trains one probe"),
-        ("normals", ["probe.head=dpt", "encoders.lite0.layer=[2,2]"], "probe.head=dpt takes 1 layer or 4"),
-        ("normals", ["cache=kept"], "cache='kept' cannot be: normals keeps nothing"),
-        ("normals", ["dataset.size=60"], "dataset.size=(60, 60) is not a multiple of the 8 pixels of a cell"),
-        ("depth", ["probe.class_token=true"], "efficientnet_lite0 has no class token; leave class_token out"),
-        ("depth", ["task=segmentation"], "dataset.kind='nyu' cannot be: it has no labels for segmentation"),
+        ("normals", ["dataset.size=60"], r"dataset\.size=\(60, 60\) .*\b8 pixels"),
+        ("depth", ["probe.class_token=true"], "efficientnet_lite0 .*class_token"),
     ],
 )
 def test_what_is_impossible_is_one_sentence(folder: Path, task: str, words: list[str], message: str) -> None:
     run = evaluate(folder, task, *words, status=2)
-    assert message in run.stderr
+    assert re.search(message, run.stderr)
     assert run.stderr.count("error:") == 1
     assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "probe", "message"),
+    [
+        (dict(), dict(flip=True), r"probe\.flip=True .*depth"),
+        (dict(dataset=dict(kind="folder", root=".")), {}, r"dataset\.kind='folder' .*nyu"),
+        (dict(), dict(repeats=2), r"probe\.repeats=2 .*depth"),
+        (dict(), dict(head="dpt"), r"encoders=.*\b2\b.*probe\.head=dpt .*\b4\b"),
+        (dict(cache="kept"), {}, "cache='kept' .*depth"),
+        (dict(task="segmentation"), {}, r"dataset\.kind='nyu' .*segmentation"),
+    ],
+)
+def test_impossible_configurations_are_refused(changes: dict, probe: dict, message: str) -> None:
+    values = dict(
+        task="depth",
+        encoders=dict(lite0=dict(name="efficientnet_lite0", layer=[2, 2])),
+        dataset=dict(kind="nyu", root="."),
+        probe=dict(flip=False) | probe,
+    )
+    with pytest.raises(ValueError, match=message):
+        from_dict(Config, values | changes)
 
 
 class Encoder:
     """Mean colours of cells of 8 x 8 pixels and their squares, as two layers; the class token is their mean."""
 
-    stride, channels, widths = 8, 6, (3, 3)
+    name, stride, channels, widths = "means", 8, 6, (3, 3)
 
     def normalize(self, image):
         return image
@@ -145,7 +163,7 @@ def test_normals_are_learned(folder: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     probe, head = depth_normals.Probe.create(Encoder(), Interpolation("bilinear", "bilinear"), config)
     head = depth_normals.train(
-        probe, head, open_nyu(config.dataset, "train"), tmp_path / "p", {}, lambda epoch, loss: None
+        probe, head, open_nyu(config.dataset, "train"), ProbeFile(tmp_path / "p", {}), lambda epoch, loss: None
     )
     found, predictions = depth_normals.score(probe, head, open_nyu(config.dataset, "val"), shown=[1])
     assert found["rmse"] < 25  # the walls are 37 to 61 degrees apart

@@ -99,7 +99,7 @@ def test_dpt_head_takes_levels_of_their_own_channels_and_one_or_four_of_them(dpt
     levels = [jax.ShapeDtypeStruct((1, 2, 2, channels), jnp.float32) for channels in (2, 3, 4, 5)]
     assert nnx.eval_shape(lambda head, x: head(x, (5, 9)), head, levels).shape == (1, 5, 9, 7)
     assert head.conv1.kernel.shape == (3, 3, 512, 512)
-    with pytest.raises(ValueError, match="1 or 4 feature maps, got 3"):
+    with pytest.raises(ValueError, match=r"\b4\b.*\b3\b"):
         dpt_head([jnp.asarray(x) for x in maps(3)])
 
 
@@ -357,7 +357,7 @@ def test_schedules_after_the_end_and_far_out():
 def test_a_schedule_without_a_warm_up_begins_at_the_peak_and_one_that_only_warms_up_is_refused():
     config = ProbeConfig(schedule="warmup_cosine", warmup_epochs=0.0, epochs=2)
     assert float(schedule(config, 10)(0)) == pytest.approx(5e-4)
-    with pytest.raises(ValueError, match=r"probe\.warmup_epochs=2\.0 cannot be"):
+    with pytest.raises(ValueError, match=r"probe\.warmup_epochs=2\.0"):
         schedule(ProbeConfig(schedule="warmup_cosine", warmup_epochs=2.0, epochs=2), 10)
     with pytest.raises(ValueError, match="steps_per_epoch=0"):
         schedule(config, 0)

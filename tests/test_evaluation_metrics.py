@@ -177,11 +177,11 @@ def test_confusion_of_nothing_is_not_a_number():
 
 def test_confusion_refuses_what_is_no_class():
     confusion = Confusion(2)
-    with pytest.raises(ValueError, match="A label is 7, but there are 2 classes, from 0 to 1, and ignore=255"):
+    with pytest.raises(ValueError, match=r"label .*\b7\b.*ignore=255"):
         confusion.add(np.array([1, 1]), np.array([1, 7]))
-    with pytest.raises(ValueError, match="A prediction is -1"):
+    with pytest.raises(ValueError, match=r"prediction .*-1"):
         confusion.add(np.array([-1]), np.array([1]))
-    with pytest.raises(ValueError, match="must have one shape"):
+    with pytest.raises(ValueError, match=r"\(1,\).*\(2,\)"):
         confusion.add(np.array([1]), np.array([1, 1]))
     with pytest.raises(ValueError, match="classes=0"):
         Confusion(0)

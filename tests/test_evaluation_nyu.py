@@ -70,20 +70,21 @@ def test_nyu_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = {split: len(scenes) for split, scenes in splits.items()}
     assert counts == {"trainval": 43, "train": 40, "valid": 3}
     assert [splits["valid"].name(index) for index in (0, 1)] == ["kitchen_0001.mat", "kitchen_0020.mat"]
-    with pytest.raises(OSError, match=r"kitchen_0001.mat is damaged or no MATLAB file"):
+    with pytest.raises(OSError, match=r"kitchen_0001\.mat"):
         splits["valid"].read(0)
+    assert splits["valid"].contents != splits["train"].contents
     monkeypatch.setattr(nyu, "COMPLETE", 44)
     monkeypatch.setattr(nyu, "BAD", {0: "", 2: ""})
     left = open_nyu(config(tmp_path), "train")
     assert [left.name(index) for index in (0, 1)] == ["kitchen_0001.mat", "kitchen_0002.mat"]  # without ..._0001_r-1
 
     scipy.io.savemat(folder / "kitchen_0001.mat", dict(img=stored[:10], depth=depth, norm=normals))
-    with pytest.raises(ValueError, match=r"kitchen_0001.mat has an image, depth and normals of shape \(\(10, 640, 3\)"):
+    with pytest.raises(ValueError, match=r"kitchen_0001\.mat .*\(10, 640, 3\)"):
         splits["valid"].read(0)
     scipy.io.savemat(folder / "kitchen_0001.mat", dict(img=stored))
-    with pytest.raises(ValueError, match=r"kitchen_0001.mat lacks depth, norm"):
+    with pytest.raises(ValueError, match=r"kitchen_0001\.mat .*depth, norm"):
         splits["valid"].read(0)
-    with pytest.raises(ValueError, match=r"dataset.train=all is no split of NYUv2; choose of trainval"):
+    with pytest.raises(ValueError, match=r"dataset\.train=all .*trainval, train, valid, test"):
         open_nyu(config(tmp_path, train="all"), "train")
 
 
@@ -105,10 +106,10 @@ def test_nyu_test(tmp_path: Path) -> None:
     assert (len(scenes), scenes.name(0)) == (1, "nyuv2_snorm_all.pkl#1")
     check_scene(scenes.read(0), *made[1])
     for change, message in (
-        (dict(test_indices=np.array([2])), r"test_indices of shape \(1,\) that do not fit its 2 images"),
-        (dict(snorms=content["snorms"][:1]), r"snorms of \(1, 3, 480, 640\); Probe3D's are"),
-        (dict(images=content["images"][..., :20]), r"of shape \(\(480, 20, 3\), .*; NYUv2 has 480 x 640 pixels"),
-        (dict(images=content["images"].astype(np.int16)), "has images of int16; Probe3D's are uint8"),
+        (dict(test_indices=np.array([2])), r"test_indices .*\b2 images"),
+        (dict(snorms=content["snorms"][:1]), r"snorms .*\(1, 3, 480, 640\)"),
+        (dict(images=content["images"][..., :20]), r"\(480, 20, 3\)"),
+        (dict(images=content["images"].astype(np.int16)), "images .*int16"),
     ):
         path.write_bytes(pickle.dumps(content | change, 4))
         with pytest.raises(ValueError, match=message):
@@ -130,9 +131,9 @@ def test_pickled_arrays(protocol: int, tmp_path: Path) -> None:
     for name, array in kept.items():
         assert np.array_equal(found[name], array)
     for name in other:
-        with pytest.raises(ValueError, match=f"arrays.pkl is no pickle of .*: {name} is no array of numbers"):
+        with pytest.raises(ValueError, match=rf"arrays\.pkl .*\b{name}\b"):
             read_arrays(path, [name])
-    with pytest.raises(ValueError, match="it lacks nothing, missing"):
+    with pytest.raises(ValueError, match="nothing, missing"):
         read_arrays(path, ["plain", "nothing", "missing"])
 
 
@@ -145,11 +146,11 @@ def test_pickles_run_nothing(tmp_path: Path) -> None:
     path = tmp_path / "arrays.pkl"
     whole = pickle.dumps(dict(a=np.arange(5000)), 4)
     for content, message in (
-        (pickle.dumps(dict(a=Command()), 4), "system, which is not plain data"),
-        (pickle.dumps([1], 4), "it holds a list"),
-        (whole[:3000], "arrays.pkl is no pickle of a dictionary"),
-        (b"no pickle at all", "arrays.pkl is no pickle of a dictionary"),
-        (b"", "arrays.pkl is empty"),
+        (pickle.dumps(dict(a=Command()), 4), "system"),
+        (pickle.dumps([1], 4), "list"),
+        (whole[:3000], r"arrays\.pkl"),
+        (b"no pickle at all", r"arrays\.pkl"),
+        (b"", r"arrays\.pkl"),
     ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):

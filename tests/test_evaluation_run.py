@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,13 +22,15 @@ from safetensors.numpy import load_file
 
 import anyup_jax
 import convert
+from anyup_core.settings import from_dict
 from anyup_jax.encoders.settings import EncoderConfig
-from evaluation import fidelity, fitting, results, segmentation, sheet
+from evaluation import fidelity, fitting, results, segmentation, sheet, tasks
 from evaluation.config import Config, DatasetConfig, ProbeConfig
 from evaluation.data import Examples, open_segmentation
-from evaluation.frozen import Live, Split
-from evaluation.methods import Interpolation
-from evaluation.prefetch import ahead
+from evaluation.fitting import ProbeFile
+from evaluation.frozen import Live, Split, keep, read_view
+from evaluation.methods import Interpolation, JointBilateral
+from evaluation.prefetch import prefetch
 from evaluation.published import figures
 from evaluation.results import Result
 from tests.training import environment
@@ -104,7 +108,7 @@ def test_what_is_kept_scores_as_what_is_computed_anew(folder: Path) -> None:
     assert "epoch" not in again.stdout  # nothing is left to do
     assert "lite0" in again.stdout
     other = evaluate(folder, "output_dir=live", "probe.epochs=4", status=2)
-    assert "was made with other settings (probe.epochs: 3 -> 4)" in other.stderr
+    assert re.search(r"result\.json .*probe\.epochs: 3 -> 4", other.stderr)
     details = json.loads((folder / "live/lite0/anyup/result.json").read_text(), parse_constant=pytest.fail)["details"]
     assert len(details["iou"]) == len(details["class_names"]) == 3
 
@@ -117,7 +121,7 @@ def test_repeated_probes_are_those_of_their_seeds(folder: Path, tmp_path: Path) 
 
     data, settings = DatasetConfig(root=str(folder / "data"), classes=3, size=(64, 64)), found["settings"]
     train, val = (
-        Split(open_segmentation(data, part), (), data.size, mirrored=part == "train") for part in ("train", "val")
+        Split(open_segmentation(data, part), data.size, mirrored=part == "train") for part in ("train", "val")
     )
     encoder = EncoderConfig(**settings["encoder"]).load()
     views = [Live(split, encoder, Interpolation("bilinear", "bilinear")) for split in (train, val)]
@@ -135,7 +139,7 @@ def test_repeated_probes_are_those_of_their_seeds(folder: Path, tmp_path: Path) 
     probe = ProbeConfig(**(settings["probe"] | dict(repeats=1)))
     config = Config(encoders=dict(lite0=EncoderConfig(**settings["encoder"])), dataset=data, probe=probe)
     single = segmentation.train(
-        views[0], train, encoder.channels, config, tmp_path / "probe.safetensors", {}, lambda *_: None
+        views[0], train, encoder.channels, config, ProbeFile(tmp_path / "probe.safetensors", {}), lambda *_: None
     )
     for name, value in both.items():
         assert np.abs(value[0] - single[name][0]).max() < 1e-4 < np.abs(value[1] - value[0]).max()
@@ -187,7 +191,7 @@ def test_fidelity(folder: Path) -> None:
 class Means:
     """An encoder whose features are the mean colours of cells of 4 x 4 pixels, less a constant."""
 
-    stride, channels = 4, 3
+    name, stride, channels, widths = "means", 4, 3, (3,)
 
     def normalize(self, image):
         return image
@@ -210,12 +214,19 @@ def test_fidelity_by_its_definition() -> None:
 
 def test_a_probe_goes_on_where_it_was_and_not_with_other_settings(tmp_path: Path) -> None:
     state, path = dict(head=dict(weight=jnp.ones((2, 3)), bias=jnp.zeros(3))), tmp_path / "probe.safetensors"
-    assert fitting.restore(path, state, dict(x=1))[0] == 0
-    fitting.save(path, 5, dict(head=dict(weight=jnp.full((2, 3), 7.0), bias=jnp.ones(3))), dict(x=1))
-    epoch, found = fitting.restore(path, state, dict(x=1))
-    assert (epoch, float(found["head"]["weight"][1, 2]), float(found["head"]["bias"][0])) == (5, 7, 1)
-    with pytest.raises(ValueError, match="a probe that was trained with other settings"):
-        fitting.restore(path, state, dict(x=2))
+    file = ProbeFile(path, dict(x=1))
+    assert file.restore(state) == (0, state)
+    file.save(5, dict(head=dict(weight=jnp.full((2, 3), 7.0), bias=jnp.ones(3))))
+    epoch, restored = file.restore(state)
+    assert (epoch, float(restored["head"]["weight"][1, 2]), float(restored["head"]["bias"][0])) == (5, 7, 1)
+    assert float(file.load(state["head"], 5)["bias"][2]) == 1
+    with pytest.raises(FileNotFoundError, match=r"probe\.safetensors .* 6 epochs"):
+        file.load(state["head"], 6)
+    with pytest.raises(ValueError, match=r"probe\.safetensors .* other settings"):
+        ProbeFile(path, dict(x=2)).restore(state)
+    path.write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"probe\.safetensors is .* damaged"):
+        file.restore(state)
 
 
 def test_work_ahead_keeps_the_order_and_stops() -> None:
@@ -225,29 +236,123 @@ def test_work_ahead_keeps_the_order_and_stops() -> None:
         done.append(number)
         return 10 // (3 - number)
 
-    iterator = ahead(work, range(100))
+    iterator = prefetch(work, range(100))
     assert [next(iterator) for _ in range(3)] == [3, 5, 10]
     with pytest.raises(ZeroDivisionError):
         next(iterator)
     assert max(done) <= 4
-    assert list(ahead(work, [])) == []
+    assert list(prefetch(work, [])) == []
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["methods=[bilinear,magic]"], "methods=['bilinear', 'magic'] cannot be: choose of nearest, bilinear"),
-        (["dataset.root=nowhere"], "nowhere"),
-        (["dataset.size=60"], "dataset.size=(60, 60) is not a multiple of the 8 pixels of a cell of the encoder lite0"),
-        (["task=fidelity", "methods=[label_guided]"], "fidelity has no labels to be guided by"),
-        (["task=height"], "task='height' is unknown; choose one of segmentation, depth, normals, fidelity"),
+        (["methods=[bilinear,magic]"], r"methods=\['bilinear', 'magic'\] .*joint_bilateral"),
+        (["dataset.root=nowhere"], r"dataset\.root=nowhere "),
+        (["dataset.size=60"], r"dataset\.size=\(60, 60\) .*\b8 pixels\b.*\blite0\b"),
     ],
 )
 def test_what_is_impossible_is_one_sentence(folder: Path, words: list[str], message: str) -> None:
     run = evaluate(folder, *words, status=2)
-    assert message in run.stderr
+    assert re.search(message, run.stderr)
     assert run.stderr.count("error:") == 1
     assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(task="fidelity", methods=["label_guided"]), "methods=.*label_guided.*fidelity"),
+        (dict(task="height"), "task='height' .*segmentation, depth, normals, fidelity"),
+        (dict(dataset=dict(root="data", classes=300)), r"dataset\.classes=300 .*256"),
+    ],
+)
+def test_impossible_configurations_are_refused(changes: dict, message: str) -> None:
+    values = dict(encoders=dict(lite0=dict(name="efficientnet_lite0")), dataset=dict(root="data"))
+    with pytest.raises(ValueError, match=message):
+        from_dict(Config, values | changes)
+
+
+def settings_of(folder: Path, output: Path, **changes) -> Config:
+    return Config(
+        encoders=dict(lite0=EncoderConfig(name="efficientnet_lite0", layer=(2,))),
+        methods=("bilinear", "nearest"),
+        dataset=DatasetConfig(root=str(folder / "data"), classes=3, size=(64, 64)),
+        probe=ProbeConfig(epochs=1),
+        pictures=0,
+        limit=2,
+        output_dir=str(output),
+        **changes,
+    )
+
+
+def test_results_depend_on_the_contents_of_the_data_and_not_on_their_place(folder: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    first = tasks.run(settings_of(folder, tmp_path / "out"), lines.append)
+    assert first[0].settings["contents"]["encoder"] == tasks.digest(
+        EncoderConfig(name="efficientnet_lite0", layer=(2,)).load()
+    )
+    shutil.copytree(folder / "data", tmp_path / "data")
+    moved, lines = settings_of(tmp_path, tmp_path / "out"), []
+    assert [result.scores for result in tasks.run(moved, lines.append)] == [result.scores for result in first]
+    assert lines == []
+    probe = tmp_path / "out/lite0/bilinear/probe.safetensors"
+    trained = probe.read_bytes()
+    (tmp_path / "out/lite0/nearest/result.json").unlink()
+    probe.unlink()
+    with pytest.raises(FileNotFoundError, match=r"bilinear/probe\.safetensors"):
+        tasks.run(moved, lines.append)
+    probe.write_bytes(trained)
+    again = tasks.run(moved, lines.append)
+    assert again[1].scores["mIoU_bilinear_probe"] == first[1].scores["mIoU_bilinear_probe"]
+
+    (tmp_path / "out/lite0/nearest/result.json").write_text("junk")
+    with pytest.raises(ValueError, match=r"nearest/result\.json"):
+        tasks.run(moved)
+    Image.fromarray(np.ones((64, 64), np.uint8)).save(tmp_path / "data/val/labels/0.png")
+    with pytest.raises(ValueError, match=r"contents\.val"):
+        tasks.run(moved)
+
+
+def test_a_digest_of_weights() -> None:
+    digests = {tasks.digest(nnx.Linear(2, 3, rngs=nnx.Rngs(seed))) for seed in (0, 0, 1)}
+    assert len(digests) == 2
+
+
+def test_kept_views_are_whole_or_computed_again(folder: Path, tmp_path: Path) -> None:
+    data = DatasetConfig(root=str(folder / "data"), classes=3, size=(32, 32))
+    split, method, lines = Split(open_segmentation(data, "val"), data.size), JointBilateral(), []
+    (kept,) = keep(split, dict(a=Means()), method, tmp_path, dict(a=1), lines.append).values()
+    assert lines == ["joint_bilateral: 3 of 3 views of a computed"]
+    files = sorted(kept.folder.iterdir())
+    contents = [file.read_bytes() for file in files]
+    assert len(files) == 3
+    both = kept, Live(split, Means(), method)
+    logits = [np.asarray(jax.jit(views.logits)(views.batch([1], False)[0], jnp.ones((3, 2)))) for views in both]
+    assert np.abs(kept.arrange(logits[0][..., 0]) - logits[1][..., 0]).max() < 1e-2
+
+    files[0].write_bytes(contents[0][:-5])  # cut off
+    files[1].write_bytes(contents[2])  # another view
+    files[2].unlink()
+    for number, error in enumerate((ValueError, ValueError, FileNotFoundError)):
+        with pytest.raises(error, match=re.escape(str(files[number]))):
+            read_view(kept.folder, number)
+    lines.clear()
+    keep(split, dict(a=Means()), method, tmp_path, dict(a=1), lines.append)
+    assert [file.read_bytes() for file in files] == contents
+    assert [str(file) in line for file, line in zip(files, lines[:2])] == [True, True]
+    lines.clear()
+    keep(split, dict(a=Means()), method, tmp_path, dict(a=1), lines.append)
+    assert lines == []
+    keep(split, dict(a=Means()), method, tmp_path, dict(a=2), lines.append)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_names_with_brackets_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    encoders = dict(mine=EncoderConfig(name="resnet50"))
+    config = Config(encoders=encoders, dataset=DatasetConfig(root="x", name="[/best] [red]"))
+    results.show([Result("mine", "bilinear", 32, dict(mIoU=0.5), {}, {})], config)
+    assert "segmentation on [/best] [red]" in capsys.readouterr().out
 
 
 def test_cross_entropy_is_that_of_pytorch() -> None:
@@ -281,7 +386,7 @@ def test_one_pixel_of_every_block_counts() -> None:
         def read(self, index: int):
             return np.zeros((9, 12, 3), np.uint8), np.ones((9, 12), np.uint8)
 
-    split = Split(Labels(), ("here",), (9, 12), mirrored=True, pixel_stride=3, seed=1)
+    split = Split(Labels(), (9, 12), mirrored=True, pixel_stride=3, seed=1)
     chosen = [split.chosen(0, mirror) for mirror in (False, True)]
     assert all((mask.reshape(3, 3, 4, 3).sum((1, 3)) == 1).all() for mask in chosen)
     assert (chosen[0] != chosen[1]).any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -81,9 +82,9 @@ def test_attempts_stay_when_their_folders_are_gone(tmp_path: Path, capsys: pytes
 
     capsys.readouterr()
     (tmp_path / "none.json").write_text('{"name": 1}')
-    for name, message in (("none.json", "is no record that python -m tools.report"), ("not.json", "No such file")):
+    for name in ("none.json", "not.json"):
         assert report.main([*both[:4], "--earlier", str(tmp_path / name)]) == 2
-        assert message in capsys.readouterr().err
+        assert str(tmp_path / name) in capsys.readouterr().err
 
 
 def test_a_run_that_was_not_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,7 +99,7 @@ def test_a_run_that_was_not_scored(tmp_path: Path, capsys: pytest.CaptureFixture
     assert (tmp_path / "y.md").read_text().count("| `start` |") == 1
     capsys.readouterr()
     assert report.main([*words[:-1], str(tmp_path)]) == 2
-    assert "give a folder that python -m train.run has finished" in capsys.readouterr().err
+    assert str(tmp_path / "config.yaml") in capsys.readouterr().err
 
 
 def test_an_encoder_that_one_run_lacks_is_named_only(tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_sheets_that_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert [path.name for path in tmp_path.glob("x_lite*.png")] == pictures
     capsys.readouterr()
     assert report.main([str(tmp_path / "y.md"), "--attempt", *folders, "--sheets", "lite0", "lite9"]) == 2
-    assert capsys.readouterr().err == f"error: {folders[1]} has no sheet of lite9; choose of lite0.\n"
+    assert re.fullmatch(rf"error: {re.escape(folders[1])} .*\blite9\b.*\blite0\.\n", capsys.readouterr().err)
     assert not (tmp_path / "y.md").exists()
 
 
@@ -154,6 +155,5 @@ def test_folders_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for folders, missing, maker in (((tmp_path, evaluation), tmp_path / "config.yaml", "train.run"),
                                     ((run, run), run / "results.json", "evaluation.run")):  # fmt: skip
         assert report.main([str(tmp_path / "x.md"), "--attempt", *map(str, folders)]) == 2
-        said = f"error: {missing} is missing; give a folder that python -m {maker} has finished.\n"
-        assert capsys.readouterr().err == said
+        assert re.fullmatch(rf"error: {re.escape(str(missing))} .*\b{maker}\b.*\n", capsys.readouterr().err)
     assert not (tmp_path / "x.md").exists()

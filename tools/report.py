@@ -1,11 +1,11 @@
 """`python -m tools.report OUT.md --attempt RUN EVALUATION ...`: training runs and their scores as one document.
 
-Of every attempt, a folder of `train.run` and one of `evaluation.run` that scored it: the curve of the objective, what
-was set otherwise than in the first attempt, and the scores of each encoder beside those of bilinear interpolation. The
-table and the sheets of predictions are those of the first attempt. Runs that were not scored, such as the one whose
-weights an attempt started from, have their curves and settings shown (`--training`). All numbers are read from the
-folders, and kept in OUT.json: when the folders are gone, a later document still has these attempts beside its own
-(`--earlier OUT.json`).
+An attempt is a folder of `train.run` and the folder of the `evaluation.run` that scored it. The document shows, for
+every attempt, the curve of the objective, the settings that differ from those of the first attempt, and the scores of
+each encoder less those of bilinear interpolation. The table of scores and the sheets of predictions are those of the
+first attempt. Runs without scores, such as the one whose weights an attempt started from, are shown with their curves
+and settings (`--training`). All numbers are read from the folders and recorded in OUT.json: a later document can show
+these attempts beside its own when the folders are gone (`--earlier OUT.json`).
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from omegaconf import OmegaConf
 from anyup_core import figure
 from anyup_core.files import replacing
 from anyup_core.settings import changes, flat
-from evaluation.results import Result, markdown, text_of
+from evaluation.results import Result, markdown, texts_of
 
 LOCAL = (
     "output_dir", "dataset.root", "dataset.index", "log.", "checkpoint.every", "checkpoint.keep", "profile.", "mesh."
 )  # fmt: skip
 SMOOTHED = 25  # points of the curve that are averaged
 LOGGED = ("step", "time", "loss")  # of each line of the log
-GAINS = ("mIoU", "band_mIoU")
+GAINS = "mIoU", "band_mIoU"
 REFERENCE_GAINS = *GAINS, "mIoU_bilinear_probe", "band_bilinear_probe"
 HOUR = 3600
-PAUSE = 600  # seconds without a line after which a run counts as stopped
+PAUSE = 600  # seconds; a longer time between two lines does not count as training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Attempt:
     Attributes:
         name: of the run's folder.
         settings: of the run.
-        metrics: what it logged, line by line.
-        results: of its evaluation; none if it was not scored.
-        evaluation: the folder they are from; None if they are from a record, or none.
+        metrics: the lines of its log.
+        results: of its evaluation; empty if it was not scored.
+        evaluation: the folder of the results; None if they come from a record, or there are none.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Attempt:
 
     @classmethod
     def read(cls, run: Path, evaluation: Path | None = None) -> Attempt:
-        """Read the folders. Raises FileNotFoundError if one is none of `train.run` or `evaluation.run`."""
+        """Read the folders. Raises FileNotFoundError if one is not of a finished `train.run` or `evaluation.run`."""
         _check(run / "config.yaml", "train.run")
         lines = {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
         results = read_results(evaluation) if evaluation else []
@@ -66,14 +66,14 @@ class Attempt:
         return cls(run.name, settings, [lines[step] for step in sorted(lines)], results, evaluation)
 
     @classmethod
-    def recorded(cls, found: Mapping[str, Any]) -> Attempt:
-        """Make of `record` what it was made of, as far as the document needs it."""
-        results = [Result(**result, details={}) for result in found["results"]]
-        metrics = [dict(zip(LOGGED, row)) for row in found["metrics"]]
-        return cls(found["name"], found["settings"], metrics, results, None)
+    def recorded(cls, record: Mapping[str, Any]) -> Attempt:
+        """Return the attempt of which `record` was made, without what the document does not need."""
+        results = [Result(**result, details={}) for result in record["results"]]
+        metrics = [dict(zip(LOGGED, row)) for row in record["metrics"]]
+        return cls(record["name"], record["settings"], metrics, results, None)
 
     def record(self) -> dict[str, Any]:
-        """Return all that the document needs, for JSON; nothing of the machine it ran on."""
+        """Return all that the document needs, as JSON values; without the paths and devices of the machine."""
         settings = {name: value for name, value in flat(self.settings).items() if not name.startswith(LOCAL)}
         results = [dataclasses.asdict(result) for result in self.results]
         for result in results:
@@ -83,7 +83,7 @@ class Attempt:
 
     @property
     def steps(self) -> int:
-        """Steps done."""
+        """Finished steps."""
         return int(self.metrics[-1]["step"])
 
     @property
@@ -94,7 +94,7 @@ class Attempt:
 
     @property
     def images(self) -> str:
-        """What of each split it was scored with."""
+        """The images of each split that were used for the scores."""
         return images_of(self.results)
 
     def gains(self) -> dict[str, dict[str, float]]:
@@ -108,29 +108,29 @@ def _check(path: Path, maker: str) -> None:
 
 
 def read_results(evaluation: Path) -> list[Result]:
-    """Return the results in a folder. Raises FileNotFoundError if it is none of `evaluation.run`."""
+    """Return the results in a folder. Raises FileNotFoundError if `evaluation.run` has not finished there."""
     _check(evaluation / "results.json", "evaluation.run")
-    return [Result(**found) for found in json.loads((evaluation / "results.json").read_text())]
+    return [Result(**result) for result in json.loads((evaluation / "results.json").read_text())]
 
 
 def images_of(results: Sequence[Result]) -> str:
-    """What of each split was used."""
+    """Return which images of each split were used."""
     limit = results[0].settings["limit"]
     return "all images" if limit is None else f"the first {limit} images"
 
 
 def gains_of(results: Sequence[Result], method: str, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Return, of each encoder, a method's scores less those of bilinear interpolation."""
+    """Return, for each encoder, a method's scores less those of bilinear interpolation."""
     scores = {(r.encoder, r.method): r.scores for r in results}
     return {
         encoder: {name: scores[encoder, method][name] - scores[encoder, "bilinear"][_base(name)] for name in names}
-        for encoder, found in scores
-        if found == method and (encoder, "bilinear") in scores
+        for encoder, other in scores
+        if other == method and (encoder, "bilinear") in scores
     }
 
 
 def _base(name: str) -> str:
-    """The score that bilinear interpolation has of its own where others have one of its probe."""
+    """Return the score of bilinear interpolation that a score of another method is compared with."""
     return {"mIoU_bilinear_probe": "mIoU", "band_bilinear_probe": "band_mIoU"}.get(name, name)
 
 
@@ -141,17 +141,17 @@ def write(
     shown: Sequence[str] | None = None,
     reference: Sequence[Result] = (),
 ) -> None:
-    """Write the document, its record and its pictures, which lie beside it; the note ends it.
+    """Write the document, and its record and pictures beside it.
 
     Args:
         path: the document.
-        attempts: the runs; the first, which is no recorded one, is shown most of.
-        note: its last words.
-        shown: encoders whose sheets of predictions are in it; None for all that have one.
+        attempts: the runs; the document shows the table and the sheets of the first, which must not come from a record.
+        note: the last paragraph.
+        shown: encoders whose sheets of predictions are shown; None for all that have one.
         reference: results of `label_guided` and of bilinear interpolation.
 
     Raises:
-        FileNotFoundError: for an encoder to be shown that has no sheet.
+        FileNotFoundError: if an encoder to be shown has no sheet.
         ImportError: if matplotlib is not installed.
         OSError: if something cannot be written.
     """
@@ -181,13 +181,13 @@ def document(
 ) -> list[str]:
     """Return the lines of the document."""
     first = attempts[0]
-    about = first.results[0].settings
+    settings = first.results[0].settings
     names = list(dict.fromkeys(name for r in first.results for name in r.scores if name != "seconds"))
-    rows = [[r.encoder, r.stride, r.method, *(text_of(r.scores.get(name)) for name in names)] for r in first.results]
-    size = " x ".join(map(str, about["dataset"]["size"]))
-    repeats = about["probe"].get("repeats", 1)
-    seeds = f"seed {about['seed']}" if repeats == 1 else (
-        f"means of {repeats} probes from the seed {about['seed']} on (*std*: their standard deviation)"
+    rows = [[r.encoder, r.stride, r.method, *texts_of(r.scores, names)] for r in first.results]
+    size = " x ".join(map(str, settings["dataset"]["size"]))
+    repeats = settings["probe"].get("repeats", 1)
+    seeds = f"seed {settings['seed']}" if repeats == 1 else (
+        f"means of {repeats} probes from the seed {settings['seed']} on (*std*: their standard deviation)"
     )  # fmt: skip
     lines = [
         "# Results",
@@ -206,7 +206,7 @@ def document(
         ]),
         "## Probes",
         "",
-        f"Linear probes for {about['task']} at {size}, {about['probe']['epochs']} epochs, {seeds}, "
+        f"Linear probes for {settings['task']} at {size}, {settings['probe']['epochs']} epochs, {seeds}, "
         f"{first.images} of each split, all trained in the same way on frozen features. *band*: pixels within 4 of an "
         "edge. *bilinear_probe*: the probe of bilinear features on those of the method, without retraining.",
         "",
@@ -244,9 +244,9 @@ def dump(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def read_record(path: Path) -> list[Attempt]:
-    """Return the attempts of a record. Raises FileNotFoundError or ValueError if it is none."""
+    """Return the attempts of a record. Raises FileNotFoundError if it does not exist, ValueError if it is no record."""
     try:
-        return [Attempt.recorded(found) for found in json.loads(path.read_text())]
+        return [Attempt.recorded(record) for record in json.loads(path.read_text())]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no record that python -m tools.report has written.") from error
 
@@ -268,7 +268,7 @@ def draw_curves(path: Path, attempts: Sequence[Attempt]) -> None:
 
 
 def smooth(metrics: Sequence[Mapping[str, int | float]]) -> np.ndarray:
-    """Return the objective, each value the mean of the last ones logged."""
+    """Return the objective, each value the mean of the last `SMOOTHED` that were logged."""
     losses = np.cumsum([0.0, *(row["loss"] for row in metrics)])
     ends = np.arange(1, len(losses))
     starts = np.maximum(ends - SMOOTHED, 0)
@@ -276,24 +276,24 @@ def smooth(metrics: Sequence[Mapping[str, int | float]]) -> np.ndarray:
 
 
 def _differences(first: Attempt, other: Attempt) -> str:
-    """What a run was set otherwise, but for where it reads and writes; of encoders that one lacks, the name only."""
-    found, both = changes(first.settings, other.settings), [flat(run.settings) for run in (first, other)]
+    """List the settings that differ, except for paths and the like; of an encoder that one run lacks, the name only."""
+    both = [flat(run.settings) for run in (first, other)]
 
-    def told(name: str) -> bool:
+    def listed(name: str) -> bool:
         encoder = ".".join(name.split(".")[:2]) + ".name"
         shared = name == encoder or not name.startswith("encoders.") or all(encoder in run for run in both)
         return shared and not name.startswith(LOCAL)
 
-    return "; ".join(f"`{text}`" for name, text in found.items() if told(name)) or "-"
+    return "; ".join(f"`{text}`" for name, text in changes(*both).items() if listed(name)) or "-"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the document and return the exit status: 0, or 2 after one line that says what was wrong."""
+    """Write the document and return the exit status: 0, or 2 after one line that names the error."""
     parser = argparse.ArgumentParser(prog="python -m tools.report", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, metavar="OUT.md", help="the document; its pictures are put beside it")
     parser.add_argument(
         "--attempt", nargs=2, type=Path, action="append", required=True, metavar=("RUN", "EVALUATION"),
-        help="folders of train.run and evaluation.run; may be repeated, the first one is shown most of",
+        help="folders of train.run and evaluation.run; may be repeated, the table and sheets are those of the first",
     )  # fmt: skip
     parser.add_argument(
         "--training", type=Path, action="append", default=[], metavar="RUN",
@@ -308,7 +308,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--sheets", nargs="*", metavar="ENCODER", help="encoders whose sheets of predictions are shown; default: all"
     )
-    parser.add_argument("--note", default="", metavar="TEXT", help="the last words, such as whose the images are")
+    parser.add_argument(
+        "--note", default="", metavar="TEXT", help="the last paragraph, such as the source of the images"
+    )
     args = parser.parse_args(argv)
     try:
         attempts = [Attempt.read(*folders) for folders in args.attempt]

@@ -1,4 +1,4 @@
-"""The augmentation of Probe3D: other colours for the image, and a part of the scene for all of it."""
+"""The augmentation of Probe3D: colour jitter of the image, and a crop of image, depth and normals."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from PIL import Image, ImageEnhance
 
 from evaluation.data.nyu import NATIVE, Square
 
-JITTER, JITTERED = 0.2, 0.8  # spread of brightness, contrast, saturation and hue (in turns), and how often
-SMALLEST, CROPPED = 0.5, 0.5  # share of the area, and how often
+JITTER, JITTERED = 0.2, 0.8  # largest change of brightness, contrast, saturation and hue (in turns); its probability
+SMALLEST, CROPPED = 0.5, 0.5  # smallest share of the area that a crop has; its probability
 ENHANCE = ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
 
 
 def draw_part(rng: np.random.Generator) -> Square | None:
-    """Draw a square of half to all of the scene's centre, anywhere in it; every other time None, the whole."""
+    """Draw a square with half to all of the area of the scene's centre square; with probability 1/2 None, all of it."""
     if rng.random() >= CROPPED:
         return None
     whole = NATIVE[0]
@@ -24,7 +24,7 @@ def draw_part(rng: np.random.Generator) -> Square | None:
 
 
 def jitter(image: UInt8[np.ndarray, "H W 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "H W 3"]:
-    """Change brightness, contrast, saturation and hue in a random order, by up to 0.2 each; sometimes nothing."""
+    """Change brightness, contrast, saturation and hue in a random order, by up to 0.2 each; nothing with p = 0.2."""
     if rng.random() >= JITTERED:
         return image
     picture = Image.fromarray(image)

@@ -1,4 +1,4 @@
-"""Short side to size, then the centre: the same integers for an image and for what is predicted of its pixels."""
+"""Resizing to cover a size and cropping the centre, with the same integers for an image and for its labels."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from evaluation.config import Size
 
 
 def covering(native: Size, size: Size) -> Size:
-    """Return the height and width that something of `native` is resized to so that it just covers `size`.
+    """Return the smallest height and width with the proportions of `native` that cover `size`.
 
-    The side that needs the larger factor becomes that of `size`; the other one is rounded down, as torchvision's
-    `Resize` does with the long side.
+    The side that needs the larger factor becomes that of `size`; the other one is rounded down, as in torchvision's
+    `Resize`.
     """
     height, width = native
     if size[0] * width >= size[1] * height:
@@ -22,7 +22,7 @@ def covering(native: Size, size: Size) -> Size:
 
 
 def centre(whole: Size, size: Size) -> tuple[int, int]:
-    """Return the first row and column of the centre crop; halves go to the even side, as in torchvision."""
+    """Return the first row and column of the centre crop; halves are rounded to even, as in torchvision."""
     return round((whole[0] - size[0]) / 2), round((whole[1] - size[1]) / 2)
 
 
@@ -35,9 +35,9 @@ def crop_image(image: Image.Image, size: Size) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def crop_nearest(array: Shaped[np.ndarray, "H W *rest"], size: Size) -> Shaped[np.ndarray, "h w *rest"]:
-    """Return the part of `array` that `crop_image` shows, each pixel the one nearest to its centre.
+    """Return the part of `array` that `crop_image` shows, resized to the nearest pixel.
 
-    Of n pixels resized to m, pixel i is number floor((i + 1/2) n / m), PyTorch's "nearest-exact", in integers.
+    Of n pixels resized to m, pixel i is number floor((i + 1/2) n / m): PyTorch's "nearest-exact", in integers.
     """
     whole = covering(array.shape[:2], size)
     rows, cols = (

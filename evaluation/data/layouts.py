@@ -1,7 +1,8 @@
-"""Where the published data sets keep an image and its label, and how each says what belongs to a split."""
+"""Where the published data sets keep images and labels, and how each defines its splits."""
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import os
 import posixpath
@@ -20,7 +21,7 @@ COCO_LIST = "Coco164kFull_Stuff_Coarse"
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """Image files below a folder and the label file of each, by their relative paths."""
+    """Image files below a folder and the label file of each, as relative paths; methods as in `records.Records`."""
 
     root: Path
     images: Sequence[str]
@@ -36,29 +37,29 @@ class Files:
         return self.labels[index]
 
     def open(self, index: int) -> tuple[Path, Path]:
-        """Return what Pillow opens as the image and as the label."""
+        """Return the files of the image and of the label, for Pillow."""
         return self.root / self.images[index], self.root / self.labels[index]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a data set lies on a disk.
+    """The folders and files of a data set.
 
     Attributes:
         find: (folder, split) -> relative paths of images and labels, whether they exist or not.
+        contents: the files that belong in the folder, and where to download them.
         train, val: the usual splits.
         within: folders below dataset.root that the data set may be in, beside dataset.root itself.
-        holds: a folder that shows that it is there.
-        contents: what to put there, and from where.
+        holds: a folder that every copy of the data set has.
         classes, ids: names of the classes, and the table of labels; None where every folder has its own.
     """
 
     find: Callable[[Path, str], Names]
-    train: str
-    val: str
+    contents: str
+    train: str = "train"
+    val: str = "val"
     within: tuple[str, ...] = ()
     holds: str | None = None
-    contents: str
     classes: tuple[str, ...] | None = None
     ids: Ids | None = None
 
@@ -66,7 +67,7 @@ class Layout:
         """Return the folder that the data set is in.
 
         Raises:
-            FileNotFoundError: if there is none; the message says what to put there.
+            FileNotFoundError: if there is none; the message says which files belong there.
         """
         for folder in (Path(root), *(Path(root) / name for name in self.within)):
             if folder.is_dir() and (self.holds is None or (folder / self.holds).is_dir()):
@@ -79,6 +80,7 @@ class Layout:
 
         Raises:
             FileNotFoundError: if the folder, the split, an image or the label of an image is missing.
+            ValueError: if a list of images has a line with more than one name, or two images have the same label.
         """
         folder = self.folder(root)
         images, labels = self.find(folder, split)
@@ -89,31 +91,44 @@ class Layout:
         if label := next(_missing(folder, labels), None):
             image = images[labels.index(label)]
             raise FileNotFoundError(f"The image {image} in {folder} has no label: {label} does not exist.")
+        owners: dict[str, str] = {}
+        for image, label in zip(images, labels):
+            if (other := owners.setdefault(label, image)) != image:
+                raise ValueError(f"The images {other} and {image} in {folder} share the label {label}; remove one.")
         return Files(folder, images, labels)
 
 
 def _missing(root: Path, paths: Sequence[str]) -> Iterator[str]:
-    """Give the paths that do not exist; every folder is listed once, since asking for each file takes long."""
-    listed: dict[str, set[str]] = {}
+    """Yield the paths that do not exist. Every folder is listed once, which is faster than a look for each file."""
+    names: dict[str, set[str]] = {}
     for path in paths:
         parent, name = posixpath.split(path)
-        if parent not in listed:
-            listed[parent] = set(os.listdir(root / parent)) if (root / parent).is_dir() else set()
-        if name not in listed[parent]:
+        if parent not in names:
+            names[parent] = set(os.listdir(root / parent)) if (root / parent).is_dir() else set()
+        if name not in names[parent]:
             yield path
 
 
 def _images(root: Path, pattern: str) -> list[str]:
     """Return the relative paths of the images that match, sorted."""
     suffixes = Image.registered_extensions()
-    found = (path for path in root.glob(pattern) if path.suffix.lower() in suffixes and path.name[0] != ".")
-    return sorted(path.relative_to(root).as_posix() for path in found)
+    images = (path for path in root.glob(pattern) if path.suffix.lower() in suffixes and path.name[0] != ".")
+    return sorted(path.relative_to(root).as_posix() for path in images)
 
 
 def _listed(path: Path, split: str) -> list[str]:
+    """Return the names in a list, one a line; UTF-8 or, with a byte order mark, UTF-16."""
     if not path.is_file():
         raise FileNotFoundError(f"The split {split} has no list of images: {path} does not exist.")
-    return path.read_text().split()
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}.") from error
+    lines = [line.split() for line in text.splitlines()]
+    if number := next((number for number, words in enumerate(lines, 1) if len(words) > 1), 0):
+        raise ValueError(f"{path}, line {number}: {' '.join(lines[number - 1])!r} is not one name; remove the rest.")
+    return [words[0] for words in lines if words]
 
 
 def _folder(root: Path, split: str) -> Names:
@@ -151,14 +166,10 @@ def _cocostuff27(root: Path, split: str) -> Names:
 LAYOUTS = {
     "folder": Layout(
         find=_folder,
-        train="train",
-        val="val",
         contents="SPLIT/images/NAME.jpg and SPLIT/labels/NAME.png (8 bits, the class of each pixel) for train and val",
     ),
     "voc": Layout(
         find=_voc,
-        train="train",
-        val="val",
         within=("VOCdevkit/VOC2012", "VOC2012"),
         holds="JPEGImages",
         contents="JPEGImages, SegmentationClass and ImageSets/Segmentation of Pascal VOC 2012 "
@@ -179,8 +190,6 @@ LAYOUTS = {
     ),
     "cityscapes": Layout(
         find=_cityscapes,
-        train="train",
-        val="val",
         holds="leftImg8bit",
         contents="leftImg8bit/{train,val} and gtFine/{train,val} of Cityscapes (leftImg8bit_trainvaltest.zip and "
         "gtFine_trainvaltest.zip from cityscapes-dataset.com)",

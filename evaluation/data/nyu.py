@@ -1,4 +1,4 @@
-"""NYUv2 with depth and surface normals, where and as Probe3D keeps and reads it.
+"""NYUv2 with depth and surface normals, in the layout of Probe3D and read as Probe3D does.
 
 Source: github.com/mbanani/probe3d, evals/datasets/nyu.py and data_processing.
 """
@@ -6,20 +6,23 @@ Source: github.com/mbanani/probe3d, evals/datasets/nyu.py and data_processing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Shaped, UInt8
 from PIL import Image
 
 from evaluation.config import DatasetConfig, Size
+from evaluation.data import contents
 from evaluation.data.cropping import centre, crop_image, crop_nearest
 from evaluation.data.pickled_arrays import read_arrays
 
 NATIVE = (480, 640)
-MAX_DEPTH = 10.0  # metres; what is further away counts as unknown
+VARIABLES = ("img", "depth", "norm")  # of GeoNet's files
+MAX_DEPTH = 10.0  # metres; larger depths count as unknown
 TRAIN_FOLDERS = ("nyuv2_geonet", "nyu_geonet")  # of Probe3D's configuration, and of its instructions
 TEST_FILES = ("nyuv2/nyuv2_snorm_all.pkl", "nyuv2_snorm_all.pkl")
 COMPLETE = 30916
@@ -27,8 +30,8 @@ BAD = {
     6919: "bedroom_0129_r-1315328302.785180-1089784518.mat",
     21181: "library_0006_r-1300708259.539496-3335480784.mat",
 }
-"""Positions of the two bad files in the complete sorted folder, and what they are called."""
-MEAN = (122.175, 116.169, 103.508)  # twice of which GeoNet's files have subtracted from R, G and B
+"""Positions of the two bad files in the complete sorted folder, and their names."""
+MEAN = (122.175, 116.169, 103.508)  # of R, G and B; GeoNet's files hold the image less twice of it
 CONTENTS = (
     "nyuv2_geonet (the .mat files of data1.zip and data2.zip from github.com/xjqi/GeoNet) for training, and "
     "nyuv2/nyuv2_snorm_all.pkl for testing, which create_nyu_pkl.py of github.com/mbanani/probe3d makes of "
@@ -44,27 +47,13 @@ class Scene(NamedTuple):
 
     Attributes:
         image: RGB, 8 bits.
-        depth: in metres, up to 10; 0 where it is unknown, which is where Probe3D neither trains nor scores anything.
+        depth: in metres, up to 10; 0 where it is unknown. Probe3D neither trains nor scores anything there.
         normals: unit vectors; 0 where they or the depth are unknown.
     """
 
     image: UInt8[np.ndarray, "H W 3"]
     depth: Float32[np.ndarray, "H W"]
     normals: Float32[np.ndarray, "H W 3"]
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Images, depth and normals by index, as they are stored."""
-
-    def __len__(self) -> int: ...
-    def name(self, index: int) -> str:
-        """What messages call a scene."""
-        ...
-
-    def planes(self, index: int) -> Planes:
-        """Return the image, 8 bits, the depth in metres and the normals."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,30 +67,36 @@ class GeoNet:
         return len(self.files)
 
     def name(self, index: int) -> str:
+        """Return the name of a scene in messages and pictures."""
         return self.files[index]
 
+    def contents(self, index: int) -> Iterable[bytes]:
+        """Return the bytes that are stored of a scene."""
+        return [(self.root / self.files[index]).read_bytes()]
+
     def planes(self, index: int) -> Planes:
+        """Return the image, 8 bits, the depth in metres and the normals."""
         import scipy.io  # takes a second
 
         path = self.root / self.files[index]
         try:
-            held = scipy.io.loadmat(path, variable_names=("img", "depth", "norm"))
+            arrays = scipy.io.loadmat(path, variable_names=VARIABLES)
         except FileNotFoundError:
             raise
-        except Exception as error:  # damage makes SciPy raise nearly anything
+        except Exception as error:  # SciPy raises errors of any type for damaged files
             raise OSError(f"{path} is damaged or no MATLAB file: {error!r}.") from error
-        if missing := {"img", "depth", "norm"} - set(held):
+        if missing := set(VARIABLES) - set(arrays):
             raise ValueError(f"{path} lacks {', '.join(sorted(missing))}.")
-        image, depth, normals = (held[name][: NATIVE[0], : NATIVE[1]] for name in ("img", "depth", "norm"))
+        image, depth, normals = (arrays[name][: NATIVE[0], : NATIVE[1]] for name in VARIABLES)
         _check(str(path), image, depth, normals)
-        # Probe3D cuts the fraction off, so that rounding errors of the mean's subtraction can darken a pixel by one
+        # Probe3D truncates, so a rounding error of the mean's subtraction can darken a pixel by one
         mean = np.array(MEAN, np.result_type(image.dtype, np.float32))
         return (image + 2 * mean).clip(0, 255).astype(np.uint8), depth, normals
 
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """The 654 test images of the labelled set, with the normals of Ladicky et al."""
+    """The 654 test images of the labelled set, with the normals of Ladicky et al.; methods as in `GeoNet`."""
 
     path: Path
     arrays: Mapping[str, np.ndarray]
@@ -111,6 +106,9 @@ class Labelled:
 
     def name(self, index: int) -> str:
         return f"{self.path.name}#{self.arrays['test_indices'][index]}"
+
+    def contents(self, index: int) -> Iterable[bytes]:
+        return [plane.tobytes() for plane in self.planes(index)]
 
     def planes(self, index: int) -> Planes:
         number = int(self.arrays["test_indices"][index])
@@ -123,12 +121,12 @@ class Scenes:
     """The scenes of a split.
 
     Attributes:
-        source: where they are.
-        size: height and width that they are resized to.
+        source: reads the files.
+        size: height and width that scenes are resized to.
         limit: use only the first ones; None for all.
     """
 
-    source: Source
+    source: GeoNet | Labelled
     size: Size
     limit: int | None = None
 
@@ -136,8 +134,13 @@ class Scenes:
         return min(len(self.source), self.limit or len(self.source))
 
     def name(self, index: int) -> str:
-        """Return what messages and pictures call a scene: its file, or its number in the labelled set from 0."""
+        """Return the name of a scene in messages and pictures: its file, or its number in the labelled set from 0."""
         return self.source.name(index)
+
+    @functools.cached_property
+    def contents(self) -> str:
+        """A digest of the stored scenes, wherever they are."""
+        return contents.digest(self.source.contents, len(self))
 
     def read(self, index: int, part: Square | None = None) -> Scene:
         """Return the square centre of a scene, resized: the image bilinearly (antialiased), the rest to the nearest.
@@ -152,8 +155,7 @@ class Scenes:
         """
         top, left, side = part or (0, 0, NATIVE[0])
         left += centre(NATIVE, (NATIVE[0], NATIVE[0]))[1]
-        planes = (plane[top : top + side, left : left + side] for plane in self.source.planes(index))
-        image, depth, normals = planes
+        image, depth, normals = (plane[top : top + side, left : left + side] for plane in self.source.planes(index))
         depth, normals = (crop_nearest(plane, self.size).astype(np.float32) for plane in (depth, normals))
         known = np.isfinite(depth) & (depth > 0) & (depth <= MAX_DEPTH)
         length = np.sqrt(np.square(normals, dtype=np.float64).sum(-1))
@@ -171,11 +173,11 @@ def open_nyu(config: DatasetConfig, split: Literal["train", "val"]) -> Scenes:
 
     Args:
         config: its `root` holds the folder and the file that Probe3D uses; `train` and `val` override the splits.
-        split: the one that probes are trained on, or the one that they are scored on.
+        split: the split that probes are trained on, or the one that they are scored on.
 
     Raises:
-        FileNotFoundError: if the data is not there; the message says what to put where.
-        ValueError: if there is no such split, or the file is not the one that Probe3D makes.
+        FileNotFoundError: if the data is missing; the message says which files belong where.
+        ValueError: if there is no such split, or the file has another layout than the one that Probe3D makes.
     """
     root, chosen = Path(str(config.root)), getattr(config, split) or {"train": "trainval", "val": "test"}[split]
     if chosen == "test":

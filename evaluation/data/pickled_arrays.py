@@ -1,4 +1,4 @@
-"""Arrays of numbers in a pickle, as views of the file: nothing is executed, and only what is looked at is read."""
+"""Arrays of numbers in a pickle, as views of the file: nothing is executed, and only values that are used are read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from anyup_core.checkpoints.pickle_reader import Inert, loads
 
-LARGE = 1 << 12  # bytes from which on a read is a view of the file instead of a copy
+LARGE = 1 << 12  # bytes; a read of at least this size is a view of the file instead of a copy
 _NAMED = {"_reconstruct": "array", "_frombuffer": "buffer", "scalar": "scalar"}
 _CONSTRUCTORS: dict[str, Any] = {
     f"numpy.{core}.{module}.{function}": lambda *arguments, name=name: Inert(name, arguments)
@@ -22,7 +22,7 @@ _CONSTRUCTORS: dict[str, Any] = {
 
 
 class _Views:
-    """A file whose large reads are views of it, in memory that the operating system fills when it is looked at."""
+    """A file whose large reads are views of its memory map."""
 
     def __init__(self, file: mmap.mmap):
         self.view, self.file, self.position = memoryview(file), file, 0
@@ -43,7 +43,7 @@ class _Views:
 def read_arrays(path: str | os.PathLike, names: Collection[str]) -> dict[str, np.ndarray]:
     """Return arrays from a pickle of a dictionary.
 
-    They are views of the file, so that 10 GB of them take no memory; those in a pickle of protocol 5 are copies.
+    They are views of the file, so 10 GB of them take no memory; from a pickle of protocol 5 they are copies.
 
     Args:
         path: a pickle of protocol 3 to 5; other values of the dictionary may be plain data or arrays of any kind.
@@ -51,7 +51,7 @@ def read_arrays(path: str | os.PathLike, names: Collection[str]) -> dict[str, np
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it is no such pickle, mentions anything but plain data and NumPy's arrays, or lacks a name.
+        ValueError: if it is no such pickle, holds anything but plain data and NumPy's arrays, or lacks a name.
     """
     with open(path, "rb") as file:
         if not os.fstat(file.fileno()).st_size:

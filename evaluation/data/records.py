@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from typing import Any
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 from evaluation.config import DatasetConfig
 from train.data.sources import open_tfds
@@ -12,18 +13,26 @@ from train.data.sources import open_tfds
 SPLITS = {"train": "train", "val": "validation"}
 
 
+@runtime_checkable
+class Encoded(Protocol):
+    """Records by number: the bytes of their features by name."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Mapping[str, bytes]: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Records:
     """The records of a split.
 
     Attributes:
-        data: gives a record as the bytes of its features.
+        data: the records.
         title: the data set and its split.
         image, label: names of the features.
-        names: of the classes, where the label's feature knows them.
+        names: of the classes; None if the label's feature has none.
     """
 
-    data: Any
+    data: Encoded
     title: str
     image: str
     label: str
@@ -33,13 +42,15 @@ class Records:
         return len(self.data)
 
     def name(self, index: int) -> str:
+        """Return the name of an image in messages and pictures."""
         return f"{self.title}#{index}"
 
     def label_name(self, index: int) -> str:
+        """Return the name of a label in messages."""
         return f"{self.title}#{index} ({self.label})"
 
     def open(self, index: int) -> tuple[io.BytesIO, io.BytesIO]:
-        """Return what Pillow opens as the image and as the label."""
+        """Return the encoded image and label, for Pillow."""
         record = self.data[index]
         return io.BytesIO(record[self.image]), io.BytesIO(record[self.label])
 

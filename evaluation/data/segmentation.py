@@ -1,13 +1,12 @@
-"""Images and the class of each of their pixels, of one size, from any data set that a configuration can name."""
+"""Images and the class of each of their pixels, of one size, from every data set that a configuration can name."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
 import json
-import os
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int16, UInt8
@@ -15,33 +14,16 @@ from PIL import Image
 
 from anyup_core.files import open_image, to_rgb
 from evaluation.config import DatasetConfig, Size
-from evaluation.data import records
+from evaluation.data import contents, records
 from evaluation.data.cropping import crop_image, crop_nearest
-from evaluation.data.layouts import LAYOUTS
+from evaluation.data.layouts import LAYOUTS, Files
+from evaluation.data.records import Records
 from evaluation.data.tables import Ids, plain
 
 CLASSES = "classes.json"
 UNKNOWN = -1  # in a table of labels: a value that is no class
-
-File = str | os.PathLike | io.BytesIO
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Images and labels by index, encoded."""
-
-    def __len__(self) -> int: ...
-    def name(self, index: int) -> str:
-        """What messages call an image."""
-        ...
-
-    def label_name(self, index: int) -> str:
-        """What messages call its label."""
-        ...
-
-    def open(self, index: int) -> tuple[File, File]:
-        """Return what Pillow opens as the image and as the label."""
-        ...
+STORED = dict.fromkeys(("1", "L", "LA", "P", "P;1", "P;2", "P;4", "I;16", "I;16B", "I;16L"), 1) | {"L;2": 85, "L;4": 17}
+"""Pillow's names of what a label file may store -> the factor that Pillow scales the stored integers by."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +31,14 @@ class Examples:
     """The images and labels of a split.
 
     Attributes:
-        source: where they are.
+        source: reads the files or records.
         classes: names of the classes.
-        ignore: the label that counts for nothing.
-        table: what each of the values of a label file stands for.
+        ignore: label of pixels that do not count.
+        table: the class of every value of a label file, or `ignore`.
         size: height and width of images and labels.
     """
 
-    source: Source
+    source: Files | Records
     classes: tuple[str, ...]
     ignore: int
     table: Int16[np.ndarray, "values=256"]
@@ -66,8 +48,17 @@ class Examples:
         return len(self.source)
 
     def name(self, index: int) -> str:
-        """Return what messages and pictures call an example: its relative path, or the number of its record."""
+        """Return the name of an example in messages and pictures: its relative path, or the number of its record."""
         return self.source.name(index)
+
+    def digest(self, count: int) -> str:
+        """Return the same for the same first images, labels and classes, wherever they are stored."""
+
+        def read(index: int) -> list[bytes]:
+            return [file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
+                    for file in self.source.open(index)]  # fmt: skip
+
+        return f"{contents.digest(read, count)} {len(self.classes)}"
 
     def read(self, index: int) -> tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W"]]:
         """Return an image as RGB, and the class of each of its pixels, or `ignore`.
@@ -93,29 +84,30 @@ class Examples:
                 return crop_image(to_rgb(image, name), self.size), self._classes(values, label_name)
         except (OSError, ValueError):
             raise
-        except Exception as error:  # damage makes Pillow raise nearly anything
+        except Exception as error:  # Pillow raises errors of any type for damaged files
             raise OSError(f"{name} or its label is damaged: {error!r}.") from error
 
     def _classes(self, values: UInt8[np.ndarray, "H W"], name: str) -> UInt8[np.ndarray, "H W"]:
-        found = self.table[values]
-        if (found == UNKNOWN).any():
+        classes = self.table[values]
+        if (unknown := values[classes == UNKNOWN]).size:
             raise ValueError(
-                f"The label {name} has the value {values[found == UNKNOWN].max()}, which is none of the "
-                f"{len(self.classes)} classes and not dataset.ignore={self.ignore}."
+                f"The label {name} has the value {unknown.max()}, which is none of the {len(self.classes)} classes and "
+                f"not dataset.ignore={self.ignore}."
             )
-        return found.astype(np.uint8)
+        return classes.astype(np.uint8)
 
 
 def open_segmentation(config: DatasetConfig, split: Literal["train", "val"]) -> Examples:
     """Return the images of a split with their labels; nothing is decoded yet.
 
     Args:
-        config: which data set; its `train` and `val` override the usual names of the splits.
-        split: the one that probes are trained on, or the one that they are scored on.
+        config: the data set; its `train` and `val` override the usual names of the splits.
+        split: the split that probes are trained on, or the one that they are scored on.
 
     Raises:
-        FileNotFoundError: if the data set, the split, or a label is missing; the message says what to put where.
-        ValueError: if the number of classes is unknown or contradicts the data set, or it is none for segmentation.
+        FileNotFoundError: if the data set, the split, or a label is missing; the message says which files belong where.
+        ValueError: if the number of classes is unknown or contradicts the data set, or the data set has no labels for
+            segmentation.
         ImportError: if a package is missing.
     """
     chosen = getattr(config, split)
@@ -135,12 +127,19 @@ def open_segmentation(config: DatasetConfig, split: Literal["train", "val"]) -> 
 
 
 def _values(label: Image.Image, name: str) -> UInt8[np.ndarray, "H W"]:
-    if label.mode not in ("L", "P", "1"):
+    """Return the integers that a label file stores, whatever its bit depth and the colours of its palette."""
+    decoder_options = label.tile[0][3] if label.tile else label.mode
+    stored = decoder_options if isinstance(decoder_options, str) else decoder_options[0]
+    if stored not in STORED:
         raise ValueError(
-            f"The label {name} is an image of mode {label.mode}; it must be grayscale or palette of 8 bits, the class "
+            f"The label {name} is an image of mode {label.mode} ({stored}); it must be grayscale or palette, the class "
             "of each pixel."
         )
-    return np.asarray(label).astype(np.uint8)
+    values = np.asarray(label)
+    values = values[..., 0] if label.mode == "LA" else values
+    if values.max() > 255:
+        raise ValueError(f"The label {name} has the value {values.max()}; classes are from 0 to 255.")
+    return values.astype(np.uint8) // STORED[stored]
 
 
 def _table(ids: Ids, ignore: int) -> Int16[np.ndarray, "values=256"]:

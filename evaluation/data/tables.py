@@ -1,4 +1,4 @@
-"""Class names of the published data sets, and which class each value in their label files stands for.
+"""Class names of the published data sets, and the class of each value in their label files.
 
 A table maps a value to a class, or to None where the pixel is ignored. A value without an entry is an error.
 """

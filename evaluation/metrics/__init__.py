@@ -1,4 +1,4 @@
-"""Scores of predictions, in numpy and float64: of each image, then averaged, or from one confusion matrix for all."""
+"""Scores of predictions, in numpy and float64: means over images, or from one confusion matrix for all images."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import numpy as np
 
 
 def average_over_images(scores: Iterable[Mapping[str, float]]) -> tuple[dict[str, float], int]:
-    """Return the mean of every score over the images, and how many images were left out.
+    """Return the mean of every score over the images, and the number of images without scores, which are left out.
 
-    Every image counts the same, however many valid pixels it has. One without any has no scores and is left out
-    (Probe3D counts it with scores of 0); if all are, the mean has no scores either. A score that is not a number is
-    never left out: the mean is none then.
+    Every image with valid pixels counts the same, however many it has (Probe3D counts an image without any with scores
+    of 0). Without any such image there are no means. A score of nan makes the mean nan.
 
     Args:
         scores: of each image, as `depth_scores` and `normal_scores` return them; empty for one without valid pixels.

@@ -1,4 +1,4 @@
-"""How far a predicted depth is from the truth, absolutely and up to scale and shift, as Probe3D measures it."""
+"""Errors of a predicted depth, absolute and up to scale and shift, as Probe3D measures them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import numpy as np
 from jaxtyping import Bool, Float
 from numpy import ndarray
 
-LEAST = 1e-9  # metres: what a depth that is not positive counts as in a ratio
+LEAST = 1e-9  # metres; replaces depths that are not positive in a ratio
 RATIO = 1.25
 
 
 def depth_scores(
     prediction: Float[ndarray, "H W"], target: Float[ndarray, "H W"], valid: Bool[ndarray, "H W"], aligned: bool
 ) -> dict[str, float]:
-    """Return the scores of one image; none, an empty dictionary, if it has no valid pixel.
+    """Return the scores of one image; an empty dictionary if it has no valid pixel.
 
     They are `rmse`, the root of the mean squared error in metres, and `d1`, `d2`, `d3`, the share of valid pixels at
     which the larger of prediction / target and target / prediction is below 1.25, 1.25^2 and 1.25^3.
@@ -21,8 +21,8 @@ def depth_scores(
     Args:
         prediction, target: depth in metres; the target is positive where valid.
         valid: pixels that count; in the protocol those with 0 < target <= 10, without a border cut off.
-        aligned: compare up to scale and shift, see `align`. The result is not clipped: where it is not positive, the
-            pixel is outside of every ratio.
+        aligned: compare up to scale and shift, see `align`. The aligned depth is not clipped: a pixel where it is not
+            positive counts for none of d1, d2 and d3.
     """
     prediction, target = (depth[valid].astype(np.float64) for depth in (prediction, target))
     if not len(target):

@@ -1,4 +1,4 @@
-"""How far predicted surface normals are from the truth, as Probe3D measures it (after Fouhey et al., 2013)."""
+"""Errors of predicted surface normals, as Probe3D measures them (after Fouhey et al., 2013)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ THRESHOLDS = "11.25", "22.5", "30"  # degrees
 def normal_scores(
     prediction: Float[ndarray, "H W 3"], target: Float[ndarray, "H W 3"], valid: Bool[ndarray, "H W"]
 ) -> dict[str, float]:
-    """Return the scores of one image; none, an empty dictionary, if it has no valid pixel.
+    """Return the scores of one image; an empty dictionary if it has no valid pixel.
 
     They are `rmse`, the root of the mean squared angle between prediction and target in degrees, and `11.25`, `22.5`,
-    `30`, the share of valid pixels at which the angle is below as many degrees.
+    `30`, the share of valid pixels whose angle is below this number of degrees.
 
     Args:
         prediction, target: of any length.
@@ -31,7 +31,7 @@ def normal_scores(
 def angles(left: Float[ndarray, "N 3"], right: Float[ndarray, "N 3"]) -> Float[ndarray, " N"]:
     """Return the angle between vectors in degrees, from 0 to 180; 90 if one of them is zero.
 
-    From sine and cosine, as an arc cosine has no digits left where the angle is small.
+    Computed from sine and cosine, since an arc cosine loses all digits at small angles.
     """
     sine, cosine = np.linalg.norm(np.cross(left, right), axis=-1), (left * right).sum(-1)
     zero = ~(left.any(-1) & right.any(-1))
