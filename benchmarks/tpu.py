@@ -127,15 +127,17 @@ def compile_here(case: Case) -> ModelProgram:
     features = spread(jax.ShapeDtypeStruct((1, case.cells, case.cells, case.channels), jnp.bfloat16))
     if case.chips > 1:
         program = functools.partial(sharding.compiled, mesh=mesh, spec=rows)
-        lower = functools.partial(sharding.compiled.lower, graph, state, image, features, None, size, None, mesh, rows)
+        lower = functools.partial(
+            sharding.compiled.lower, graph, state, image, [(features, None)], size, None, mesh, rows
+        )
     else:
         program = compiled
-        lower = functools.partial(compiled.lower, graph, state, image, features, None, size, None)
+        lower = functools.partial(compiled.lower, graph, state, image, [(features, None)], size, None)
     if case.gradient:
 
         def loss(parameters, rest, image, features):
             state = nnx.merge_state(parameters, rest)
-            output = program(graph, state, image, features, None, output_size=size, q_chunk_size=None)
+            (output,) = program(graph, state, image, [(features, None)], output_size=size, q_chunk_size=None)
             return jnp.square(output.astype(jnp.float32)).mean()
 
         lower = functools.partial(jax.jit(jax.grad(loss)).lower, *state.split(nnx.Param, ...), image, features)

@@ -109,7 +109,7 @@ def extract(
     """
     wanted = {name: plan for name, plan in plans.items() if plan is not None}
     colours = {name: _colour(plan, maps[name]) for name, plan in wanted.items()}
-    found = method.several(image, {name: (maps[name], colours[name]) for name in wanted}, size) if wanted else {}
+    found = method.upsample_many(image, {name: (maps[name], colours[name]) for name in wanted}, size) if wanted else {}
     return {name: wanted[name].pick(output) for name, output in found.items()}
 
 

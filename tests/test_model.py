@@ -12,9 +12,11 @@ from flax import nnx
 
 import anyup_jax
 from anyup_core import geometry
-from anyup_jax import AnyUp, AnyUpConfig, attention, layers, pretrained
-from anyup_jax.layers import Carried, FeatureUnification, map_rows
+from anyup_jax import AnyUp, AnyUpConfig, attention, blocked, layers, pretrained
+from anyup_jax.blocked import map_rows
+from anyup_jax.layers import FeatureUnification, Unused
 from anyup_jax.model import FeatureEncoder
+from anyup_jax.row_shards import ALL_ROWS
 from convert import Checkpoint
 from tests.weights import SMALL, random_weights
 
@@ -44,7 +46,7 @@ def by_path(state: nnx.State) -> dict[str, np.ndarray]:
 
 def mean_square(model: AnyUp, *arguments, wrap=lambda function: function):
     """Return path -> gradient of the mean square of the model's output."""
-    graph, trained, carried = nnx.split(model, nnx.Param, Carried)
+    graph, trained, carried = nnx.split(model, nnx.Param, Unused)
     forward = wrap(lambda state: nnx.merge(graph, state, carried)(*arguments))
     return by_path(jax.jit(jax.grad(lambda state: jnp.square(forward(state)).mean()))(trained))
 
@@ -90,7 +92,7 @@ def test_gradients_reach_every_parameter_that_matters():
 
 def test_the_unused_projection_is_carried_and_not_trained():
     model = small()
-    assert set(by_path(nnx.state(model, Carried))) == {"cross_decode.out.kernel", "cross_decode.out.bias"}
+    assert set(by_path(nnx.state(model, Unused))) == {"cross_decode.out.kernel", "cross_decode.out.bias"}
     assert not [path for path in by_path(nnx.state(model, nnx.Param)) if path.startswith("cross_decode.out")]
 
 
@@ -157,7 +159,7 @@ def test_outputs_are_averages_of_the_features():
 @pytest.mark.parametrize("height", [1, 4, 12, 13, 17])
 @pytest.mark.parametrize("count", [1, 2])
 def test_blocks_of_rows_equal_the_whole(height, count, monkeypatch):
-    monkeypatch.setattr(layers, "BLOCK", 2 * 4 * 5)  # 4 rows of 5 pixels in a batch of 2
+    monkeypatch.setattr(blocked, "BLOCK", 2 * 4 * 5)  # 4 rows of 5 pixels in a batch of 2
     random = np.random.default_rng(height)
     images = [jnp.asarray(random.standard_normal((2, height, 5, 3)), jnp.float32) for _ in range(count)]
 
@@ -171,7 +173,7 @@ def test_blocks_of_rows_equal_the_whole(height, count, monkeypatch):
 def test_small_blocks_do_not_change_the_model(monkeypatch):
     image, features = inputs(image=(21, 29))
     whole = anyup_jax.upsample(small(), image, features, (19, 23))
-    monkeypatch.setattr(layers, "BLOCK", 29 * 4)
+    monkeypatch.setattr(blocked, "BLOCK", 29 * 4)
     compiled = jax.jit(lambda image, features: small()(image, features, (19, 23)))  # not in upsample's cache
     close(compiled(image, features), whole)
 
@@ -179,11 +181,11 @@ def test_small_blocks_do_not_change_the_model(monkeypatch):
 @pytest.mark.parametrize("height", [4, 8, 11])
 def test_gradients_of_blocks_equal_those_of_the_whole(height, monkeypatch):
     """Of the rotation and of a 1 x 1 convolution, for the image and the parameters, against plain formulas."""
-    monkeypatch.setattr(layers, "BLOCK", 2 * 4 * 5)  # 4 rows of 5 pixels in a batch of 2
+    monkeypatch.setattr(blocked, "BLOCK", 2 * 4 * 5)  # 4 rows of 5 pixels in a batch of 2
     random = np.random.default_rng(height)
     shapes = (2, height, 5, 8), (2, height, 5, 8), (2, 8), (1, 1, 8, 8)
     image, weight, freqs, kernel = (jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in shapes)
-    rows, cols = map(jnp.asarray, layers.WHOLE.coordinates(height, 5))
+    rows, cols = map(jnp.asarray, ALL_ROWS.coordinates(height, 5))
 
     def turned(x, freqs):
         angle = rows[:, None, None] * freqs[0] + cols[:, None] * freqs[1]
