@@ -1,10 +1,10 @@
-"""Outputs larger than memory: finished bands of rows, one after the other, from norms whose maps are never held.
+"""Outputs larger than memory: finished bands of rows, one after the other.
 
 A GroupNorm needs the sums of a whole map, but between two norms every layer acts on single pixels. So the image is
-passed through once for each norm in turn: strip by strip the layers before it are computed again, added up and
-forgotten. With all norms known, a strip's queries depend on nothing else, and a band of the output on its own rows of
-queries and one more at either end. The recomputation takes more than a plain call's time again, and still more where
-the guide is too large to be held (`GUIDE`); what is held is the image, the keys and values, a strip and a band.
+passed through once for each norm in turn: the layers before the norm are computed again strip by strip, and only the
+sums are kept. With all norms known, a strip's queries depend on nothing else, and a band of the output depends on its
+own rows of queries and one more at either end. The recomputation takes longer than a plain call, more so where the
+guide is too large to be held (`GUIDE`). The image, the keys and values, a strip and a band are held at the same time.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def upsample_bands(
     rows: int | None = None,
     dtype: DTypeLike | None = None,
 ) -> Iterator[Float[np.ndarray, "B rows Wo E"]]:
-    """Yield what a plain call returns in bands of rows, from the top, with memory that does not grow with Ho.
+    """Yield the output of a plain call in bands of rows, from the top; the memory does not grow with Ho.
 
     The inputs are checked at once; work begins with the first band. Bands are read-only arrays on the host.
 

@@ -17,8 +17,8 @@ def map_rows(
 ) -> Float[Array, "B H W D"]:
     """Apply a function of single pixels in blocks of image rows, and write them into `buffer` where its shape allows.
 
-    The same as `function(*images)`. What the function holds in between exists for one block only; the gradient keeps
-    the images and computes the rest again, block by block. `buffer` is an image that is read by nobody else, by default
+    The result is that of `function(*images)`. Intermediate arrays exist for one block only; the gradient keeps the
+    images and computes the rest again, block by block. `buffer` is an image that is read by nobody else, by default
     the first of the images; those after it may have a batch or a width of 1.
     """
     height, rows = images[0].shape[1], block_rows(images[0].shape)

@@ -151,13 +151,13 @@ def jax_step(job: Job) -> Callable[[], float]:
     from train.step import in_parts
 
     config, weights = OptimizerConfig(learning_rate=RATE, weight_decay=DECAY), LossConfig()
-    graph, parameters, carried = nnx.split(anyup_jax.from_pretrained(job.weights), nnx.Param, Unused)
+    graph, parameters, unused = nnx.split(anyup_jax.from_pretrained(job.weights), nnx.Param, Unused)
     views, size = Views(*map(jax.numpy.asarray, inputs(job))), (job.size, job.size)
 
     def step(parameters, moments, views):
         def part(views):
             def total(parameters):
-                model = nnx.merge(graph, parameters, carried)
+                model = nnx.merge(graph, parameters, unused)
                 return sum(objective(model, views, size, (job.image, job.image), weights, remat=job.remat).values())
 
             return jax.value_and_grad(total)(parameters)
