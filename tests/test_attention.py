@@ -128,8 +128,13 @@ class TestContract:
             return attend(framework, backend, inputs, rows, cols, **options)
 
         if framework == "jax":
-            ours, pull = jax.vjp(call, *map(jnp.asarray, arrays(shape)))
-            ours_gradients = pull(jnp.asarray(cotangent))
+
+            @jax.jit
+            def program(cotangent, *inputs):
+                result, pull = jax.vjp(call, *inputs)
+                return result, pull(cotangent)
+
+            ours, ours_gradients = program(cotangent, *arrays(shape))
         else:
             leaves = [torch.from_numpy(array).requires_grad_() for array in arrays(shape)]
             result = call(*leaves)
