@@ -1,4 +1,4 @@
-"""The whole training step compiled ahead of time for TPU pods that need not be there: memory, and what travels."""
+"""The whole training step compiled ahead of time for TPU pods, none of which has to be present: memory and traffic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole model compiled ahead of time for TPU chips that need not be there: what XLA says of its memory."""
+"""The whole model compiled ahead of time for TPU chips, none of which has to be present: XLA's memory figures."""
 
 from __future__ import annotations
 
@@ -111,9 +111,9 @@ def compile_here(case: Case) -> ModelProgram:
     from anyup_jax.model import compiled
 
     one = TOPOLOGY | {"topology_name": f"{case.generation}:1x1"}
-    several = {"v5e": "v5e:2x4", "v6e": "v6e:2x4", "v5p": "v5p:2x2x1"}
+    slices = {"v5e": "v5e:2x4", "v6e": "v6e:2x4", "v5p": "v5p:2x2x1"}
     alone = case.chips == 1 and case.generation == "v5e"
-    topology = one if alone else dict(platform="tpu", topology_name=several[case.generation])
+    topology = one if alone else dict(platform="tpu", topology_name=slices[case.generation])
     devices = topologies.get_topology_desc(**topology).devices[: case.chips]
     mesh, rows = Mesh(np.array(devices), ("rows",)), P(None, "rows")
     model = lambda: AnyUp(AnyUpConfig(backend=case.backend), rngs=nnx.Rngs(0), dtype=jnp.bfloat16)  # noqa: E731

@@ -1,7 +1,7 @@
 """Upsamplers behind one interface: `method(image, features, size, values) -> features` at that size.
 
 Every method averages values with weights that depend on the image and on the features but not on the values. So a
-linear head may be applied before it, and what it does to an image can be kept, see `evaluation.kept_weights`.
+linear head may be applied before it, and the weights can be kept, see `evaluation.kept_weights`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Maps = Mapping[str, tuple[Float[Array, "B h w C"], Float[Array, "B h w E"]]]
 
 @runtime_checkable
 class Method(Protocol):
-    """What is measured.
+    """An upsampler to evaluate.
 
     Attributes:
-        name: as the command line has it.
-        enlarge: how many times larger than for the other methods the image is that the encoder sees.
-        guided_by: what is given to it as `image`: "image", or "labels" (B, H, W, 1), integers from 0 to 255.
+        name: its name on the command line.
+        enlarge: how many times larger the image is that the encoder sees than for the other methods.
+        guided_by: what it is given as `image`: "image", or "labels" (B, H, W, 1), integers from 0 to 255.
     """
 
     name: str
@@ -63,7 +63,7 @@ def create(name: str, config: Config) -> Method:
     """Return a method by its name.
 
     Raises:
-        ValueError, OSError, ConnectionError: for weights that cannot be had, as `anyup_jax.from_pretrained` says it.
+        ValueError, OSError, ConnectionError: for weights that cannot be loaded, as `anyup_jax.from_pretrained` does.
     """
     if name == "anyup":
         settings = config.anyup
@@ -151,7 +151,7 @@ class JointBilateral(Method):
 
 @dataclasses.dataclass(frozen=True)
 class LabelGuided(Method):
-    """What an upsampler could do that knows the labels: a reference, not a method.
+    """Upsampling with the labels known: an upper bound to compare with, not a method.
 
     A position averages the cells of AnyUp's window, each weighted by how many of its pixels have the position's label.
     So nothing is mixed across an edge that the cells do not mix already.
@@ -194,8 +194,8 @@ def _average(
     Args:
         values: of the cells.
         windows: of rows and columns.
-        weigh: takes a row of cells for each row of positions and a column of cells for each column of positions, and
-            returns what the cells where they meet weigh.
+        weigh: takes a row of cells for each row of positions and a column of cells for each column of positions;
+            returns the weights of the cells where they meet.
         least: added to the sum of the weights, where that can be 0.
     """
     tall, wide = windows
