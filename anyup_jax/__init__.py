@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from anyup_core.config import AnyUpConfig
     from anyup_jax import encoders
     from anyup_jax.bands import upsample_bands
-    from anyup_jax.model import AnyUp, upsample
+    from anyup_jax.model import AnyUp, upsample, upsample_many
     from anyup_jax.pretrained import from_pretrained
 
 _HOME = {
@@ -24,6 +24,7 @@ _HOME = {
     "from_pretrained": "anyup_jax.pretrained",
     "upsample": "anyup_jax.model",
     "upsample_bands": "anyup_jax.bands",
+    "upsample_many": "anyup_jax.model",
     "attention": "anyup_jax.attention",
     "bands": "anyup_jax.bands",
     "layers": "anyup_jax.layers",
@@ -42,6 +43,7 @@ __all__ = [
     "from_pretrained",
     "upsample",
     "upsample_bands",
+    "upsample_many",
     "visualize",
 ]
 

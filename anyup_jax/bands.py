@@ -1,10 +1,10 @@
-"""Outputs larger than memory: finished bands of rows, one after the other, from norms whose maps are never held.
+"""Outputs larger than memory: finished bands of rows, one after the other.
 
 A GroupNorm needs the sums of a whole map, but between two norms every layer acts on single pixels. So the image is
-passed through once for each norm in turn: strip by strip the layers before it are computed again, added up and
-forgotten. With all norms known, a strip's queries depend on nothing else, and a band of the output on its own rows of
-queries and one more at either end. The recomputation takes more than a plain call's time again, and still more where
-the guide is too large to be held (`GUIDE`); what is held is the image, the keys and values, a strip and a band.
+passed through once for each norm in turn: the layers before the norm are computed again strip by strip, and only the
+sums are kept. With all norms known, a strip's queries depend on nothing else, and a band of the output depends on its
+own rows of queries and one more at either end. The recomputation takes longer than a plain call, more so where the
+guide is too large to be held (`GUIDE`). The image, the keys and values, a strip and a band are held at the same time.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from jaxtyping import Array, Float, Int
 from anyup_core import checks, geometry
 from anyup_core.band_plan import Pieces, Plan, plan_bands
 from anyup_core.config import NORM_GROUPS
-from anyup_jax.attention import window_attention
-from anyup_jax.layers import BLOCK, GROUP_NORM_EPS, Encoder, GroupNorm, normed_silu
+from anyup_jax.blocked import BLOCK
+from anyup_jax.image_code import ImageCode
+from anyup_jax.layers import GROUP_NORM_EPS, ConvEncoder, GroupNorm, normed_silu
 from anyup_jax.model import AnyUp
-from anyup_jax.strips import Whole, adaptive_average_pool
+from anyup_jax.pooling import adaptive_average_pool
+from anyup_jax.row_shards import CutRows
 
 GUIDE = 1 << 29  # bytes of the guide up to which it is held, not computed again for every use
 
@@ -45,7 +47,7 @@ def upsample_bands(
     rows: int | None = None,
     dtype: DTypeLike | None = None,
 ) -> Iterator[Float[np.ndarray, "B rows Wo E"]]:
-    """Yield what a plain call returns in bands of rows, from the top, with memory that does not grow with Ho.
+    """Yield the output of a plain call in bands of rows, from the top; the memory does not grow with Ho.
 
     The inputs are checked at once; work begins with the first band. Bands are read-only arrays on the host.
 
@@ -69,27 +71,22 @@ def upsample_bands(
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut(Whole):
-    """A few rows of an image of `height`, from row `first` on; convolutions find their border in the map already."""
+class BandRows(CutRows):
+    """The rows of the output in band number `first` of a plan."""
 
-    first: Int[Array, ""]
-    height: int
+    plan: Plan
 
-    def reflect(self, x: Float[Array, "B H W D"], border: int) -> Float[Array, "B H W D"]:
-        return x
+    def index(self):
+        return self.first
 
-    def pad(self, x: Float[Array, "B H W D"], border: int) -> tuple[Float[Array, "B H W D"], tuple[int, int]]:
-        return x, (0, 0)
-
-    def coordinates(self, height: int, width: int) -> tuple[Float[Array, " H"], Float[np.ndarray, " W"]]:
-        rows, cols = geometry.coordinates(self.height, width)
-        return lax.dynamic_slice_in_dim(jnp.asarray(rows), self.first, height), cols
+    def windows(self, config, size, grid):
+        return self.plan.windows(config.window_ratio, config.window)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Scene:
-    """All that a strip of any map is computed from.
+class RecomputedMaps:
+    """The full-resolution maps of an image, which are never held: any strip of them is computed when it is needed.
 
     Attributes:
         image: the image, or, once `held`, the guide.
@@ -113,7 +110,7 @@ class Scene:
             border = model.config.kernel_size // 2
             index = jnp.asarray(geometry.reflection(self.image.shape[1], border).astype(np.int32))
             index = lax.dynamic_slice_in_dim(index, first, rows + 2 * border)
-            x = model.image_encoder.conv(jnp.take(self.image, index, 1), Cut(first, self.image.shape[1]))
+            x = model.image_encoder.conv(jnp.take(self.image, index, 1), CutRows(first, self.image.shape[1]))
         else:
             x = getattr(model, name).conv(self.guide(model, first, rows))
         return advance(getattr(model, name), x, self.affines[name])
@@ -121,10 +118,10 @@ class Scene:
     def guide(self, model: AnyUp, first: Int[Array, ""], rows: int) -> Float[Array, "B rows W D"]:
         if self.held:
             return lax.dynamic_slice_in_dim(self.image, first, rows, 1)
-        return model.rope(self.strip(model, "image_encoder", first, rows), Cut(first, self.image.shape[1]))
+        return model.rope(self.strip(model, "image_encoder", first, rows), CutRows(first, self.image.shape[1]))
 
 
-def advance(encoder: Encoder, x: Float[Array, "B H W D"], affines: tuple[Affine, ...]) -> Float[Array, "B H W D"]:
+def advance(encoder: ConvEncoder, x: Float[Array, "B H W D"], affines: tuple[Affine, ...]) -> Float[Array, "B H W D"]:
     """Apply an encoder's ResBlocks to the output of its convolution, up to the first norm that is not in `affines`."""
     for block, known in ((encoder.block1, affines[:2]), (encoder.block2, affines[2:])):
         if not known:
@@ -136,7 +133,7 @@ def advance(encoder: Encoder, x: Float[Array, "B H W D"], affines: tuple[Affine,
     return x
 
 
-def norms(encoder: Encoder) -> tuple[GroupNorm, ...]:
+def norms(encoder: ConvEncoder) -> tuple[GroupNorm, ...]:
     return encoder.block1.norm1, encoder.block1.norm2, encoder.block2.norm1, encoder.block2.norm2
 
 
@@ -145,34 +142,36 @@ def _bands(
 ) -> Iterator[Float[np.ndarray, "B rows Wo E"]]:
     graph, state = nnx.split(model)
     features, values = jnp.asarray(features), jnp.asarray(values)
-    scene = prepare(model, graph, state, jnp.asarray(image, model.dtype))
-    height, strip = scene.image.shape[1], scene.strip_rows
+    maps = prepare(model, graph, state, jnp.asarray(image, model.dtype))
+    height, strip = maps.image.shape[1], maps.strip_rows
 
     pieces = Pieces(height, plan.cells[0], plan.cells[0], strip)
-    key = project_keys(graph, state, scene, features, *pieces.shares(0))
+    key = describe(graph, state, maps, features, *pieces.shares(0))
     pieces = Pieces(height, plan.size[0], plan.rows, strip, border=1)
     for band in range(plan.count):
         first = plan.first(band)
-        output = finish(graph, state, scene, key, values, *pieces.shares(first), np.int32(band), plan, dtype)
+        output = finish(graph, state, maps, key, values, *pieces.shares(first), np.int32(band), plan, dtype)
         yield np.asarray(output)[:, band * plan.rows - first :]
 
 
-def prepare(model: AnyUp, graph: nnx.GraphDef, state: nnx.State, image: Float[Array, "B H W input_dim"]) -> Scene:
+def prepare(
+    model: AnyUp, graph: nnx.GraphDef, state: nnx.State, image: Float[Array, "B H W input_dim"]
+) -> RecomputedMaps:
     """Pass through the image once for each norm; queries and keys share a pass."""
     dim, pixels = model.config.qk_dim, image.shape[0] * image.shape[1] * image.shape[2]
     held = pixels * dim * jnp.dtype(model.dtype).itemsize <= GUIDE
-    scene = Scene(image, {"image_encoder": (), "key_encoder": (), "query_encoder": ()})
+    maps = RecomputedMaps(image, {"image_encoder": (), "key_encoder": (), "query_encoder": ()})
     for names in (("image_encoder",), ("key_encoder", "query_encoder")):
         for number in range(4):
-            sums = np.asarray(strip_sums(graph, state, scene, names), np.float64).sum(0)
-            found = {
-                name: (*scene.affines[name], affine(norms(getattr(model, name))[number], moments))
+            sums = np.asarray(strip_sums(graph, state, maps, names), np.float64).sum(0)
+            affines = {
+                name: (*maps.affines[name], affine(norms(getattr(model, name))[number], moments))
                 for name, moments in zip(names, sums / (image.shape[1] * image.shape[2]))
             }
-            scene = dataclasses.replace(scene, affines=scene.affines | found)
-        if held and not scene.held:
-            scene = Scene(hold_guide(graph, state, scene), scene.affines, held=True)
-    return scene
+            maps = dataclasses.replace(maps, affines=maps.affines | affines)
+        if held and not maps.held:
+            maps = RecomputedMaps(hold_guide(graph, state, maps), maps.affines, held=True)
+    return maps
 
 
 def affine(norm: GroupNorm, moments: Float[np.ndarray, "2 B D"]) -> Affine:
@@ -187,34 +186,34 @@ def affine(norm: GroupNorm, moments: Float[np.ndarray, "2 B D"]) -> Affine:
 
 @functools.partial(jax.jit, static_argnames=("graph", "names"))
 def strip_sums(
-    graph: nnx.GraphDef, state: nnx.State, scene: Scene, names: tuple[str, ...]
+    graph: nnx.GraphDef, state: nnx.State, maps: RecomputedMaps, names: tuple[str, ...]
 ) -> Float[Array, "strips encoders 2 B D"]:
     """Sums of x and of x squared over the pixels of each strip, x what the encoders' next unknown norms get.
 
     The strips are to be added in float64: a single sum over a large map would lose digits in float32.
     """
-    model, height, rows = nnx.merge(graph, state), scene.image.shape[1], scene.strip_rows
+    model, height, rows = nnx.merge(graph, state), maps.image.shape[1], maps.strip_rows
     begins = np.arange(0, height, rows, dtype=np.int32)
 
     def sums(begin):
         first = jnp.minimum(begin, height - rows)
         new = (first + jnp.arange(rows) >= begin)[:, None, None]  # the last strip overlaps the one before
-        maps = (scene.strip(model, name, first, rows).astype(jnp.float32) for name in names)
-        maps = [jnp.where(new, x, 0) for x in maps]
-        return jnp.stack([jnp.stack([x.sum((1, 2)), jnp.square(x).sum((1, 2))]) for x in maps])
+        strips = (maps.strip(model, name, first, rows).astype(jnp.float32) for name in names)
+        strips = [jnp.where(new, x, 0) for x in strips]
+        return jnp.stack([jnp.stack([x.sum((1, 2)), jnp.square(x).sum((1, 2))]) for x in strips])
 
     return lax.map(sums, begins)
 
 
 @functools.partial(jax.jit, static_argnames=("graph",))
-def hold_guide(graph: nnx.GraphDef, state: nnx.State, scene: Scene) -> Float[Array, "B H W D"]:
+def hold_guide(graph: nnx.GraphDef, state: nnx.State, maps: RecomputedMaps) -> Float[Array, "B H W D"]:
     """Compute the whole guide, strip by strip."""
-    model, (batch, height, width) = nnx.merge(graph, state), scene.image.shape[:3]
-    rows = scene.strip_rows
+    model, (batch, height, width) = nnx.merge(graph, state), maps.image.shape[:3]
+    rows = maps.strip_rows
 
     def step(i, guide):
         first = jnp.minimum(i * rows, height - rows)
-        return lax.dynamic_update_slice_in_dim(guide, scene.guide(model, first, rows), first, 1)
+        return lax.dynamic_update_slice_in_dim(guide, maps.guide(model, first, rows), first, 1)
 
     start = jnp.zeros((batch, height, width, model.config.qk_dim), model.dtype)
     return lax.fori_loop(0, -(-height // rows), step, start)
@@ -223,17 +222,17 @@ def hold_guide(graph: nnx.GraphDef, state: nnx.State, scene: Scene) -> Float[Arr
 def pooled(
     model: AnyUp,
     name: str,
-    scene: Scene,
+    maps: RecomputedMaps,
     starts: Int[Array, " pieces"],
     shares: Float[Array, "pieces rows size"],
     width: int,
 ) -> Float[Array, "B rows width D"]:
     """Rows of an encoder's output, averaged over a grid `width` cells wide, piece by piece."""
-    batch, wide = len(scene.image), min(width, scene.image.shape[2])
+    batch, wide = len(maps.image), min(width, maps.image.shape[2])
 
     def step(total, piece):
         start, share = piece
-        x = scene.strip(model, name, start, share.shape[1])
+        x = maps.strip(model, name, start, share.shape[1])
         x = adaptive_average_pool(x, (x.shape[1], wide)).astype(jnp.float32)
         return total + jnp.einsum("rs,bswd->brwd", share, x, precision=lax.Precision.HIGHEST), None
 
@@ -243,21 +242,20 @@ def pooled(
 
 
 @functools.partial(jax.jit, static_argnames=("graph",))
-def project_keys(
-    graph: nnx.GraphDef, state: nnx.State, scene: Scene, features: Float[Array, "B h w C"], starts, shares
+def describe(
+    graph: nnx.GraphDef, state: nnx.State, maps: RecomputedMaps, features: Float[Array, "B h w C"], starts, shares
 ) -> Float[Array, "B h w D"]:
-    """Return the keys as the attention takes them."""
-    model = nnx.merge(graph, state)
-    key = pooled(model, "key_encoder", scene, starts, shares, features.shape[2])
-    key = model.aggregation(jnp.concatenate([key, model.key_features_encoder(features)], -1))
-    return model.cross_decode.key(model.cross_decode.norm_k(key))
+    """Return the keys of the features."""
+    model, grid = nnx.merge(graph, state), features.shape[1:3]
+    key = pooled(model, "key_encoder", maps, starts, shares, grid[1])
+    return model.describe(ImageCode({grid: key}, {}), features)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "plan", "dtype"))
 def finish(
     graph: nnx.GraphDef,
     state: nnx.State,
-    scene: Scene,
+    maps: RecomputedMaps,
     key: Float[Array, "B h w D"],
     values: Float[Array, "B h w E"],
     starts: Int[Array, " pieces"],
@@ -268,9 +266,6 @@ def finish(
 ) -> Float[Array, "B rows Wo E"]:
     """Compute a band of the output; one program serves all bands."""
     model = nnx.merge(graph, state)
-    config = model.config
-    rows, cols = plan.windows(config.window_ratio, config.window)
-    query = pooled(model, "query_encoder", scene, starts, shares, plan.size[1])
-    query = model.cross_decode.project_query(query, Cut(band, plan.size[0]))
-    options = dict(num_heads=config.num_heads, backend=config.backend, q_chunk_size=plan.q_chunk_size, strip=band)
-    return window_attention(query, key, values, rows, cols, **options).astype(dtype)
+    query = pooled(model, "query_encoder", maps, starts, shares, plan.size[1])
+    code = ImageCode({}, {plan.size: query}, BandRows(band, plan.size[0], plan))
+    return model.decode(code, [(key, values)], plan.size, plan.q_chunk_size)[0].astype(dtype)

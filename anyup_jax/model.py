@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +14,16 @@ from jaxtyping import Array, Float
 
 from anyup_core import checks
 from anyup_core.config import AnyUpConfig
-from anyup_core.geometry import axis_window
+from anyup_core.geometry import AxisWindow
 from anyup_jax import sharding
 from anyup_jax.attention import resolve, window_attention
-from anyup_jax.layers import (
-    Carried,
-    Conv,
-    Encoder,
-    FeatureUnification,
-    Linear,
-    ResBlock,
-    RMSNorm,
-    RoPE,
-    map_rows,
-    pooling,
-)
-from anyup_jax.strips import WHOLE, Whole
+from anyup_jax.blocked import map_rows
+from anyup_jax.image_code import ImageCode
+from anyup_jax.layers import Conv, ConvEncoder, FeatureUnification, Linear, ResBlock, RMSNorm, RoPE, Unused
+from anyup_jax.pooling import adaptive_average_pool
+from anyup_jax.row_shards import ALL_ROWS, Rows, Size
+
+Map = tuple[Float[Array, "B _ _ D"], Float[Array, "B _ _ _"]]  # keys of a feature map, and what is averaged
 
 
 class FeatureEncoder(nnx.Module):
@@ -47,7 +42,7 @@ class FeatureEncoder(nnx.Module):
 
 
 class CrossAttention(nnx.Module):
-    """Normalises and projects queries and keys, then averages the raw values a query's window holds."""
+    """Normalises and projects queries and keys, then averages the raw values in each query's window."""
 
     def __init__(self, config: AnyUpConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         dim = config.qk_dim
@@ -58,18 +53,31 @@ class CrossAttention(nnx.Module):
         self.query = Linear(dim, dim, dtype=dtype, rngs=rngs)
         self.key = Linear(dim, dim, dtype=dtype, rngs=rngs)
         self.value = Linear(dim, dim, dtype=dtype, rngs=rngs)  # never reaches the output; part of in_proj in PyTorch
-        self.out = Linear(dim, dim, dtype=dtype, rngs=rngs, variable=Carried)
+        self.out = Linear(dim, dim, dtype=dtype, rngs=rngs, variable=Unused)
 
     def __call__(
-        self, query, key, values, rows, cols, *, backend, q_chunk_size, strip=WHOLE
-    ) -> Float[Array, "B Ho Wo E"]:
-        query = self.project_query(query, strip)
-        key = self.key(self.norm_k(key))
-        options = dict(num_heads=self.num_heads, backend=backend, q_chunk_size=q_chunk_size, strip=strip.index())
-        return window_attention(query, key, values, rows, cols, **options)
+        self,
+        query: Float[Array, "B _ Wo D"],
+        maps: Sequence[Map],
+        windows: Sequence[tuple[AxisWindow, AxisWindow]],
+        *,
+        backend: str,
+        q_chunk_size: int | None,
+        rows: Rows = ALL_ROWS,
+    ) -> list[Float[Array, "B _ Wo _"]]:
+        """Return one output a map; `windows` holds the rows' and the columns' window of each map."""
+        query = self.project_query(query, rows)
+        options = dict(num_heads=self.num_heads, backend=backend, q_chunk_size=q_chunk_size, strip=rows.index())
+        return [
+            window_attention(query, self.project_key(key), values, *window, **options)
+            for (key, values), window in zip(maps, windows)
+        ]
 
-    def project_query(self, query: Float[Array, "B _ Wo D"], strip: Whole = WHOLE) -> Float[Array, "B _ Wo D"]:
-        return map_rows(lambda query: self.query(self.norm_q(query)), self.conv(query, strip))
+    def project_key(self, key: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
+        return self.key(self.norm_k(key))
+
+    def project_query(self, query: Float[Array, "B _ Wo D"], rows: Rows = ALL_ROWS) -> Float[Array, "B _ Wo D"]:
+        return map_rows(lambda query: self.query(self.norm_q(query)), self.conv(query, rows))
 
 
 class AnyUp(nnx.Module):
@@ -82,7 +90,7 @@ class AnyUp(nnx.Module):
     """
 
     def __init__(self, config: AnyUpConfig = AnyUpConfig(), *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
-        dim, build = config.qk_dim, functools.partial(Encoder, dtype=dtype, rngs=rngs)
+        dim, build = config.qk_dim, functools.partial(ConvEncoder, dtype=dtype, rngs=rngs)
         resolve(config.backend)
         self.config = config
         self.dtype = dtype
@@ -108,12 +116,12 @@ class AnyUp(nnx.Module):
 
         Args:
             image: guidance, normalised with the ImageNet mean and standard deviation.
-            features: any encoder's feature map of the same view, of any size and number of channels.
+            features: any encoder's feature map of the same view, of any size and any number of channels.
             output_size: height and width of the output, any positive size.
             q_chunk_size: query positions worked on at once; bounds memory, never changes the result.
             values: what is averaged instead of the features: class logits, colours, a projection. The output is
                 linear in it, so a linear head may as well be applied before upsampling.
-            check: also look for values that are not finite; costs a pass over the inputs, not possible inside jit.
+            check: also refuse values that are not finite; costs a pass over the inputs and is not possible inside jit.
 
         Raises:
             ValueError, TypeError: for shapes, types or sizes that do not fit; the message says what would.
@@ -121,57 +129,105 @@ class AnyUp(nnx.Module):
         size = checks.check_inputs(self.config, "NHWC", image, features, output_size, q_chunk_size, values)
         if check:
             check_finite(image=image, features=features, values=values)
-        return self.attend(image, features, features if values is None else values, size, q_chunk_size)
+        return self.attend(image, [(features, values)], size, q_chunk_size)[0]
 
     def attend(
         self,
-        image: Float[Array | np.ndarray, "B Hs W input_dim"],
-        features: Float[Array | np.ndarray, "B h w C"],
-        values: Float[Array | np.ndarray, "B h w E"],
-        size: tuple[int, int],
-        q_chunk_size: int | None,
-        strip: Whole = WHOLE,
-    ) -> Float[Array, "B Hos Wo E"]:
-        """Do the work of a call on a strip of the image; `size` is the size of the whole output."""
-        features, values = jnp.asarray(features), jnp.asarray(values)
-        shape = (size[0] // strip.count, size[1])
-        guide, key, spare = self.encode(image, self.key_features_encoder(features), strip)
-        pool = None if shape == guide.shape[1:3] else pooling(shape)
-        query, _ = self.query_encoder.overwrite(guide, pool, spare, strip)
-        return self.decode(query, key, values, size, q_chunk_size, strip)
+        image: Float[Array | np.ndarray, "B _ W input_dim"],
+        maps: Sequence[tuple[Array | np.ndarray, Array | np.ndarray | None]],
+        size: Size,
+        q_chunk_size: int | None = None,
+        rows: Rows = ALL_ROWS,
+    ) -> list[Float[Array, "B _ Wo _"]]:
+        """Upsample features, or the values given beside them, of one image, or of some of its rows; checks no inputs.
 
-    def encode(
-        self,
-        image: Float[Array | np.ndarray, "B Hs W input_dim"],
-        described: Float[Array, "B h w D"],
-        strip: Whole = WHOLE,
-    ) -> tuple[Float[Array, "B Hs W D"], Float[Array, "B h w D"], Float[Array, "B Hs W D"]]:
-        """Return all that depends on the image and not on the output's size: the guide, the keys and a spare map.
-
-        `described` is what `key_features_encoder` makes of the features.
+        `size` is that of the whole output.
         """
-        cells = described.shape[1:3]
-        guide, spare = self.image_encoder.overwrite(jnp.asarray(image, self.dtype), strip=strip)
-        guide = self.rope(guide, strip)
-        key, spare = self.key_encoder.overwrite(guide, lambda x: strip.pool_cells(x, cells), spare, strip)
-        # queries wait for the keys, so that one's memory serves the other; image by image, as NaN times 0 is NaN
-        guide = guide + 0 * key.mean((1, 2, 3), keepdims=True, dtype=guide.dtype)
-        return guide, self.aggregation(jnp.concatenate([key, described], -1)), spare
+        code = self.encode_image(image, [features.shape[1:3] for features, _ in maps], [size], rows)
+        pairs = [(self.describe(code, features), features if values is None else values) for features, values in maps]
+        return self.decode(code, pairs, size, q_chunk_size)
+
+    def encode_image(
+        self,
+        image: Float[Array | np.ndarray, "B _ W input_dim"],
+        grids: Sequence[Size],
+        sizes: Sequence[Size],
+        rows: Rows = ALL_ROWS,
+    ) -> ImageCode:
+        """Do what depends on the image alone, in one pass, for feature maps of all `grids` and outputs of all `sizes`.
+
+        Args:
+            image: guidance, normalised with the ImageNet mean and standard deviation.
+            grids: heights and widths of the feature maps that are to be upsampled.
+            sizes: heights and widths of the outputs.
+            rows: which rows of the image are here; `sizes` are those of the whole output.
+        """
+        guide, buffer = self.image_encoder.forward_into(jnp.asarray(image, self.dtype), rows=rows)
+        guide = self.rope(guide, rows)
+        keys, buffer = self.key_encoder.forward_into(
+            guide, lambda x: {grid: rows.pool(x, grid) for grid in grids}, buffer, rows
+        )
+        guide = after(guide, keys)
+        shapes = {size: (size[0] // rows.count, size[1]) for size in sizes}
+        if set(shapes.values()) == {guide.shape[1:3]}:  # nothing to average: the last block stays in its memory
+            query, _ = self.query_encoder.forward_into(guide, None, buffer, rows)
+            return ImageCode(keys, dict.fromkeys(shapes, query), rows)
+        queries, _ = self.query_encoder.forward_into(
+            guide, lambda x: {size: adaptive_average_pool(x, shape) for size, shape in shapes.items()}, buffer, rows
+        )
+        return ImageCode(keys, queries, rows)
+
+    def describe(
+        self,
+        code: ImageCode,
+        features: Float[Array | np.ndarray, "B h w C"],
+        described: Float[Array, "B h w D"] | None = None,
+    ) -> Float[Array, "B h w D"]:
+        """Return the keys of a feature map: the image's keys on its grid, aggregated with the features' description.
+
+        Args:
+            code: the encoded images.
+            features: the feature map.
+            described: what `key_features_encoder` returns for the features, if it has been computed already.
+
+        Raises:
+            ValueError: if the image was not encoded for the grid (h, w).
+        """
+        key = code.key(features.shape[1:3])
+        if described is None:
+            described = self.key_features_encoder(jnp.asarray(features))
+        return self.aggregation(jnp.concatenate([key, described], -1))
 
     def decode(
-        self,
-        query: Float[Array, "B Hos Wo D"],
-        key: Float[Array, "B h w D"],
-        values: Float[Array, "B h w E"],
-        size: tuple[int, int],
-        q_chunk_size: int | None = None,
-        strip: Whole = WHOLE,
-    ) -> Float[Array, "B Hos Wo E"]:
-        """Average the values with the attention of encoded queries and keys; `size` is the size of the whole output."""
-        windows = self.config.window_ratio, self.config.window
-        rows, cols = (axis_window(n, m, *windows) for n, m in zip(size, key.shape[1:3]))
-        options = dict(backend=self.config.backend, q_chunk_size=q_chunk_size, strip=strip)
-        return self.cross_decode(query, key, values, rows, cols, **options)
+        self, code: ImageCode, maps: Sequence[Map], size: Size, q_chunk_size: int | None = None
+    ) -> list[Float[Array, "B _ Wo _"]]:
+        """Average the values of each map with the attention of one set of queries.
+
+        Args:
+            code: the encoded images.
+            maps: keys, as `describe` returns them, and values (B, h, w, E) of each feature map; E may differ.
+            size: height and width of the outputs.
+            q_chunk_size: query positions worked on at once; bounds memory, never changes the result.
+
+        Raises:
+            ValueError: if the image was not encoded for the size, or keys and values differ in batch or grid.
+        """
+        maps = [(key, jnp.asarray(values)) for key, values in maps]
+        windows = [code.rows.windows(self.config, size, key.shape[1:3]) for key, _ in maps]
+        options = dict(backend=self.config.backend, q_chunk_size=q_chunk_size, rows=code.rows)
+        return self.cross_decode(code.query(size), maps, windows, **options)
+
+
+def after(guide: Float[Array, "B H W D"], keys: dict[Size, Float[Array, "B _ _ D"]]) -> Float[Array, "B H W D"]:
+    """Return the guide, unchanged, as a value that XLA can compute only once it has the keys.
+
+    Otherwise XLA encodes queries and keys side by side, and a forward pass at 448 x 448 has 412 MB of temporary arrays
+    on a CPU instead of 322; `lax.optimization_barrier` is gone before XLA decides on the order. The sum is image by
+    image, as NaN times 0 is NaN.
+    """
+    for key in keys.values():
+        guide = guide + 0 * key.mean((1, 2, 3), keepdims=True, dtype=guide.dtype)
+    return guide
 
 
 def upsample(
@@ -191,19 +247,54 @@ def upsample(
         ValueError, TypeError: as for `AnyUp.__call__`, and for rows that cannot be spread evenly.
     """
     size = checks.check_inputs(model.config, "NHWC", image, features, output_size, q_chunk_size, values)
-    if (spread := sharding.row_sharding(image)) is not None:
-        sharding.check(model.config, image.shape, size, spread.mesh, spread.spec)
-        arguments = image, *(sharding.place(x, spread) for x in (features, values)), size, q_chunk_size
-        return sharding.compiled(*nnx.split(model), *arguments, spread.mesh, spread.spec)
-    return compiled(*nnx.split(model), image, features, values, size, q_chunk_size)
+    return _run(model, image, [(features, values)], size, q_chunk_size)[0]
+
+
+def upsample_many(
+    model: AnyUp,
+    image: Float[Array | np.ndarray, "B H W input_dim"],
+    features: Sequence[Float[Array | np.ndarray, "B _ _ _"]],
+    output_size: tuple[int, int] | None = None,
+    q_chunk_size: int | None = None,
+    values: Sequence[Float[Array | np.ndarray, "B _ _ _"] | None] | None = None,
+) -> list[Float[Array, "B Ho Wo _"]]:
+    """Upsample several feature maps of one image, such as layers or encoders, and return their outputs in order.
+
+    The image is encoded once and queries are computed once for all maps, which is faster than separate calls; the
+    outputs are the same. It is one compiled program, compiled once per set of shapes.
+
+    Args:
+        model, image, output_size, q_chunk_size: as for `upsample`.
+        features: a list of feature maps (B, h, w, C) of the same view; h, w and C may differ from map to map.
+        values: for each feature map what is averaged instead of it, or None for the features themselves.
+
+    Raises:
+        ValueError, TypeError: as for `upsample`, for features or values that are not lists, for an empty list of
+            features, and for a list of values of another length.
+    """
+    size = checks.check_maps(model.config, "NHWC", image, features, output_size, q_chunk_size, values)
+    maps = list(zip(features, [None] * len(features) if values is None else values))
+    return _run(model, image, maps, size, q_chunk_size)
+
+
+def _run(model: AnyUp, image, maps, size: Size, q_chunk_size: int | None) -> list[Float[Array, "B Ho Wo _"]]:
+    """Call the compiled program for an image that is on one device, or spread over several."""
+    if (spread := sharding.row_sharding(image)) is None:
+        return compiled(*nnx.split(model), image, maps, size, q_chunk_size)
+    sharding.check(model.config, image.shape, size, spread.mesh, spread.spec)
+    maps = sharding.place(maps, spread)
+    return sharding.compiled(*nnx.split(model), image, maps, size, q_chunk_size, spread.mesh, spread.spec)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "output_size", "q_chunk_size"))
 def compiled(
-    graph: nnx.GraphDef, state: nnx.State, image, features, values, output_size, q_chunk_size
-) -> Float[Array, "B Ho Wo E"]:
-    """The program behind `upsample`; `compiled.lower(...)` shows what it costs."""
-    return nnx.merge(graph, state)(image, features, output_size, q_chunk_size, values)
+    graph: nnx.GraphDef, state: nnx.State, image, maps, output_size, q_chunk_size
+) -> list[Float[Array, "B Ho Wo _"]]:
+    """The program behind `upsample` and `upsample_many`; `compiled.lower(...)` shows what it costs.
+
+    `maps` are pairs of features and of values, or None instead of these.
+    """
+    return nnx.merge(graph, state).attend(image, maps, output_size, q_chunk_size)
 
 
 def check_finite(**arrays: Float[Array, ...] | None) -> None:

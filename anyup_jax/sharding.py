@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from anyup_core.config import AnyUpConfig
-from anyup_jax.strips import Strip
+from anyup_jax.row_shards import DeviceRows
 
 
 def row_sharding(image: Float[Array | np.ndarray, "B H W input_dim"]) -> NamedSharding | None:
@@ -23,13 +24,13 @@ def row_sharding(image: Float[Array | np.ndarray, "B H W input_dim"]) -> NamedSh
     return sharding
 
 
-def place(array: Float[Array | np.ndarray, "B ..."] | None, sharding: NamedSharding) -> Float[Array, "B ..."] | None:
-    """Put features or values where the image is: spread over the batch as it is, whole otherwise."""
-    return None if array is None else jax.device_put(array, NamedSharding(sharding.mesh, P(sharding.spec[0])))
+def place(maps: Sequence, sharding: NamedSharding) -> Sequence:
+    """Put features and values where the image is: spread over the batch as it is, whole otherwise."""
+    return jax.device_put(maps, NamedSharding(sharding.mesh, P(sharding.spec[0])))
 
 
 def check(config: AnyUpConfig, image: tuple[int, ...], output_size: tuple[int, int], mesh: Mesh, spec: P) -> None:
-    """Raise ValueError if an image of this shape, or its output, cannot be cut into equal strips."""
+    """Raise ValueError if an image of this shape, or its output, cannot be cut into equal shards."""
     count = _size(mesh, spec[1])
     if any(axis is not None for axis in spec[2:]):
         raise ValueError(f"An image may be spread over its batch and its rows only, got {spec}.")
@@ -49,22 +50,22 @@ def check(config: AnyUpConfig, image: tuple[int, ...], output_size: tuple[int, i
 
 @functools.partial(jax.jit, static_argnames=("graph", "output_size", "q_chunk_size", "mesh", "spec"))
 def compiled(
-    graph: nnx.GraphDef, state: nnx.State, image, features, values, output_size, q_chunk_size, mesh: Mesh, spec: P
-) -> Float[Array, "B Ho Wo E"]:
-    """The program behind `upsample` for such an image; the output's rows are spread as the image's are.
+    graph: nnx.GraphDef, state: nnx.State, image, maps, output_size, q_chunk_size, mesh: Mesh, spec: P
+) -> list[Float[Array, "B Ho Wo _"]]:
+    """The program behind `upsample` for such an image; the rows of the outputs are spread as the image's are.
 
-    Every device keeps all keys and values, which are small, and the rows of the guide and of the queries that are its
-    own. Norms exchange their sums, convolutions a row with the neighbours, and the keys' pooling its result.
+    Every device keeps all keys and values, which are small, and its own rows of the guide and of the queries. Norms
+    exchange their sums, convolutions a row with the neighbours, and the keys' pooling its result.
     """
-    batch, rows = spec[0], spec[1][0] if isinstance(spec[1], tuple) else spec[1]
-    strip = Strip(rows, _size(mesh, rows))
+    batch, axis = spec[0], spec[1][0] if isinstance(spec[1], tuple) else spec[1]
+    rows = DeviceRows(axis, _size(mesh, axis))
 
-    def attend(state, image, features, values):
-        return nnx.merge(graph, state).attend(image, features, values, output_size, q_chunk_size, strip)
+    def attend(state, image, maps):
+        return nnx.merge(graph, state).attend(image, maps, output_size, q_chunk_size, rows)
 
-    strips, whole = P(batch, rows), P(batch)
-    shards = jax.shard_map(attend, mesh=mesh, in_specs=(P(), strips, whole, whole), out_specs=strips, check_vma=False)
-    return shards(state, image, features, features if values is None else values)
+    spread, whole = P(batch, axis), P(batch)
+    shards = jax.shard_map(attend, mesh=mesh, in_specs=(P(), spread, whole), out_specs=spread, check_vma=False)
+    return shards(state, image, maps)
 
 
 def _size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:

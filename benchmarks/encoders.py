@@ -1,4 +1,4 @@
-"""Flax encoders against timm on this machine, and compiled for a TPU chip that need not be there."""
+"""Flax encoders against timm on this machine, and compiled for a TPU chip, which does not have to be present."""
 
 from __future__ import annotations
 

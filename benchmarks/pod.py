@@ -1,4 +1,4 @@
-"""The whole training step compiled ahead of time for TPU pods that need not be there: memory, and what travels."""
+"""The whole training step compiled ahead of time for TPU pods, none of which has to be present: memory and traffic."""
 
 from __future__ import annotations
 
@@ -95,11 +95,11 @@ def pod(rounds: int) -> Table:
 
 def cases() -> list[Case]:
     """Every topology with every batch that gives each chip a photograph; and one with FSDP."""
-    found = []
+    chosen = []
     for topology, chips in CHIPS.items():
         fitting = [batch for batch in BATCHES if batch >= chips]
-        found += [case_of(topology, batch, REPLICATED) for batch in fitting]
-    return [*found, case_of("v5e:16x16", max(BATCHES), FSDP)]
+        chosen += [case_of(topology, batch, REPLICATED) for batch in fitting]
+    return [*chosen, case_of("v5e:16x16", max(BATCHES), FSDP)]
 
 
 def case_of(topology: str, batch: int, mesh: dict[str, Any]) -> Case:
@@ -136,10 +136,10 @@ def compile_here(case: Case) -> Step:
     compiled = program.lower(config, mesh, next(iter(config.encoders))).compile()
     seconds = time.perf_counter() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    found = {name: count for name, count in program.collectives(text).items() if count}
+    collectives = {name: count for name, count in program.collectives(text).items() if count}
     gradients = sum(4 * x.size for x in jax.tree.leaves(program.abstract_state(config)[1].params))
     sizes = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    return Step(*sizes, found, exchanged(text), gradients, seconds)
+    return Step(*sizes, collectives, exchanged(text), gradients, seconds)
 
 
 def exchanged(text: str) -> int:

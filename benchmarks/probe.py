@@ -19,7 +19,7 @@ class Job:
     """Steps to time: square sizes, float32, random images, features, labels and weights.
 
     Attributes:
-        kept: what AnyUp does to the images was found before, as `cache=` of an evaluation has it.
+        kept: the weights of AnyUp's averages were computed before, as with `cache=` of an evaluation.
         plain: upsample the features and apply the head to them; otherwise the other way round.
         classes: of the head.
         batch, image, cells, channels: of the images and of the features.
@@ -72,7 +72,7 @@ def probe(rounds: int) -> Table:
                 table.add_row(f"{classes}, {'kept' if kept else 'computed'}, {where}", *row)
         table.add_section()
     table.caption = (
-        "computed: AnyUp runs in every step; kept: what it does to an image was found before (cache=). The program's "
+        "computed: AnyUp runs in every step; kept: the weights of its averages were kept (cache=). The program's "
         "MB are its temporary arrays. Gradient: largest difference, relative to the largest value."
     )
     return table

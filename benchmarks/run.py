@@ -13,6 +13,7 @@ from benchmarks.data import data
 from benchmarks.encoders import encoders, encoders_tpu
 from benchmarks.forward import forward, large, memory, scaling
 from benchmarks.gpu import gpu
+from benchmarks.many import many
 from benchmarks.pod import pod
 from benchmarks.probe import probe
 from benchmarks.stages import stages
@@ -29,6 +30,7 @@ TABLES = {
         memory,
         large,
         bands,
+        many,
         attention,
         windows,
         accuracy,

@@ -1,4 +1,4 @@
-"""The whole model compiled ahead of time for TPU chips that need not be there: what XLA says of its memory."""
+"""The whole model compiled ahead of time for TPU chips, none of which has to be present: XLA's memory figures."""
 
 from __future__ import annotations
 
@@ -111,9 +111,9 @@ def compile_here(case: Case) -> ModelProgram:
     from anyup_jax.model import compiled
 
     one = TOPOLOGY | {"topology_name": f"{case.generation}:1x1"}
-    several = {"v5e": "v5e:2x4", "v6e": "v6e:2x4", "v5p": "v5p:2x2x1"}
+    slices = {"v5e": "v5e:2x4", "v6e": "v6e:2x4", "v5p": "v5p:2x2x1"}
     alone = case.chips == 1 and case.generation == "v5e"
-    topology = one if alone else dict(platform="tpu", topology_name=several[case.generation])
+    topology = one if alone else dict(platform="tpu", topology_name=slices[case.generation])
     devices = topologies.get_topology_desc(**topology).devices[: case.chips]
     mesh, rows = Mesh(np.array(devices), ("rows",)), P(None, "rows")
     model = lambda: AnyUp(AnyUpConfig(backend=case.backend), rngs=nnx.Rngs(0), dtype=jnp.bfloat16)  # noqa: E731
@@ -127,15 +127,17 @@ def compile_here(case: Case) -> ModelProgram:
     features = spread(jax.ShapeDtypeStruct((1, case.cells, case.cells, case.channels), jnp.bfloat16))
     if case.chips > 1:
         program = functools.partial(sharding.compiled, mesh=mesh, spec=rows)
-        lower = functools.partial(sharding.compiled.lower, graph, state, image, features, None, size, None, mesh, rows)
+        lower = functools.partial(
+            sharding.compiled.lower, graph, state, image, [(features, None)], size, None, mesh, rows
+        )
     else:
         program = compiled
-        lower = functools.partial(compiled.lower, graph, state, image, features, None, size, None)
+        lower = functools.partial(compiled.lower, graph, state, image, [(features, None)], size, None)
     if case.gradient:
 
         def loss(parameters, rest, image, features):
             state = nnx.merge_state(parameters, rest)
-            output = program(graph, state, image, features, None, output_size=size, q_chunk_size=None)
+            (output,) = program(graph, state, image, [(features, None)], output_size=size, q_chunk_size=None)
             return jnp.square(output.astype(jnp.float32)).mean()
 
         lower = functools.partial(jax.jit(jax.grad(loss)).lower, *state.split(nnx.Param, ...), image, features)

@@ -144,20 +144,20 @@ def jax_step(job: Job) -> Callable[[], float]:
     from flax import nnx
 
     import anyup_jax
-    from anyup_jax.layers import Carried
+    from anyup_jax.layers import Unused
     from train import optim
     from train.config import LossConfig, OptimizerConfig
     from train.loss import Views, objective
     from train.step import in_parts
 
     config, weights = OptimizerConfig(learning_rate=RATE, weight_decay=DECAY), LossConfig()
-    graph, parameters, carried = nnx.split(anyup_jax.from_pretrained(job.weights), nnx.Param, Carried)
+    graph, parameters, unused = nnx.split(anyup_jax.from_pretrained(job.weights), nnx.Param, Unused)
     views, size = Views(*map(jax.numpy.asarray, inputs(job))), (job.size, job.size)
 
     def step(parameters, moments, views):
         def part(views):
             def total(parameters):
-                model = nnx.merge(graph, parameters, carried)
+                model = nnx.merge(graph, parameters, unused)
                 return sum(objective(model, views, size, (job.image, job.image), weights, remat=job.remat).values())
 
             return jax.value_and_grad(total)(parameters)

@@ -29,12 +29,12 @@ def windows(rounds: int) -> Table:
     table = table_of(title, *columns)
     for side, layer in SIZES:
         image, features = photograph_features(side, layer)
-        found = []
+        outputs = []
         for window in ("paper", "natten"):
             model = anyup_jax.AnyUp(anyup_jax.AnyUpConfig(window=window), rngs=nnx.Rngs(0))
-            found.append(np.asarray(anyup_jax.upsample(model, image, features), np.float64))
-        blurred = np.asarray(jax.image.resize(features, found[0].shape, "bilinear"), np.float64)
-        paper, natten = found
+            outputs.append(np.asarray(anyup_jax.upsample(model, image, features), np.float64))
+        blurred = np.asarray(jax.image.resize(features, outputs[0].shape, "bilinear"), np.float64)
+        paper, natten = outputs
         cosine = (paper * natten).sum(-1) / np.linalg.norm(paper, axis=-1) / np.linalg.norm(natten, axis=-1)
         spread = (paper - paper.mean((0, 1, 2))).std()
         pairs = (paper, natten), (paper, blurred), (natten, blurred)

@@ -1,8 +1,8 @@
-"""What a method does to one image, as numbers that can be kept: a frozen method runs once, and a probe trains for long.
+"""The weights with which a method averages cells, kept per image: the method runs once, however long a probe trains.
 
 The output is cut into tiles. All positions of a tile together see one small rectangle of cells, so what the method does
-within a tile is a matrix, positions times cells. The matrices are found by upsampling colours: cells a rectangle apart
-share a colour, so within any rectangle each colour is one cell.
+within a tile is a matrix, positions times cells. To read the matrices off, colours are upsampled: cells a rectangle
+apart share a colour, so within any rectangle each colour is one cell.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jaxtyping import Array, Float, Int, Shaped
 
 from anyup_core.geometry import AxisWindow
@@ -77,18 +78,15 @@ class Plan:
         return self.rows.tile * self.cols.tile
 
     def pick(self, values: Shaped[Array | np.ndarray, "B H W E"]) -> Shaped[Array | np.ndarray, "B tiles positions E"]:
-        """Cut a map into tiles."""
-        (rows, cols), batch, channels = self.grid, len(values), values.shape[-1]
-        cut = values.reshape(batch, rows, self.rows.tile, cols, self.cols.tile, channels)
-        return cut.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * cols, self.positions, channels)
+        """Cut a map of the output's size into tiles."""
+        return rearrange(values, "b (i y) (j x) e -> b (i j) (y x) e", y=self.rows.tile, x=self.cols.tile)
 
     def untile(
         self, tiles: Shaped[Array | np.ndarray, "B tiles positions E"], size: Size
     ) -> Shaped[Array | np.ndarray, "B H W E"]:
         """Put tiles together again."""
-        (rows, cols), batch, channels = self.grid, len(tiles), tiles.shape[-1]
-        cut = tiles.reshape(batch, rows, cols, self.rows.tile, self.cols.tile, channels)
-        return cut.transpose(0, 1, 3, 2, 4, 5).reshape(batch, *size, channels)
+        rows = self.rows.tile
+        return rearrange(tiles, "b (i j) (y x) e -> b (i y) (j x) e", i=size[0] // rows, y=rows)
 
 
 def extract(
@@ -98,19 +96,21 @@ def extract(
     maps: Mapping[str, Float[Array, "B h w C"]],
     size: Size,
 ) -> dict[str, Float[Array, "B tiles positions colours"]]:
-    """Return what a method does to images: how much each position of a tile takes of each of its cells.
+    """Return a method's weights for a batch of images: how much each position of a tile takes of each of its cells.
 
     Args:
         method: the method.
-        plans: for each encoder the tiles; None where there is nothing to be found.
+        plans: for each encoder the tiles; None for a method that does the same to every image.
         image: with values in [0, 1]; the labels for a method that is guided by them.
         maps: the features of each encoder.
         size: of the output.
     """
-    wanted = {name: plan for name, plan in plans.items() if plan is not None}
-    colours = {name: _colour(plan, maps[name]) for name, plan in wanted.items()}
-    found = method.several(image, {name: (maps[name], colours[name]) for name in wanted}, size) if wanted else {}
-    return {name: wanted[name].pick(output) for name, output in found.items()}
+    planned = {name: plan for name, plan in plans.items() if plan is not None}
+    if not planned:
+        return {}
+    coloured = {name: (maps[name], _colour(plan, maps[name])) for name, plan in planned.items()}
+    outputs = method.upsample_many(image, coloured, size)
+    return {name: planned[name].pick(output) for name, output in outputs.items()}
 
 
 def _colour(plan: Plan, features: Float[Array, "B h w C"]) -> Float[Array, "B h w colours"]:
@@ -118,16 +118,14 @@ def _colour(plan: Plan, features: Float[Array, "B h w C"]) -> Float[Array, "B h 
         np.eye(axis.span, dtype=np.float32)[np.arange(n) % axis.span]
         for n, axis in zip(features.shape[1:3], (plan.rows, plan.cols))
     )
-    colours = (rows[:, None, :, None] * cols[None, :, None, :]).reshape(len(rows), len(cols), -1)
+    colours = rearrange(rows[:, None, :, None] * cols[None, :, None, :], "h w y x -> h w (y x)")
     return jnp.broadcast_to(colours, (len(features), *colours.shape))
 
 
 def apply(
     plan: Plan, weights: Float[Array, "B tiles positions colours"], values: Float[Array, "B h w E"]
 ) -> Float[Array, "B tiles positions E"]:
-    """Do to values what a method did; `weights` may hold any choice of the positions of each tile."""
-    batch, channels = len(values), values.shape[-1]
+    """Average values with a method's kept weights; these may hold any choice of the positions of each tile."""
     rows, cols = jnp.asarray(plan.rows.cells), jnp.asarray(plan.cols.cells)
-    seen = values[:, rows][:, :, :, cols]  # (B, rows, spanned rows, columns, spanned columns, E)
-    seen = seen.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, plan.colours, channels)
+    seen = rearrange(values[:, rows][:, :, :, cols], "b i y j x e -> b (i j) (y x) e")
     return jnp.einsum("btpk,btke->btpe", weights.astype(jnp.float32), seen, precision="highest")

@@ -1,7 +1,7 @@
 """Upsamplers behind one interface: `method(image, features, size, values) -> features` at that size.
 
 Every method averages values with weights that depend on the image and on the features but not on the values. So a
-linear head may be applied before it, and what it does to an image can be kept, see `evaluation.kept_weights`.
+linear head may be applied before it, and the weights can be kept, see `evaluation.kept_weights`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,12 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 import anyup_jax
 from anyup_core.geometry import AxisWindow, axis_window
 from anyup_core.preprocessing import IMAGENET
 from anyup_core.resample import axis_weights
-from anyup_jax.attention import window_attention
-from anyup_jax.layers import pooling
-from anyup_jax.strips import WHOLE
 from evaluation.config import Config, Size
 
 Guide = Float[Array, "B H W 3"] | Int[Array, "B H W 1"]
@@ -32,12 +28,12 @@ Maps = Mapping[str, tuple[Float[Array, "B h w C"], Float[Array, "B h w E"]]]
 
 @runtime_checkable
 class Method(Protocol):
-    """What is measured.
+    """An upsampler to evaluate.
 
     Attributes:
-        name: as the command line has it.
-        enlarge: how many times larger than for the other methods the image is that the encoder sees.
-        guided_by: what is given to it as `image`: "image", or "labels" (B, H, W, 1), integers from 0 to 255.
+        name: its name on the command line.
+        enlarge: how many times larger the image is that the encoder sees than for the other methods.
+        guided_by: what it is given as `image`: "image", or "labels" (B, H, W, 1), integers from 0 to 255.
     """
 
     name: str
@@ -54,9 +50,9 @@ class Method(Protocol):
         """Return the features, or `values` instead of them, at another size; the image has values in [0, 1]."""
         ...
 
-    def several(self, image: Guide, maps: Maps, size: Size) -> dict[str, Float[Array, "B Ho Wo E"]]:
+    def upsample_many(self, image: Guide, maps: Maps, size: Size) -> dict[str, Float[Array, "B Ho Wo E"]]:
         """Do the same for several pairs of features and values of one image."""
-        ...
+        return {name: self(image, features, size, values) for name, (features, values) in maps.items()}
 
     def windows(self, cells: Size, size: Size) -> tuple[AxisWindow, AxisWindow] | None:
         """Which cells an output position averages; None where that does not depend on the image."""
@@ -67,7 +63,7 @@ def create(name: str, config: Config) -> Method:
     """Return a method by its name.
 
     Raises:
-        ValueError, OSError, ConnectionError: for weights that cannot be had, as `anyup_jax.from_pretrained` says it.
+        ValueError, OSError, ConnectionError: for weights that cannot be loaded, as `anyup_jax.from_pretrained` does.
     """
     if name == "anyup":
         settings = config.anyup
@@ -85,7 +81,7 @@ def create(name: str, config: Config) -> Method:
 
 
 @dataclasses.dataclass(frozen=True)
-class Interpolation:
+class Interpolation(Method):
     """Separable interpolation with the conventions of PyTorch's `interpolate`, which the published tables use.
 
     Attributes:
@@ -102,15 +98,12 @@ class Interpolation:
         rows, cols = (jnp.asarray(axis_weights(self.kernel, n, m)) for n, m in zip(values.shape[1:3], size))
         return jnp.einsum("Hh,bhwc,Ww->bHWc", rows, values, cols, precision="highest")
 
-    def several(self, image, maps, size):
-        return {name: self(image, features, size, values) for name, (features, values) in maps.items()}
-
     def windows(self, cells: Size, size: Size) -> None:
         return None
 
 
 @dataclasses.dataclass(frozen=True)
-class JointBilateral:
+class JointBilateral(Method):
     """Joint bilateral upsampling (Kopf et al., 2007), which needs no training.
 
     A position averages the cells around it, weighted by their distance and by how much its colour differs from the mean
@@ -145,9 +138,6 @@ class JointBilateral:
 
         return _average(values, self.windows(cells, size), weigh, least=1e-30)
 
-    def several(self, image, maps, size):
-        return {name: self(image, features, size, values) for name, (features, values) in maps.items()}
-
     def windows(self, cells: Size, size: Size) -> tuple[AxisWindow, AxisWindow]:
         """Cells within the radius, moved inwards at the edges."""
         return tuple(self._axis(n, m) for n, m in zip(size, cells))
@@ -160,8 +150,8 @@ class JointBilateral:
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelGuided:
-    """What an upsampler could do that knows the labels: a reference, not a method.
+class LabelGuided(Method):
+    """Upsampling with the labels known: an upper bound to compare with, not a method.
 
     A position averages the cells of AnyUp's window, each weighted by how many of its pixels have the position's label.
     So nothing is mixed across an edge that the cells do not mix already.
@@ -179,9 +169,6 @@ class LabelGuided:
         if image.shape[1:3] != size:
             raise ValueError(f"Labels of {image.shape[1:3]} cannot guide an output of {size}; give labels of its size.")
         return _label_guided(self, image[..., 0], features if values is None else values, size)
-
-    def several(self, image, maps, size):
-        return {name: self(image, features, size, values) for name, (features, values) in maps.items()}
 
     def windows(self, cells: Size, size: Size) -> tuple[AxisWindow, AxisWindow]:
         return tuple(axis_window(n, m, self.window_ratio, "paper") for n, m in zip(size, cells))
@@ -207,8 +194,8 @@ def _average(
     Args:
         values: of the cells.
         windows: of rows and columns.
-        weigh: takes a row of cells for each row of positions and a column of cells for each column of positions, and
-            returns what the cells where they meet weigh.
+        weigh: takes a row of cells for each row of positions and a column of cells for each column of positions;
+            returns the weights of the cells where they meet.
         least: added to the sum of the weights, where that can be 0.
     """
     tall, wide = windows
@@ -229,7 +216,7 @@ def _average(
 
 
 @dataclasses.dataclass(frozen=True)
-class Upsampler:
+class Upsampler(Method):
     """AnyUp."""
 
     model: anyup_jax.AnyUp
@@ -240,9 +227,10 @@ class Upsampler:
     def __call__(self, image, features, size, values=None):
         return anyup_jax.upsample(self.model, self._guidance(image), features, size, values=values)
 
-    def several(self, image, maps, size):
-        """The guide and the queries are computed once for all."""
-        return _several(*nnx.split(self.model), self._guidance(image), dict(maps), size)
+    def upsample_many(self, image, maps, size):
+        """Encode the image once for all maps."""
+        features, values = zip(*maps.values())
+        return dict(zip(maps, anyup_jax.upsample_many(self.model, self._guidance(image), features, size, None, values)))
 
     def _guidance(self, image):
         mean, std = (jnp.asarray(x, jnp.float32) for x in IMAGENET)
@@ -251,27 +239,3 @@ class Upsampler:
     def windows(self, cells: Size, size: Size) -> tuple[AxisWindow, AxisWindow]:
         config = self.model.config
         return tuple(axis_window(n, m, config.window_ratio, config.window) for n, m in zip(size, cells))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _several(graph, state, image, maps, size):
-    """`AnyUp.__call__` for several features of one image, all that the image alone decides being computed once."""
-    model = nnx.merge(graph, state)
-    guide, spare = model.image_encoder.overwrite(jnp.asarray(image, model.dtype))
-    guide = model.rope(guide)
-    grids = sorted({values.shape[1:3] for _, values in maps.values()})
-    keys, spare = model.key_encoder.overwrite(
-        guide, lambda x: tuple(WHOLE.pool_cells(x, grid) for grid in grids), spare
-    )
-    pool = None if size == guide.shape[1:3] else pooling(size)
-    query = model.cross_decode.project_query(model.query_encoder.overwrite(guide, pool, spare)[0])
-    results = {}
-    for name, (features, values) in maps.items():
-        grid, attention, config = values.shape[1:3], model.cross_decode, model.config
-        key = jnp.concatenate([keys[grids.index(grid)], model.key_features_encoder(features)], -1)
-        key = attention.key(attention.norm_k(model.aggregation(key)))
-        rows, cols = (axis_window(n, m, config.window_ratio, config.window) for n, m in zip(size, grid))
-        results[name] = window_attention(
-            query, key, values, rows, cols, num_heads=attention.num_heads, backend=config.backend
-        )
-    return results

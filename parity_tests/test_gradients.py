@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 import anyup_jax.attention
 import anyup_torch.attention
-from anyup_jax.layers import Carried
+from anyup_jax.layers import Unused
 from convert import Checkpoint
 from parity_tests import tolerances
 from parity_tests.golden import CASES, GOLDEN, needs_golden
@@ -61,16 +61,16 @@ def loss_and_gradients(framework: str, backend: str) -> tuple[float, dict[str, n
         }
     model = anyup_jax.from_pretrained(GOLDEN / "weights.pth", backend=backend)
     image, features, target = (array.transpose(0, 2, 3, 1) for array in arrays)
-    graph, trained, carried = nnx.split(model, nnx.Param, Carried)
+    graph, trained, unused = nnx.split(model, nnx.Param, Unused)
 
     @jax.jit
     @jax.value_and_grad
     def compute(trained):
-        return objective(nnx.merge(graph, trained, carried)(image, features, target.shape[1:3]), target, -1)
+        return objective(nnx.merge(graph, trained, unused)(image, features, target.shape[1:3]), target, -1)
 
     value, gradients = compute(trained)
     flat = {path: np.asarray(variable[...]) for path, variable in nnx.to_flat_state(gradients)}
-    flat |= {path: np.zeros(variable.shape, np.float32) for path, variable in nnx.to_flat_state(carried)}
+    flat |= {path: np.zeros(variable.shape, np.float32) for path, variable in nnx.to_flat_state(unused)}
     return float(value), Checkpoint.from_flax({".".join(path): array for path, array in flat.items()}).tensors
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import anyup_jax
-from anyup_jax.layers import Carried
+from anyup_jax.layers import Unused
 from convert import Checkpoint
 from parity_tests import tolerances
 from parity_tests.golden import GOLDEN, needs_golden
@@ -44,7 +44,7 @@ def terms_and_gradients(remat: bool) -> tuple[dict[str, float], dict[str, np.nda
     views = Views(
         guidance, augmented, lr, hr.reshape(-1, crops, *hr.shape[1:]), recorded["crops"].reshape(-1, crops, 2)
     )
-    graph, trained, carried = nnx.split(anyup_jax.from_pretrained(GOLDEN / "weights.pth"), nnx.Param, Carried)
+    graph, trained, carried = nnx.split(anyup_jax.from_pretrained(GOLDEN / "weights.pth"), nnx.Param, Unused)
 
     @jax.jit
     def compute(trained):
@@ -79,7 +79,7 @@ def test_one_step_of_adamw() -> None:
     """From the recorded gradients to the recorded parameters, the ones without a gradient staying as they are."""
     recorded = load_file(GOLDEN / "training_step.safetensors")
     model = anyup_jax.from_pretrained(GOLDEN / "weights.pth")
-    _, trained, carried = nnx.split(model, nnx.Param, Carried)
+    _, trained, carried = nnx.split(model, nnx.Param, Unused)
     start = Checkpoint.from_flax(
         {".".join(path): np.asarray(x[...]) for path, x in nnx.to_flat_state(nnx.state(model))}
     ).tensors

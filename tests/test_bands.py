@@ -117,14 +117,14 @@ def test_norms_are_those_of_the_whole_image():
     model = anyup_jax.AnyUp(anyup_jax.AnyUpConfig(**SMALL), rngs=nnx.Rngs(0))
     image = 30 + np.random.default_rng(0).standard_normal((2, 40, 31, 3), np.float32)
     graph, state = nnx.split(model)
-    scene = bands.prepare(model, graph, state, jnp.asarray(image))
-    assert scene.held
+    maps = bands.prepare(model, graph, state, jnp.asarray(image))
+    assert maps.held
     x = np.asarray(model.image_encoder.conv(jnp.asarray(image)), np.float64).reshape(2, -1, 8, 8)
     scale = 1 / np.sqrt(x.var((1, 3)) + 1e-5)
-    found, shift = (np.asarray(a).reshape(2, 8, 8) for a in scene.affines["image_encoder"][0])
-    np.testing.assert_allclose(found, np.repeat(scale[..., None], 8, -1), rtol=2e-3)
-    np.testing.assert_allclose(shift, -found * x.mean((1, 3))[..., None], rtol=1e-5)
-    assert [len(known) for known in scene.affines.values()] == [4, 4, 4]
+    scales, shift = (np.asarray(a).reshape(2, 8, 8) for a in maps.affines["image_encoder"][0])
+    np.testing.assert_allclose(scales, np.repeat(scale[..., None], 8, -1), rtol=2e-3)
+    np.testing.assert_allclose(shift, -scales * x.mean((1, 3))[..., None], rtol=1e-5)
+    assert [len(known) for known in maps.affines.values()] == [4, 4, 4]
 
 
 def test_other_types():

@@ -10,7 +10,7 @@ import torch
 
 import anyup_torch
 from anyup_core.geometry import axis_window
-from benchmarks import attention, bands, data, encoders, pod, probe, run, train, windows
+from benchmarks import attention, bands, data, encoders, many, pod, probe, run, train, windows
 from benchmarks.published import with_published_attention
 from benchmarks.worker import Job, measure
 
@@ -62,6 +62,14 @@ def test_bands_are_measured(framework: str) -> None:
     assert size == 40 * 30 * 8 * 2
     assert peak > 50
     assert seconds > 0
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_many_maps_are_measured(framework: str) -> None:
+    outcome = many.run(many.Job(framework, image=28, maps=((2, 8), (4, 5)), repeats=2))
+    assert len(outcome.separate) == len(outcome.together) == 2
+    assert min(*outcome.separate, *outcome.together) > 0
+    assert outcome.difference < 1e-5
 
 
 def test_windows_are_compared(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

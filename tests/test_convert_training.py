@@ -15,7 +15,7 @@ import anyup_jax.pretrained
 import anyup_torch
 import convert
 from anyup_core.checkpoints import pickle_reader, torch_file
-from anyup_jax.layers import Carried
+from anyup_jax.layers import Unused
 from convert import __main__ as cli
 from convert import training_state
 from convert.training_state import TrainingState
@@ -58,7 +58,7 @@ def saved(model, optimizer, cfg=None) -> dict:
 
 def train_jax(state: TrainingState, steps: int) -> tuple[TrainingState, list[float]]:
     """Train by the recipe and return the new state; what PyTorch names is what a run would keep."""
-    graph, params, fixed = nnx.split(anyup_jax.pretrained.build(state.checkpoint), nnx.Param, Carried)
+    graph, params, fixed = nnx.split(anyup_jax.pretrained.build(state.checkpoint), nnx.Param, Unused)
     adam = optax.scale_by_adam(eps=EPS)
 
     def tree(moments):

@@ -125,6 +125,6 @@ def test_several_encoders_share_the_guide() -> None:
         for name, (h, w, channels) in grids.items()
     }
     method = METHODS["paper"]
-    outputs = method.several(IMAGE[:1], maps, (48, 64))
+    outputs = method.upsample_many(IMAGE[:1], maps, (48, 64))
     for name, (features, values) in maps.items():
         assert far(outputs[name], method(IMAGE[:1], features, (48, 64), values)) < 1e-5

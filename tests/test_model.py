@@ -12,9 +12,11 @@ from flax import nnx
 
 import anyup_jax
 from anyup_core import geometry
-from anyup_jax import AnyUp, AnyUpConfig, attention, layers, pretrained
-from anyup_jax.layers import Carried, FeatureUnification, map_rows
-from anyup_jax.model import FeatureEncoder
+from anyup_jax import AnyUp, AnyUpConfig, attention, blocked, layers, pretrained
+from anyup_jax.blocked import map_rows
+from anyup_jax.layers import FeatureUnification, Unused
+from anyup_jax.model import FeatureEncoder, compiled
+from anyup_jax.row_shards import ALL_ROWS
 from convert import Checkpoint
 from tests.weights import SMALL, random_weights
 
@@ -44,8 +46,8 @@ def by_path(state: nnx.State) -> dict[str, np.ndarray]:
 
 def mean_square(model: AnyUp, *arguments, wrap=lambda function: function):
     """Return path -> gradient of the mean square of the model's output."""
-    graph, trained, carried = nnx.split(model, nnx.Param, Carried)
-    forward = wrap(lambda state: nnx.merge(graph, state, carried)(*arguments))
+    graph, trained, unused = nnx.split(model, nnx.Param, Unused)
+    forward = wrap(lambda state: nnx.merge(graph, state, unused)(*arguments))
     return by_path(jax.jit(jax.grad(lambda state: jnp.square(forward(state)).mean()))(trained))
 
 
@@ -88,9 +90,9 @@ def test_gradients_reach_every_parameter_that_matters():
     assert {path for path in dead if gradients[path].any()} == set()
 
 
-def test_the_unused_projection_is_carried_and_not_trained():
+def test_the_unused_projection_is_kept_and_not_trained():
     model = small()
-    assert set(by_path(nnx.state(model, Carried))) == {"cross_decode.out.kernel", "cross_decode.out.bias"}
+    assert set(by_path(nnx.state(model, Unused))) == {"cross_decode.out.kernel", "cross_decode.out.bias"}
     assert not [path for path in by_path(nnx.state(model, nnx.Param)) if path.startswith("cross_decode.out")]
 
 
@@ -154,10 +156,105 @@ def test_outputs_are_averages_of_the_features():
     assert output.std() > 0.05  # and not one average for all
 
 
+MANY = {"one map": [((5, 7), 6)], "grids and channels differ": [((5, 7), 6), ((10, 14), 3), ((5, 7), 9)]}
+
+
+def image_and_maps(name: str, batch: int = 2):
+    maps = [
+        inputs(cells=cells, channels=channels, batch=batch, seed=i)[1] for i, (cells, channels) in enumerate(MANY[name])
+    ]
+    return inputs(batch=batch, seed=9)[0], maps
+
+
+@pytest.mark.parametrize("window", ["paper", "natten"])
+@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize("size", [None, (33, 47)], ids=str)
+def test_many_maps_equal_separate_calls(name, size, window):
+    image, maps = image_and_maps(name)
+    outputs = anyup_jax.upsample_many(small(window), image, maps, size, q_chunk_size=100)
+    assert len(outputs) == len(maps)
+    for output, features in zip(outputs, maps):
+        close(output, anyup_jax.upsample(small(window), image, features, size), 1e-6)
+
+
+def test_many_maps_with_values():
+    image, maps = image_and_maps("grids and channels differ")
+    values = [maps[0][..., :2], None, maps[2][..., :4]]
+    outputs = anyup_jax.upsample_many(small(), image, maps, values=values)
+    assert [output.shape[-1] for output in outputs] == [2, 3, 4]
+    for output, features, value in zip(outputs, maps, values):
+        close(output, anyup_jax.upsample(small(), image, features, values=value), 1e-6)
+
+
+def test_gradient_of_many_maps_is_the_sum_of_the_gradients():
+    image, maps = image_and_maps("grids and channels differ", batch=1)
+    graph, trained, unused = nnx.split(small(), nnx.Param, Unused)
+
+    def together(trained, maps):
+        outputs = anyup_jax.upsample_many(nnx.merge(graph, trained, unused), image, maps)
+        return sum(jnp.square(output).mean() for output in outputs)
+
+    def apart(trained, maps):
+        model = nnx.merge(graph, trained, unused)
+        return sum(jnp.square(anyup_jax.upsample(model, image, features)).mean() for features in maps)
+
+    ours, expected = (jax.grad(function, (0, 1))(trained, maps) for function in (together, apart))
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected)):
+        close(one, other, 1e-5 * max(1e-3, float(np.abs(other).max())))
+
+
+def test_many_maps_are_compiled_once_per_set_of_shapes():
+    image, maps = image_and_maps("grids and channels differ", batch=3)
+    anyup_jax.upsample_many(small(), image, maps)
+    before = compiled._cache_size()
+    anyup_jax.upsample_many(small(), image + 1, [features + 1 for features in maps])
+    assert compiled._cache_size() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "field"),
+    [
+        (dict(features=[]), ValueError, "features"),
+        (dict(features=inputs()[1]), TypeError, "features"),
+        (dict(values=[]), ValueError, "0 entries for 2"),
+        (dict(values=inputs()[1]), TypeError, "values"),
+        (dict(features=[inputs()[1], inputs(batch=2)[1]]), ValueError, r"(?s)1.*\(2, 5, 7, 6\)"),
+        (dict(values=[None, inputs(cells=(2, 2))[1]]), ValueError, r"(?s)1.*\(1, 2, 2, 6\)"),
+    ],
+)
+def test_many_maps_refused(change, error, field):
+    image, features = inputs()
+    with pytest.raises(error, match=field):
+        anyup_jax.upsample_many(small(), image, **dict(features=[features, features]) | change)
+
+
+def test_a_code_serves_features_and_sizes_that_come_later():
+    image, maps = image_and_maps("grids and channels differ", batch=1)
+    encode = jax.jit(lambda image: small().encode_image(image, [(5, 7), (10, 14)], [(20, 28), (9, 4)]))
+    code = encode(image)
+    assert {grid: key.shape for grid, key in code.keys.items()} == {(5, 7): (1, 5, 7, 16), (10, 14): (1, 10, 14, 16)}
+    assert set(code.queries) == {(20, 28), (9, 4)}
+    for size in code.queries:
+        pairs = [(small().describe(code, features), features) for features in maps]
+        for output, features in zip(small().decode(code, pairs, size), maps):
+            close(output, anyup_jax.upsample(small(), image, features, size), 1e-6)
+
+
+def test_a_code_names_what_it_was_not_made_for():
+    image, features = inputs()
+    code = small().encode_image(image, [(2, 2)], [(3, 3)])
+    with pytest.raises(ValueError, match=r"grids=\[\(2, 2\)\].*\(5, 7\)"):
+        small().describe(code, features)
+    with pytest.raises(ValueError, match=r"sizes=\[\(3, 3\)\].*\(4, 4\)"):
+        small().decode(code, [(code.keys[2, 2], features[:, :2, :2])], (4, 4))
+    with pytest.raises(ValueError, match=r"\(1, 2, 2, 16\).*\(1, 5, 7, 6\)"):
+        small().decode(code, [(code.keys[2, 2], features)], (3, 3))
+
+
 @pytest.mark.parametrize("height", [1, 4, 12, 13, 17])
 @pytest.mark.parametrize("count", [1, 2])
 def test_blocks_of_rows_equal_the_whole(height, count, monkeypatch):
-    monkeypatch.setattr(layers, "BLOCK", 2 * 4 * 5)  # 4 rows of 5 pixels in a batch of 2
+    monkeypatch.setattr(blocked, "BLOCK", 2 * 4 * 5)  # 4 rows of 5 pixels in a batch of 2
     random = np.random.default_rng(height)
     images = [jnp.asarray(random.standard_normal((2, height, 5, 3)), jnp.float32) for _ in range(count)]
 
@@ -171,19 +268,19 @@ def test_blocks_of_rows_equal_the_whole(height, count, monkeypatch):
 def test_small_blocks_do_not_change_the_model(monkeypatch):
     image, features = inputs(image=(21, 29))
     whole = anyup_jax.upsample(small(), image, features, (19, 23))
-    monkeypatch.setattr(layers, "BLOCK", 29 * 4)
-    compiled = jax.jit(lambda image, features: small()(image, features, (19, 23)))  # not in upsample's cache
-    close(compiled(image, features), whole)
+    monkeypatch.setattr(blocked, "BLOCK", 29 * 4)
+    call = jax.jit(lambda image, features: small()(image, features, (19, 23)))  # not in upsample's cache
+    close(call(image, features), whole)
 
 
 @pytest.mark.parametrize("height", [4, 8, 11])
 def test_gradients_of_blocks_equal_those_of_the_whole(height, monkeypatch):
     """Of the rotation and of a 1 x 1 convolution, for the image and the parameters, against plain formulas."""
-    monkeypatch.setattr(layers, "BLOCK", 2 * 4 * 5)  # 4 rows of 5 pixels in a batch of 2
+    monkeypatch.setattr(blocked, "BLOCK", 2 * 4 * 5)  # 4 rows of 5 pixels in a batch of 2
     random = np.random.default_rng(height)
     shapes = (2, height, 5, 8), (2, height, 5, 8), (2, 8), (1, 1, 8, 8)
     image, weight, freqs, kernel = (jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in shapes)
-    rows, cols = map(jnp.asarray, layers.WHOLE.coordinates(height, 5))
+    rows, cols = map(jnp.asarray, ALL_ROWS.coordinates(height, 5))
 
     def turned(x, freqs):
         angle = rows[:, None, None] * freqs[0] + cols[:, None] * freqs[1]
@@ -193,15 +290,14 @@ def test_gradients_of_blocks_equal_those_of_the_whole(height, monkeypatch):
     def multiplied(x, kernel):
         return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0], precision="highest")
 
-    for ours, plain, parameter in (
+    for function, plain, parameter in (
         (lambda x, freqs: layers.rotate(x, freqs, rows, cols), turned, freqs),
         (lambda x, kernel: layers.convolve(x, kernel, ((0, 0), (0, 0))), multiplied, kernel),
     ):
-        found, expected = (
-            jax.grad(lambda *args, f=function: (f(*args) * weight).sum(), (0, 1))(image, parameter)
-            for function in (ours, plain)
+        gradients, expected = (
+            jax.grad(lambda *args, f=f: (f(*args) * weight).sum(), (0, 1))(image, parameter) for f in (function, plain)
         )
-        for one, other in zip(found, expected):
+        for one, other in zip(gradients, expected):
             close(one, other, 1e-5)
 
 

@@ -1,4 +1,4 @@
-"""The TPU kernels: in the interpreter against `dense`, values and gradients, and compiled for chips that are not."""
+"""What only the TPU kernels do: `tests/test_attention.py` has the contract of every backend."""
 
 import importlib.util
 import json
@@ -20,10 +20,7 @@ CASES = {  # output, cells, C, D, heads, batch, window, ratio, q_chunk_size
     "whole ratio": ((32, 48), (4, 6), 20, 64, 2, 2, "paper", 0.1, None),
     "natten, whole ratio": ((32, 48), (4, 6), 20, 64, 2, 1, "natten", 0.2, None),
     "odd sizes, C just above three registers": ((37, 53), (5, 7), 385, 128, 4, 1, "paper", 0.2, None),
-    "natten, keys that occur several times": ((37, 53), (5, 7), 24, 64, 1, 2, "natten", 0.2, None),
-    "one row of cells, every key": ((24, 24), (1, 3), 5, 128, 4, 1, "paper", 0.0, 64),
     "fewer queries than a register has rows": ((3, 5), (2, 2), 1, 16, 2, 1, "paper", 0.3, 1),
-    "output smaller than the features": ((6, 7), (12, 13), 9, 32, 4, 1, "paper", 0.2, None),
 }
 
 
@@ -40,20 +37,6 @@ def error(ours, expected) -> float:
     ours, expected = (np.asarray(x, np.float32) for x in (ours, expected))
     assert ours.shape == expected.shape
     return float(np.abs(ours - expected).max() / max(1, np.abs(expected).max()))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients(name: str) -> None:
-    case = CASES[name]
-    (*inputs, cotangent), rows, cols = arrays(case)
-    ours, pull = jax.vjp(
-        lambda *x: pallas_tpu(*x, rows, cols, num_heads=case[4], q_chunk_size=case[-1], interpret=True), *inputs
-    )
-    expected, pull_expected = jax.vjp(lambda *x: dense(*x, rows, cols, num_heads=case[4]), *inputs)
-    assert error(ours, expected) <= 2e-5
-    for gradient, right in zip(pull(cotangent), pull_expected(cotangent)):
-        assert gradient.dtype == right.dtype
-        assert np.abs(gradient - right).max() <= 1e-4 * np.abs(right).max()
 
 
 @pytest.mark.parametrize("name", ["whole ratio", "natten, whole ratio"])
@@ -107,9 +90,7 @@ def test_vmap_and_strips() -> None:
 def test_too_many_keys_are_refused_and_left_to_the_tiles() -> None:
     window = axis_window(256, 256, 0.0)
     query, key = (jax.ShapeDtypeStruct((1, 256, 256, 128), jnp.float32) for _ in range(2))
-    with pytest.raises(
-        ValueError, match=r"256 x 256 keys with windows of 256 x 256 need about \d+ MiB .* backend=\"tiled\""
-    ):
+    with pytest.raises(ValueError, match=r"256 x 256 keys .* 36 MiB"):
         jax.eval_shape(lambda q, k: pallas_tpu(q, k, k, window, window, num_heads=4), query, key)
     attend = lambda q, k: window_attention(q, k, k, window, window, num_heads=4)  # noqa: E731
     assert jax.eval_shape(attend, query, key).shape == (1, 256, 256, 128)

@@ -119,9 +119,9 @@ mesh, weight = jax.make_mesh((8,), ("rows",)), np.random.default_rng(1).standard
 def loss(params, image, features, spread):
     state = nnx.merge_state(params, rest)
     if spread:
-        output = sharding.compiled(graph, state, image, features, None, (32, 24), None, mesh, P(None, "rows"))
+        output, = sharding.compiled(graph, state, image, [(features, None)], (32, 24), None, mesh, P(None, "rows"))
     else:
-        output = compiled(graph, state, image, features, None, (32, 24), None)
+        output, = compiled(graph, state, image, [(features, None)], (32, 24), None)
     return (output * weight).sum()
 
 gradient = jax.jit(jax.grad(loss, (0, 1, 2)), static_argnums=3)

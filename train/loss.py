@@ -6,7 +6,6 @@ A fourth term that was not published, `outlines`, is for features of few cells.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
@@ -14,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from anyup_jax.layers import adaptive_average_pool
 from anyup_jax.model import AnyUp
+from anyup_jax.pooling import adaptive_average_pool
 from train.config import LossConfig, Size
 
 SCALE_EPS, NORM_EPS, SHARE_EPS = 1e-6, 1e-8, 1e-3
@@ -60,45 +59,36 @@ def objective(
         weights: of the terms.
         remat: compute the augmented branch again in the gradient instead of keeping its maps.
     """
-    features = views.lr_features
+    features, guide_size = views.lr_features, views.guidance.shape[1:3]
+    grid = features.shape[1:3]
+    sizes = [size, *[consistency_size] * bool(weights.consistency), *[guide_size] * bool(weights.outlines)]
     described = model.key_features_encoder(features)
-    guide, key, spare = model.encode(views.guidance, described)
-
-    def pool(x):
-        grids = dict(coarse=adaptive_average_pool(x, size))
-        if weights.consistency:
-            grids["target"] = adaptive_average_pool(lax.stop_gradient(x), consistency_size)
-        if weights.outlines:
-            grids["fine"] = x
-        return grids
-
-    queries = model.query_encoder.overwrite(guide, pool, spare)[0]
-    prediction = model.decode(queries["coarse"], key, features, size)
+    code = model.encode_image(views.guidance, [grid], sizes)
+    keys = model.describe(code, features, described)
+    (prediction,) = model.decode(code, [(keys, features)], size)
 
     terms = dict.fromkeys(("reconstruction", "consistency", "input", "outlines"), jnp.zeros(()))
     if weights.reconstruction:
         cut = cut_crops(prediction, views.crops, views.hr_features.shape[2:4])
         terms["reconstruction"] = weights.reconstruction * difference(cut, views.hr_features)
     if weights.consistency:
-        target, fixed_key = lax.stop_gradient((queries["target"], key))
-        target = lax.stop_gradient(model.decode(target, fixed_key, features, consistency_size))
+        (target,) = lax.stop_gradient(model.decode(code, [(keys, features)], consistency_size))
 
         def augmented(described):
-            guide, key, spare = model.encode(views.augmented, described)
-            coarser = None if consistency_size == guide.shape[1:3] else functools.partial(
-                adaptive_average_pool, size=consistency_size
-            )  # fmt: skip
-            query = model.query_encoder.overwrite(guide, coarser, spare)[0]
-            return difference(model.decode(query, key, features, consistency_size), target)
+            code = model.encode_image(views.augmented, [grid], [consistency_size])
+            keys = model.describe(code, features, described)
+            return difference(model.decode(code, [(keys, features)], consistency_size)[0], target)
 
         branch = jax.checkpoint(augmented) if remat else augmented
         terms["consistency"] = weights.consistency * branch(described)
     if weights.outlines:
-        fine = guide.shape[1:3]
-        upsample = functools.partial(model.decode, queries["fine"], key, size=fine)
-        terms["outlines"] = weights.outlines * outlines(upsample, views.regions, features.shape[1:3], fine)
+
+        def upsample(values):
+            return model.decode(code, [(keys, values)], guide_size)[0]
+
+        terms["outlines"] = weights.outlines * outlines(upsample, views.regions, grid, guide_size)
     if weights.input:
-        back = adaptive_average_pool(prediction, features.shape[1:3])
+        back = adaptive_average_pool(prediction, grid)
         terms["input"] = weights.input * difference(back, features)
     return terms
 

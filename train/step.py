@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from anyup_core.preprocessing import IMAGENET
-from anyup_jax.layers import Carried
+from anyup_jax.layers import Unused
 from anyup_jax.model import AnyUp
 from train import optim, sharding
 from train.config import Config, FeaturesConfig, Size
@@ -49,7 +49,7 @@ class TrainState:
 
 def init_state(config: Config, model: AnyUp) -> tuple[nnx.GraphDef, TrainState]:
     """Return the model's structure, and the state before the first step with its parameters."""
-    graph, params, carried = nnx.split(model, nnx.Param, Carried)
+    graph, params, carried = nnx.split(model, nnx.Param, Unused)
     ema = None if config.optimizer.ema_decay is None else jax.tree.map(jnp.array, params)
     moments = optim.init(config.optimizer, params)
     return graph, TrainState(jnp.zeros((), jnp.int32), params, carried, moments, ema, jnp.array(True))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import jax
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from anyup_core.geometry import AxisWindow
-from anyup_jax.attention.pallas_tpu import pallas_tpu, plan_tables
-from anyup_jax.attention.tiled import tiled
+from anyup_jax.attention.pallas_tpu import attend, kernel_tables
+from anyup_jax.attention.tiled import attend_tiles, tile_tables
 
 
 def automatic(
@@ -30,57 +29,43 @@ def automatic(
     The platform is that of the program, not of the host that traces it: a program compiled on a CPU host for a TPU has
     the kernels. A program has one of the two, never both.
     """
-    options = Options(rows, cols, num_heads, q_chunk_size)
-    if not options.fit(query, key, values):
-        return tiled(query, key, values, rows, cols, num_heads=num_heads, q_chunk_size=q_chunk_size, strip=strip)
-    return _automatic(query, key, values, strip, options)
+    tiles = tile_tables(query, rows, cols, q_chunk_size, strip)
+    kernels = kernel_tables(query, key, values, rows, cols, num_heads, q_chunk_size, strip)
+    if kernels is None:
+        return attend_tiles(query, key, values, *tiles, num_heads)
+    return _automatic(query, key, values, tiles, kernels, num_heads)
 
 
-class Options:
-    """What the two backends need besides arrays."""
-
-    def __init__(self, rows: AxisWindow, cols: AxisWindow, num_heads: int, q_chunk_size: int | None):
-        self.windows = rows, cols
-        self.named = dict(num_heads=num_heads, q_chunk_size=q_chunk_size)
-
-    def fit(self, query: Array, key: Array, values: Array) -> bool:
-        """Whether the kernels can hold the keys of a tile."""
-        size = max(x.dtype.itemsize for x in (query, key, values))
-        strips = self.windows[0].queries // query.shape[1]
-        channels = query.shape[-1], values.shape[-1]
-        try:
-            plan_tables(*self.windows, *channels, self.named["num_heads"], size, self.named["q_chunk_size"], strips)
-        except ValueError:
-            return False
-        return True
-
-    def backends(self) -> dict[str, Callable[..., Array]]:
-        def attend(backend):
-            return lambda query, key, values, strip: backend(
-                query, key, values, *self.windows, strip=strip, **self.named
-            )
-
-        return dict(tpu=attend(pallas_tpu), default=attend(tiled))
+def _on_tpu(query, key, values, tiles, kernels, num_heads):
+    return attend(query, key, values, kernels, num_heads=num_heads)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _automatic(query, key, values, strip, options):
-    return lax.platform_dependent(query, key, values, strip, **options.backends())
+def _elsewhere(query, key, values, tiles, kernels, num_heads):
+    return attend_tiles(query, key, values, *tiles, num_heads)
 
 
-def _forward(query, key, values, strip, options):
-    return _automatic(query, key, values, strip, options), (query, key, values, strip)
+BY_PLATFORM = dict(tpu=_on_tpu, default=_elsewhere)
 
 
-def _backward(options, saved, cotangent):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _automatic(query, key, values, tiles, kernels, num_heads):
+    chosen = {platform: functools.partial(attend, num_heads=num_heads) for platform, attend in BY_PLATFORM.items()}
+    return lax.platform_dependent(query, key, values, tiles, kernels, **chosen)
+
+
+def _forward(query, key, values, tiles, kernels, num_heads):
+    return _automatic(query, key, values, tiles, kernels, num_heads), (query, key, values, tiles, kernels)
+
+
+def _backward(num_heads, saved, cotangent):
     def pull(attend):
-        def gradient(query, key, values, strip, cotangent):
-            return jax.vjp(lambda *x: attend(*x, strip), query, key, values)[1](cotangent)
+        def gradient(query, key, values, tiles, kernels, cotangent):
+            return jax.vjp(lambda *x: attend(*x, tiles, kernels, num_heads), query, key, values)[1](cotangent)
 
         return gradient
 
-    pulls = {platform: pull(attend) for platform, attend in options.backends().items()}
-    return *lax.platform_dependent(*saved, cotangent, **pulls), None
+    pulls = {platform: pull(attend) for platform, attend in BY_PLATFORM.items()}
+    return *lax.platform_dependent(*saved, cotangent, **pulls), None, None
 
 
 _automatic.defvjp(_forward, _backward)

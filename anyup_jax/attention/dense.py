@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -25,9 +26,9 @@ def dense(
     batch, height, width, dim = query.shape
     queries = height * width
     step = min(q_chunk_size or queries, queries)
-    heads = query.reshape(batch, queries, num_heads, -1)
-    keys = key.reshape(batch, -1, num_heads, dim // num_heads)
-    flat = values.reshape(batch, -1, values.shape[-1])
+    heads = rearrange(query, "b i j (n k) -> b (i j) n k", n=num_heads)
+    keys = rearrange(key, "b h w (n k) -> b (h w) n k", n=num_heads)
+    flat = rearrange(values, "b h w e -> b (h w) e")
     row_count, col_count = jnp.asarray(rows.dense(), jnp.float32), jnp.asarray(cols.dense(), jnp.float32)
     row_count = lax.dynamic_slice_in_dim(row_count, strip * height, height)
 

@@ -86,10 +86,31 @@ def pallas_tpu(
     Raises:
         ValueError: if the keys that the queries of the smallest tile see do not fit in VMEM.
     """
+    tables = kernel_tables(query, key, values, rows, cols, num_heads, q_chunk_size, strip)
+    if tables is None:
+        raise ValueError(
+            f"The TPU kernel keeps all keys that a tile of queries sees in VMEM; {rows.keys} x {cols.keys} keys with "
+            f"windows of {rows.span} x {cols.span} need more than its {VMEM_BUDGET >> 20} MiB: use "
+            'backend="tiled", a smaller window_ratio or bfloat16.'
+        )
+    return attend(query, key, values, tables, num_heads=num_heads, interpret=interpret)
+
+
+def kernel_tables(
+    query: Float[Array, "B Ho Wo D"],
+    key: Float[Array, "B h w D"],
+    values: Float[Array, "B h w E"],
+    rows: AxisWindow,
+    cols: AxisWindow,
+    num_heads: int,
+    q_chunk_size: int | None,
+    strip: Int[Array, ""] | int,
+) -> KernelTables | None:
+    """Return the tables for the rows of queries that are here; None if the keys of no tile fit in VMEM."""
     strips = rows.queries // query.shape[1]
-    bits = max(x.dtype.itemsize for x in (query, key, values))
-    tables = plan_tables(rows, cols, query.shape[-1], values.shape[-1], num_heads, bits, q_chunk_size, strips)
-    return attend(query, key, values, tables.strip(strip, strips), num_heads=num_heads, interpret=interpret)
+    itemsize = max(x.dtype.itemsize for x in (query, key, values))
+    tables = plan_tables(rows, cols, query.shape[-1], values.shape[-1], num_heads, itemsize, q_chunk_size, strips)
+    return None if tables is None else tables.strip(strip, strips)
 
 
 def plan_tables(
@@ -101,7 +122,7 @@ def plan_tables(
     itemsize: int,
     queries: int | None = None,
     strips: int = 1,
-) -> KernelTables:
+) -> KernelTables | None:
     """Choose a tile of at most `queries` queries and a block of channels, and make the tables of all tiles.
 
     Args:
@@ -112,10 +133,13 @@ def plan_tables(
         queries: most queries a tile may have; None for what is fastest.
         strips: no tile crosses the border between two of so many equal strips of query rows.
 
-    Raises:
-        ValueError: if even the smallest tile needs more than the VMEM of a TPU core.
+    Returns:
+        None if even the smallest tile needs more than the VMEM of a TPU core.
     """
-    tall, wide, block, width = _plan(rows, cols, dim, channels, num_heads, itemsize, queries, strips)
+    plan = _plan(rows, cols, dim, channels, num_heads, itemsize, queries, strips)
+    if plan is None:
+        return None
+    tall, wide, block, width = plan
     with np.errstate(divide="ignore"):
         row_bias, col_bias = (np.log(x.count.astype(np.float32)) for x in (tall, wide))
     arrays = map(jnp.asarray, (tall.start, row_bias, wide.start, col_bias))
@@ -123,11 +147,12 @@ def plan_tables(
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(rows, cols, dim, channels, num_heads, itemsize, queries, strips) -> tuple[AxisTiles, AxisTiles, int, int]:
+def _plan(rows, cols, dim, channels, num_heads, itemsize, queries, strips):
+    """Return the tiles of both axes, the block of channels and the padded width; None if no tile fits."""
     unit = 32 // itemsize
     limit = max(unit, MAX_TILE if queries is None else queries)
     height = rows.queries // strips
-    best, least = None, None
+    best = None
     for across in sorted({unit * n for n in (1, 2, 4, 6, 7, 8, 10, 12, 14, 16, 32)}):
         if across > limit or (across > unit and across >= cols.queries + unit):
             continue
@@ -143,7 +168,6 @@ def _plan(rows, cols, dim, channels, num_heads, itemsize, queries, strips) -> tu
                 if size <= VMEM_BUDGET or block == LANES:
                     break
                 block = LANES * math.ceil(block / LANES / 2)
-            least = size if least is None else min(least, size)
             if size > VMEM_BUDGET:
                 continue
             padded = LANES * math.ceil(keys / LANES)
@@ -152,13 +176,7 @@ def _plan(rows, cols, dim, channels, num_heads, itemsize, queries, strips) -> tu
             if best is None or cost < best[0]:
                 width = max(SUBLANES * math.ceil(cols.keys / SUBLANES), int(wide.start.max()) + wide.span)
                 best = cost, (tall, wide, block, width)
-    if best is None:
-        raise ValueError(
-            f"The TPU kernel keeps all keys that a tile of queries sees in VMEM; {rows.keys} x {cols.keys} keys with "
-            f"windows of {rows.span} x {cols.span} need about {least >> 20} MiB of {VMEM_BUDGET >> 20} MiB: use "
-            'backend="tiled", a smaller window_ratio or bfloat16.'
-        )
-    return best[1]
+    return None if best is None else best[1]
 
 
 def _tile_bytes(down: int, across: int, keys: int, dim: int, block: int, heads: int, itemsize: int) -> int:

@@ -63,11 +63,20 @@ def tiled(
     strip: Int[Array, ""] | int = 0,
 ) -> Float[Array, "B Ho Wo E"]:
     """Compute `window_attention` one tile of queries after the other; a tile has at most `q_chunk_size` of them."""
+    return attend_tiles(query, key, values, *tile_tables(query, rows, cols, q_chunk_size, strip), num_heads)
+
+
+def tile_tables(
+    query: Float[Array, "B Ho Wo D"],
+    rows: AxisWindow,
+    cols: AxisWindow,
+    q_chunk_size: int | None,
+    strip: Int[Array, ""] | int,
+) -> tuple[TileTables, TileTables]:
+    """Return the tables of both axes, for the rows of queries that are here."""
     strips = rows.queries // query.shape[1]
     tall, wide = map(TileTables.of, plan_tiles(rows, cols, q_chunk_size, strips))
-    return attend_tiles(
-        query, key, values, tall.strip(strip, strips) if strips > 1 else tall, wide, num_heads=num_heads
-    )
+    return tall.strip(strip, strips) if strips > 1 else tall, wide
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
