@@ -72,6 +72,36 @@ def check_inputs(
     return _size(output_size, (shape[height], shape[width]))
 
 
+def check_maps(
+    config: AnyUpConfig,
+    layout: str,
+    image: Any,
+    features: Any,
+    output_size: Sequence[int] | None,
+    q_chunk_size: int | None,
+    values: Any,
+) -> tuple[int, int]:
+    """Do the same as `check_inputs` for a list of feature maps of one image; an entry of `values` may be None.
+
+    Raises:
+        ValueError, TypeError: as `check_inputs`, naming the map; for no lists, an empty list or lists of different length.
+    """
+    for name, maps in (("features", features), ("values", values)):
+        if not isinstance(maps, (list, tuple)) and not (name == "values" and maps is None):
+            raise TypeError(f"{name} is a {type(maps).__name__}; give a list with one entry for each feature map.")
+    if not features:
+        raise ValueError("features is an empty list; give at least one feature map.")
+    if values is not None and len(values) != len(features):
+        raise ValueError(f"values has {len(values)} entries for {len(features)} feature maps; give one for each map.")
+    for index, maps in enumerate(features):
+        try:
+            chosen = None if values is None else values[index]
+            size = check_inputs(config, layout, image, maps, output_size, q_chunk_size, chosen)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"Feature map {index}: {error}") from None
+    return size
+
+
 def _size(output_size: Sequence[int] | None, default: tuple[int, int]) -> tuple[int, int]:
     if output_size is None:
         return default

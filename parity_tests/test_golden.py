@@ -91,15 +91,9 @@ def stages(framework: str) -> dict[str, np.ndarray]:
             guide = net.rope(encoded)
             query, key = pool(net.query_encoder(guide), size), pool(net.key_encoder(guide), cells)
             unified = net.key_features_encoder[0](torch.nn.functional.normalize(features, dim=1))
-            found = (
-                encoded,
-                guide,
-                query,
-                key,
-                unified,
-                net.key_features_encoder(features),
-                net.combine(key, features),
-            )
+            described = net.key_features_encoder(features)
+            combined = net.aggregation(torch.cat([key, described], 1))
+            found = (encoded, guide, query, key, unified, described, combined)
         results = dict(zip(STAGES, (tensor.numpy() for tensor in found)))
     else:
         image, features = jnp.asarray(last(given["image"])), jnp.asarray(last(given["features"]))
