@@ -15,16 +15,20 @@ if TYPE_CHECKING:
     from anyup_core.config import AnyUpConfig
     from anyup_torch import encoders
     from anyup_torch.bands import upsample_bands
-    from anyup_torch.model import AnyUp
+    from anyup_torch.image_code import ImageCode
+    from anyup_torch.model import AnyUp, upsample_many
     from anyup_torch.pretrained import from_pretrained
 
 _HOME = {
     "AnyUp": "anyup_torch.model",
     "AnyUpConfig": "anyup_core.config",
+    "ImageCode": "anyup_torch.image_code",
     "from_pretrained": "anyup_torch.pretrained",
     "upsample_bands": "anyup_torch.bands",
+    "upsample_many": "anyup_torch.model",
     "attention": "anyup_torch.attention",
     "bands": "anyup_torch.bands",
+    "image_code": "anyup_torch.image_code",
     "layers": "anyup_torch.layers",
     "model": "anyup_torch.model",
     "pretrained": "anyup_torch.pretrained",
@@ -36,10 +40,12 @@ _HOME = {
 __all__ = [
     "AnyUp",
     "AnyUpConfig",
+    "ImageCode",
     "__version__",
     "encoders",
     "from_pretrained",
     "upsample_bands",
+    "upsample_many",
     "visualize",
 ]
 

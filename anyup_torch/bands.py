@@ -9,7 +9,7 @@ the guide is too large to be held (`GUIDE`); what is held is the image, the keys
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,8 @@ from anyup_core.band_plan import Pieces, Plan, plan_bands
 from anyup_core.geometry import AxisWindow, plan_tiles
 from anyup_torch.attention import resolve, window_attention
 from anyup_torch.attention.tiled import TileAttention
-from anyup_torch.layers import Encoder
+from anyup_torch.image_code import ImageCode
+from anyup_torch.layers import ConvEncoder
 from anyup_torch.streaming import activate, affine, block_size, matrix, turn
 
 GUIDE = 1 << 29  # bytes of the guide up to which it is held, not computed again for every use
@@ -67,16 +68,25 @@ def upsample_bands(
     return _bands(model, image, features, values, plan, dtype)
 
 
-class Scene:
-    """All that a strip of any map of one image is computed from.
+class RecomputedMaps(ImageCode):
+    """The code of one image whose maps are never held: a strip of any of them is computed when it is asked for.
 
     Attributes:
+        keys: for each grid of cells, (1, D, h, w), as in `ImageCode`.
+        queries: empty; `query_rows` computes queries of any output size.
         image: (input_dim, H, W), its borders reflected.
         affines: for each encoder the scales and shifts of its norms, in their order, as far as they are known.
         guide: (H, W, D), once it is held.
     """
 
-    def __init__(self, model: nn.Module, image: Float[Tensor, "input_dim H W"]):
+    def __init__(
+        self,
+        model: nn.Module,
+        image: Float[Tensor, "input_dim H W"],
+        grids: Sequence[tuple[int, int]],
+        hold_guide: bool,
+    ):
+        super().__init__({}, {})
         self.model = model
         self.height, self.width = image.shape[1:]
         self.image = model.image_encoder[0].pad(image[None])[0]
@@ -84,6 +94,18 @@ class Scene:
         self.guide: Float[Tensor, "H W D"] | None = None
         self.turns = [(angle.cos(), angle.sin()) for angle in model.rope.angles(self.height, self.width)]
         self.rows = max(1, min(self.height, block_size(image) // self.width))  # of a strip
+        self._find_norms(("image_encoder",))
+        if hold_guide:
+            strips = [self.guide_strip(begin, rows) for begin, rows in self._strips()]
+            self.guide = torch.cat(strips).view(self.height, self.width, -1)
+        self._find_norms(("key_encoder", "query_encoder"))
+        for grid in grids:
+            pieces = Pieces(self.height, grid[0], grid[0], self.rows)
+            self.keys[grid] = self._pooled("key_encoder", pieces, 0, grid[1]).permute(2, 0, 1)[None]
+
+    def query_rows(self, size: tuple[int, int], first: int, rows: int) -> Float[Tensor, "1 rows+2 Wo D"]:
+        pieces = Pieces(self.height, size[0], rows, self.rows, border=1)
+        return self._pooled("query_encoder", pieces, first, size[1])[None]
 
     def strip(self, name: str, guide: Float[Tensor, "pixels D"]) -> Float[Tensor, "pixels D"]:
         """A strip of the map that an encoder returns, or, where a norm is not known yet, of the map that it norms."""
@@ -105,17 +127,13 @@ class Scene:
         turned = turn(x.view(rows, self.width, -1).float(), self.turns, slice(first, first + rows))
         return turned.flatten(0, 1).to(x.dtype)
 
-    def prepare(self, hold: bool) -> None:
-        """Pass through the image once for each norm; queries and keys share a pass."""
-        for names in (("image_encoder",), ("key_encoder", "query_encoder")):
-            for number in range(4):
-                sums = self._sums(names)
-                for name, moments in zip(names, sums / (self.height * self.width)):
-                    norm = norms(getattr(self.model, name))[number]
-                    self.affines[name] += (tuple(x.to(self.image) for x in affine(norm, moments)),)
-            if hold and self.guide is None:
-                strips = [self.guide_strip(begin, rows) for begin, rows in self._strips()]
-                self.guide = torch.cat(strips).view(self.height, self.width, -1)
+    def _find_norms(self, names: tuple[str, ...]) -> None:
+        """Pass through the image once for each norm of these encoders."""
+        for number in range(4):
+            sums = self._sums(names)
+            for name, moments in zip(names, sums / (self.height * self.width)):
+                norm = norms(getattr(self.model, name))[number]
+                self.affines[name] += (tuple(x.to(self.image) for x in affine(norm, moments)),)
 
     def _strips(self) -> Iterator[tuple[int, int]]:
         return ((i, min(self.rows, self.height - i)) for i in range(0, self.height, self.rows))
@@ -136,7 +154,7 @@ class Scene:
             total += torch.stack([torch.stack([x.sum(0), x.square().sum(0)]) for x in wide]).cpu()
         return total
 
-    def pooled(self, name: str, pieces: Pieces, first: int, width: int) -> Float[Tensor, "rows width D"]:
+    def _pooled(self, name: str, pieces: Pieces, first: int, width: int) -> Float[Tensor, "rows width D"]:
         """Rows of an encoder's output, from `first` on, averaged over a grid `width` cells wide, piece by piece."""
         wide, dim = min(width, self.width), self.model.config.qk_dim
         rows, dtype = len(pieces.wanted), self.image.dtype
@@ -152,7 +170,9 @@ class Scene:
         return total
 
 
-def advance(encoder: Encoder, x: Float[Tensor, "pixels D"], affines: tuple[Affine, ...]) -> Float[Tensor, "pixels D"]:
+def advance(
+    encoder: ConvEncoder, x: Float[Tensor, "pixels D"], affines: tuple[Affine, ...]
+) -> Float[Tensor, "pixels D"]:
     """Apply an encoder's ResBlocks to the output of its convolution, up to the first norm that is not in `affines`."""
     for block, known in ((encoder[1].block, affines[:2]), (encoder[2].block, affines[2:])):
         if not known:
@@ -164,79 +184,38 @@ def advance(encoder: Encoder, x: Float[Tensor, "pixels D"], affines: tuple[Affin
     return x
 
 
-def norms(encoder: Encoder) -> tuple[nn.GroupNorm, ...]:
+def norms(encoder: ConvEncoder) -> tuple[nn.GroupNorm, ...]:
     return encoder[1].block[0], encoder[1].block[3], encoder[2].block[0], encoder[2].block[3]
 
 
-def _bands(*arguments) -> Iterator[Float[Tensor, "B E rows Wo"]]:
-    bands = Bands(*arguments)
-    for band in range(bands.plan.count):
-        yield bands.finish(band)
+@torch.no_grad()  # while it runs: the caller's mode is untouched between bands
+def _bands(
+    model: nn.Module,
+    image: Float[Tensor, "B input_dim H W"],
+    features: Float[Tensor, "B C h w"],
+    values: Float[Tensor, "B E h w"],
+    plan: Plan,
+    dtype: torch.dtype,
+) -> Iterator[Float[Tensor, "B E _ Wo"]]:
+    config, decode, tiles = model.config, model.cross_decode, None
+    rows, cols = plan.windows(config.window_ratio, config.window)
+    if resolve(config.backend, image.device) == "tiled":
+        tall, wide = plan_tiles(rows, cols, plan.q_chunk_size, plan.count)
+        tiles = TileAttention(tall, wide, config.num_heads, plan.q_chunk_size, image.device)
+    options = dict(num_heads=config.num_heads, backend=config.backend, q_chunk_size=plan.q_chunk_size)
 
-
-class Bands:
-    """Everything that the bands share: the scenes with all norms known, keys, values, and tiles planned once.
-
-    Only its methods run without gradients; the caller's mode is untouched between bands.
-    """
-
-    @torch.no_grad()
-    def __init__(
-        self,
-        model: nn.Module,
-        image: Float[Tensor, "B input_dim H W"],
-        features: Float[Tensor, "B C h w"],
-        values: Float[Tensor, "B E h w"],
-        plan: Plan,
-        dtype: torch.dtype,
-    ):
-        config, self.decode = model.config, model.cross_decode
-        self.plan, self.dtype, self.values = plan, dtype, values.permute(0, 2, 3, 1)
-        self.options = dict(num_heads=config.num_heads, backend=config.backend, q_chunk_size=plan.q_chunk_size)
-        self.rows, self.cols = plan.windows(config.window_ratio, config.window)
-        self.tiles = None
-        if resolve(config.backend, image.device) == "tiled":
-            tall, wide = plan_tiles(self.rows, self.cols, plan.q_chunk_size, plan.count)
-            self.tiles = TileAttention(tall, wide, config.num_heads, plan.q_chunk_size, image.device)
-
-        held = len(image) * image[0, 0].numel() * config.qk_dim * image.element_size() <= GUIDE
-        self.scenes, self.keys = [Scene(model, guidance) for guidance in image], []
-        for scene, maps in zip(self.scenes, features):
-            scene.prepare(held)
-            pieces = Pieces(scene.height, plan.cells[0], plan.cells[0], scene.rows)
-            key = scene.pooled("key_encoder", pieces, 0, plan.cells[1]).permute(2, 0, 1)[None]
-            self.keys.append(self.decode.cross_attn.project_key(model.combine(key, maps[None])[0].permute(1, 2, 0)))
-        self.pieces = Pieces(image.shape[2], plan.size[0], plan.rows, self.scenes[0].rows, border=1)
-
-    @torch.no_grad()
-    def finish(self, band: int) -> Float[Tensor, "B E rows Wo"]:
-        """Compute a band of the output."""
-        first, width = self.plan.first(band), self.plan.size[1]
-        output = torch.empty(len(self.values), self.plan.rows, width, self.values.shape[-1], dtype=self.dtype)
-        for scene, key, values, pixels in zip(self.scenes, self.keys, self.values, output):
-            query = scene.pooled("query_encoder", self.pieces, first, width)
-            query = F.conv2d(query.permute(2, 0, 1)[None], self.decode.conv2d.weight, padding=(0, 1))[0]
-            query = self.decode.cross_attn.project_query(query.permute(1, 2, 0))
-            self.attend(band, query, key, values, pixels)
-        return output[:, band * self.plan.rows - first :].permute(0, 3, 1, 2)
-
-    def attend(
-        self,
-        band: int,
-        query: Float[Tensor, "rows Wo D"],
-        key: Float[Tensor, "h w D"],
-        values: Float[Tensor, "h w E"],
-        output: Float[Tensor, "rows Wo E"],
-    ) -> None:
-        """Write a band of one image to `output`, which may be on another device and of another type."""
-        begin = band * self.plan.rows
-        if self.tiles is None:
-            seen = slice(begin, begin + self.plan.rows)
-            rows = AxisWindow(self.rows.keys, self.rows.start[seen], self.rows.count[seen])
-            output.copy_(window_attention(query[None], key[None], values[None], rows, self.cols, **self.options)[0])
-            return
-        tall, wide = self.tiles.tall, self.tiles.wide
-        for run in range(begin // tall.size, (begin + self.plan.rows) // tall.size):
-            above = slice(run * tall.size - begin, (run + 1) * tall.size - begin)
-            for start, tile in zip(wide.first.tolist(), self.tiles(run, query[above], key, values)):
-                output[above, start : start + wide.size] = tile
+    hold_guide = len(image) * image[0, 0].numel() * config.qk_dim * image.element_size() <= GUIDE
+    codes = [RecomputedMaps(model, guidance, [plan.cells], hold_guide) for guidance in image]
+    keys = [decode.project_key(model.describe(code, maps[None])) for code, maps in zip(codes, features)]
+    values = values.permute(0, 2, 3, 1)
+    for begin in range(0, plan.count * plan.rows, plan.rows):
+        first, end = plan.first(begin // plan.rows), begin + plan.rows
+        output = torch.empty(len(values), plan.rows, plan.size[1], values.shape[-1], dtype=dtype)
+        for code, key, seen, pixels in zip(codes, keys, values, output):
+            query = decode.project_rows(code.query_rows(plan.size, first, plan.rows))
+            if tiles is None:
+                window = AxisWindow(rows.keys, rows.start[begin:end], rows.count[begin:end])
+                pixels.copy_(window_attention(query, key, seen[None], window, cols, **options)[0])
+            else:
+                tiles.write(begin, end, query[0], key[0], seen, pixels)
+        yield output[:, begin - first :].permute(0, 3, 1, 2)

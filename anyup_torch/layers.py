@@ -60,7 +60,7 @@ class ResBlock(nn.Module):
         return self.block(x) + self.shortcut(x)
 
 
-class Encoder(nn.Sequential):
+class ConvEncoder(nn.Sequential):
     """A k x k convolution with reflected borders and two ResBlocks."""
 
     def __init__(self, inputs: int, outputs: int, kernel_size: int = 1):

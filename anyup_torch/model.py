@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -9,12 +11,16 @@ from torch import Tensor, nn
 
 from anyup_core import checks, visualize
 from anyup_core.config import AnyUpConfig
-from anyup_core.geometry import axis_window
+from anyup_core.geometry import AxisWindow, axis_window
 from anyup_torch import streaming
 from anyup_torch.attention import check_backend, window_attention
-from anyup_torch.layers import Encoder, FeatureUnification, ResBlock, RMSNorm, RoPE
+from anyup_torch.image_code import ImageCode
+from anyup_torch.layers import ConvEncoder, FeatureUnification, ResBlock, RMSNorm, RoPE
 
 host_window = torch.compiler.disable(axis_window)  # exact only in numpy, so it is not traced
+
+Size = tuple[int, int]
+Map = tuple[Float[Tensor, "B D _ _"], Float[Tensor, "B _ _ _"]]  # keys of a feature map, and what is averaged
 
 
 class FeatureEncoder(nn.Sequential):
@@ -57,12 +63,31 @@ class CrossAttention(nn.Module):
         self.cross_attn = Projections(config.qk_dim, config.num_heads)
         self.conv2d = nn.Conv2d(config.qk_dim, config.qk_dim, 3, padding=1, bias=False)
 
-    def forward(self, query, key, values, rows, cols, *, backend, q_chunk_size) -> Float[Tensor, "B E Ho Wo"]:
+    def forward(
+        self,
+        query: Float[Tensor, "B D Ho Wo"],
+        maps: Sequence[Map],
+        windows: Sequence[tuple[AxisWindow, AxisWindow]],
+        *,
+        backend: str,
+        q_chunk_size: int | None,
+    ) -> list[Float[Tensor, "B _ Ho Wo"]]:
+        """Return one output a map; `windows` holds the rows' and the columns' window of each map."""
         query = self.cross_attn.project_query(self.conv2d(query).permute(0, 2, 3, 1))
-        key = self.cross_attn.project_key(key.permute(0, 2, 3, 1))
         options = dict(num_heads=self.num_heads, backend=backend, q_chunk_size=q_chunk_size)
-        output = window_attention(query, key, values.permute(0, 2, 3, 1), rows, cols, **options)
-        return output.permute(0, 3, 1, 2)
+        outputs = []
+        for (key, values), window in zip(maps, windows):
+            output = window_attention(query, self.project_key(key), values.permute(0, 2, 3, 1), *window, **options)
+            outputs.append(output.permute(0, 3, 1, 2))
+        return outputs
+
+    def project_key(self, key: Float[Tensor, "B D h w"]) -> Float[Tensor, "B h w D"]:
+        return self.cross_attn.project_key(key.permute(0, 2, 3, 1))
+
+    def project_rows(self, query: Float[Tensor, "B rows+2 Wo D"]) -> Float[Tensor, "B rows Wo D"]:
+        """Project rows of queries, given with one more row at either end."""
+        query = F.conv2d(query.permute(0, 3, 1, 2), self.conv2d.weight, padding=(0, 1)).permute(0, 2, 3, 1)
+        return self.cross_attn.project_query(query)
 
 
 class AnyUp(nn.Module):
@@ -76,12 +101,12 @@ class AnyUp(nn.Module):
         super().__init__()
         check_backend(config.backend, config.window)
         self.config = config
-        self.image_encoder = Encoder(config.input_dim, config.qk_dim, config.kernel_size)
-        self.key_encoder = Encoder(config.qk_dim, config.qk_dim)
-        self.query_encoder = Encoder(config.qk_dim, config.qk_dim)
+        self.image_encoder = ConvEncoder(config.input_dim, config.qk_dim, config.kernel_size)
+        self.key_encoder = ConvEncoder(config.qk_dim, config.qk_dim)
+        self.query_encoder = ConvEncoder(config.qk_dim, config.qk_dim)
         self.key_features_encoder = FeatureEncoder(config)
         self.cross_decode = CrossAttention(config)
-        self.aggregation = Encoder(2 * config.qk_dim, config.qk_dim, 3)
+        self.aggregation = ConvEncoder(2 * config.qk_dim, config.qk_dim, 3)
         self.rope = RoPE(config.qk_dim)
 
     def forward(
@@ -115,23 +140,70 @@ class AnyUp(nn.Module):
         size = checks.check_inputs(self.config, "NCHW", image, features, output_size, q_chunk_size, values)
         if check:
             check_finite(image=image, features=features, values=values)
-        values, cells = features if values is None else values, tuple(features.shape[2:])
-        rows, cols = (host_window(n, m, self.config.window_ratio, self.config.window) for n, m in zip(size, cells))
         if vis_attn:
             self.show_attention(image, features, size, q_chunk_size)
-        if streaming.possible(self, image, features, values):
-            return streaming.upsample(self, image, features, values, rows, cols, q_chunk_size)
+        return self._upsample(image, [features], [features if values is None else values], size, q_chunk_size)[0]
 
+    def _upsample(
+        self, image: Tensor, features: Sequence[Tensor], values: Sequence[Tensor], size: Size, q_chunk_size: int | None
+    ) -> list[Tensor]:
+        """Upsample several feature maps of one image; the inputs have been checked."""
+        grids = [tuple(maps.shape[2:]) for maps in features]
+        if streaming.possible(self, image, *features, *values):
+            return streaming.upsample(self, image, features, values, size, q_chunk_size)
+        code = self.encode_image(image, grids, [size])
+        keys = [self.describe(code, maps) for maps in features]
+        return self.decode(code, list(zip(keys, values)), size, q_chunk_size)
+
+    def encode_image(
+        self, image: Float[Tensor, "B input_dim H W"], grids: Sequence[Size], sizes: Sequence[Size]
+    ) -> ImageCode:
+        """Do what depends on the image alone, in one pass, for feature maps of all `grids` and outputs of all `sizes`.
+
+        Args:
+            image: guidance, normalised with the ImageNet mean and standard deviation.
+            grids: heights and widths of the feature maps that are to be upsampled.
+            sizes: heights and widths of the outputs.
+        """
+        if streaming.possible(self, image):
+            return streaming.encode_image(self, image, grids, sizes)
         guide = self.rope(self.image_encoder(image))
-        query = F.adaptive_avg_pool2d(self.query_encoder(guide), size)
-        key = F.adaptive_avg_pool2d(self.key_encoder(guide), cells)
-        key = self.combine(key, features)
-        options = dict(backend=self.config.backend, q_chunk_size=q_chunk_size)
-        return self.cross_decode(query, key, values, rows, cols, **options)
+        return ImageCode(pool(self.key_encoder(guide), grids), pool(self.query_encoder(guide), sizes))
 
-    def combine(self, key: Float[Tensor, "B D h w"], features: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D h w"]:
-        """Aggregate what the image and what the features say of each cell."""
+    def describe(self, code: ImageCode, features: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D h w"]:
+        """Return the keys of a feature map: the image's keys on its grid, aggregated with the features' description.
+
+        Raises:
+            ValueError: if the image was not encoded for the grid (h, w).
+        """
+        key = code.key(tuple(features.shape[2:]))
         return self.aggregation(torch.cat([key, self.key_features_encoder(features)], 1))
+
+    def decode(
+        self, code: ImageCode, maps: Sequence[Map], size: Size, q_chunk_size: int | None = None
+    ) -> list[Float[Tensor, "B _ Ho Wo"]]:
+        """Average the values of each map with the attention of one set of queries.
+
+        Args:
+            code: the encoded images.
+            maps: keys, as `describe` returns them, and values (B, E, h, w) of each feature map; E may differ.
+            size: height and width of the outputs.
+            q_chunk_size: query positions worked on at once; bounds memory, never changes the result.
+
+        Raises:
+            ValueError: if the image was not encoded for the size, or keys and values differ in batch or grid.
+        """
+        for key, values in maps:
+            if key.shape[2:] != values.shape[2:] or len(key) != len(values):
+                raise ValueError(
+                    f"keys {tuple(key.shape)} and values {tuple(values.shape)} differ in the batch size or the grid."
+                )
+        if streaming.possible(self, *code.queries.values(), *(tensor for pair in maps for tensor in pair)):
+            return streaming.decode(self, code, maps, size, q_chunk_size)
+        ratio, window = self.config.window_ratio, self.config.window
+        windows = [[host_window(n, m, ratio, window) for n, m in zip(size, key.shape[2:])] for key, _ in maps]
+        options = dict(backend=self.config.backend, q_chunk_size=q_chunk_size)
+        return self.cross_decode(code.query(size), maps, windows, **options)
 
     def show_attention(
         self, image: Tensor, features: Tensor, output_size: tuple[int, int], q_chunk_size: int | None
@@ -151,6 +223,37 @@ class AnyUp(nn.Module):
         pyplot.imshow(visualize.attention_picture(upsample, *features.shape[2:]))
         pyplot.axis("off")
         pyplot.show()
+
+
+def pool(x: Float[Tensor, "B D H W"], sizes: Sequence[Size]) -> dict[Size, Float[Tensor, "B D _ _"]]:
+    return {size: F.adaptive_avg_pool2d(x, size) for size in sizes}
+
+
+def upsample_many(
+    model: AnyUp,
+    image: Float[Tensor, "B input_dim H W"],
+    features: Sequence[Float[Tensor, "B _ _ _"]],
+    output_size: Size | None = None,
+    q_chunk_size: int | None = None,
+    values: Sequence[Float[Tensor, "B _ _ _"] | None] | None = None,
+) -> list[Float[Tensor, "B _ Ho Wo"]]:
+    """Upsample several feature maps of one image, such as layers or encoders, and return their outputs in order.
+
+    The image is encoded once and queries are computed once for all maps, which is faster than separate calls; the
+    outputs are the same.
+
+    Args:
+        model, image, output_size, q_chunk_size: as for `AnyUp.forward`.
+        features: a list of feature maps (B, C, h, w) of the same view; C, h and w may differ from map to map.
+        values: for each feature map what is averaged instead of it, or None for the features themselves.
+
+    Raises:
+        ValueError, TypeError: as for `AnyUp.forward`, for features or values that are not lists, for an empty list of
+            features, and for a list of values of another length.
+    """
+    size = checks.check_maps(model.config, "NCHW", image, features, output_size, q_chunk_size, values)
+    chosen = features if values is None else [y if x is None else x for x, y in zip(values, features)]
+    return model._upsample(image, features, chosen, size, q_chunk_size)
 
 
 def check_finite(**tensors: Float[Tensor, ...] | None) -> None:

@@ -10,17 +10,19 @@ row of tiles at a time.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from anyup_core.config import NORM_GROUPS
-from anyup_core.geometry import AxisWindow, plan_tiles
+from anyup_core.geometry import axis_window, plan_tiles
 from anyup_torch.attention import resolve
 from anyup_torch.attention.tiled import TileAttention
+from anyup_torch.image_code import ImageCode
 from anyup_torch.layers import ReflectConv2d, ResBlock, RoPE
 
 BLOCK = 1 << 13  # pixels a block: what stays in the cache at 128 channels
@@ -67,21 +69,20 @@ def affine(norm: nn.GroupNorm, moments: Float[Tensor, "2 D"]) -> tuple[Float[Ten
 
 
 def workspace(
-    output: Tensor, pixels: int, dim: int, like: Tensor, plan: TileAttention
+    pixels: int, dim: int, like: Tensor, output: Float[Tensor, "Ho Wo E"] | None = None, strip: int = 0
 ) -> tuple[Float[Tensor, "pixels D"], ...]:
     """Return three uninitialised buffers: in the memory of `output`, the last one at its end, as far as they fit.
 
-    The last one is for the queries. The rows of the output overwrite it from the front, and this fits if a row of tiles
-    ends before the queries that the next one needs begin.
+    The last one is for the queries. Strips of `strip` rows of the output overwrite it from the front, and this fits if
+    every strip ends before the queries that the next one needs begin.
     """
-    size, total = pixels * dim, output.numel()
-    if output.dtype != like.dtype or total < 2 * size:
-        return tuple(like.new_empty(3, pixels, dim))
-    flat, width = output.view(-1), output.shape[1]
-    first = plan.tall.first.astype(int)
-    written = (first[:-1] + plan.tall.size) * width * output.shape[2]
-    needed = total - size + (first[1:] - 1) * width * dim
-    if total >= 3 * size and pixels == output.shape[0] * width and (written <= needed).all():
+    size, total = pixels * dim, 0 if output is None else output.numel()
+    if total < 2 * size or output.dtype != like.dtype:
+        return tuple(like.new_empty(pixels, dim) for _ in range(3))
+    flat, (height, width, channels) = output.view(-1), output.shape
+    ends = np.arange(strip, height, strip)
+    fits = (ends * width * channels <= total - size + (ends - 1) * width * dim).all()
+    if total >= 3 * size and pixels == height * width and fits:
         last = flat[total - size :].view(pixels, dim)
     else:
         last = like.new_empty(pixels, dim)
@@ -127,14 +128,27 @@ class Stream:
             output.count(output.data[rows], self.scratch)
         return output
 
-    def pool(self, block: ResBlock, x: Pixels, shape: tuple[int, int], size: tuple[int, int]) -> Float[Tensor, "n D"]:
-        """Apply a ResBlock and average over `size` bins: its last convolution is linear, so the averages come first."""
-        hidden = self.widen(block, x)
+    def pool(
+        self, block: ResBlock, x: Pixels, shape: tuple[int, int], sizes: Sequence[tuple[int, int]]
+    ) -> dict[tuple[int, int], Float[Tensor, "1 D _ _"]]:
+        """Apply a ResBlock and average over each size, before its last convolution, which is linear.
+
+        The memory of `x` is overwritten, and is the result where a size is the image's own.
+        """
+        hidden, weight, pooled = self.widen(block, x), matrix(block.block[5]), {}
         affine = hidden.affine(block.block[3])
+        averages = {size: pool_pixels(x.data, shape, size) for size in sizes if size != shape}
         for rows in blocks(x.data):
             activate(hidden.data[rows], affine, hidden.data[rows])
-        x, hidden = (pool_pixels(pixels.data, shape, size) for pixels in (x, hidden))
-        return torch.addmm(x, hidden, matrix(block.block[5]))
+            if shape in sizes:
+                x.data[rows].addmm_(hidden.data[rows], weight)
+        for size in sizes:
+            if size != shape:
+                data = torch.addmm(averages[size], pool_pixels(hidden.data, shape, size), weight)
+            else:
+                data = x.data
+            pooled[size] = data.view(1, *size, -1).permute(0, 3, 1, 2)
+        return pooled
 
 
 def matrix(conv: nn.Conv2d) -> Float[Tensor, "inputs outputs"]:
@@ -212,70 +226,122 @@ def possible(model: nn.Module, *tensors: Tensor) -> bool:
 def upsample(
     model: nn.Module,
     image: Float[Tensor, "B input_dim H W"],
-    features: Float[Tensor, "B C h w"],
-    values: Float[Tensor, "B E h w"],
-    rows: AxisWindow,
-    cols: AxisWindow,
+    features: Sequence[Float[Tensor, "B _ _ _"]],
+    values: Sequence[Float[Tensor, "B _ _ _"]],
+    size: tuple[int, int],
     q_chunk_size: int | None,
-) -> Float[Tensor, "B E Ho Wo"]:
-    """Return the model's output, one image after the other."""
-    output = values.new_empty(len(image), rows.queries, cols.queries, values.shape[1])
-    plan = TileAttention(*plan_tiles(rows, cols, q_chunk_size), model.config.num_heads, q_chunk_size, image.device)
-    for guidance, maps, seen, pixels in zip(image, features, values, output):
-        query, key = encode(model, guidance, maps, (rows.queries, cols.queries), pixels, plan)
-        attend(model.cross_decode, plan, query, key, seen.permute(1, 2, 0), pixels)
-    return output.permute(0, 3, 1, 2)
+) -> list[Float[Tensor, "B _ Ho Wo"]]:
+    """Return the model's output for each feature map, one image after the other."""
+    outputs = [maps.new_empty(len(image), *size, maps.shape[1]) for maps in values]
+    grids = [tuple(maps.shape[2:]) for maps in features]
+    tiles = plan(model, grids, size, q_chunk_size, image.device)
+    largest = max(outputs, key=torch.numel)
+    for index in range(len(image)):
+        one = slice(index, index + 1)
+        buffers = workspace(image[0, 0].numel(), model.config.qk_dim, image, largest[index], strip_height(tiles))
+        code = encode(model, image[index], grids, [size], buffers)
+        maps = [(model.describe(code, x[one]), y[one]) for x, y in zip(features, values)]
+        attend(model.cross_decode, code, maps, size, tiles, [output[one] for output in outputs])
+    return [output.permute(0, 3, 1, 2) for output in outputs]
+
+
+@torch.no_grad()
+def encode_image(
+    model: nn.Module,
+    image: Float[Tensor, "B input_dim H W"],
+    grids: Sequence[tuple[int, int]],
+    sizes: Sequence[tuple[int, int]],
+) -> ImageCode:
+    """Compute `AnyUp.encode_image`, one image after the other."""
+    buffers = (image[0, 0].numel(), model.config.qk_dim, image)
+    codes = [encode(model, guidance, grids, sizes, workspace(*buffers)) for guidance in image]
+    if len(codes) == 1:
+        return codes[0]
+    keys = {grid: torch.cat([code.keys[grid] for code in codes]) for grid in grids}
+    return ImageCode(keys, {size: torch.cat([code.queries[size] for code in codes]) for size in sizes})
+
+
+@torch.no_grad()
+def decode(
+    model: nn.Module,
+    code: ImageCode,
+    maps: Sequence[tuple[Float[Tensor, "B D _ _"], Float[Tensor, "B _ _ _"]]],
+    size: tuple[int, int],
+    q_chunk_size: int | None,
+) -> list[Float[Tensor, "B _ Ho Wo"]]:
+    """Compute `AnyUp.decode`."""
+    outputs = [values.new_empty(len(values), *size, values.shape[1]) for _, values in maps]
+    grids = [tuple(key.shape[2:]) for key, _ in maps]
+    tiles = plan(model, grids, size, q_chunk_size, outputs[0].device)
+    attend(model.cross_decode, code, maps, size, tiles, outputs)
+    return [output.permute(0, 3, 1, 2) for output in outputs]
+
+
+def plan(
+    model: nn.Module,
+    grids: Sequence[tuple[int, int]],
+    size: tuple[int, int],
+    q_chunk_size: int | None,
+    device: torch.device,
+) -> list[TileAttention]:
+    """Plan the attention over each grid of cells."""
+    config, attentions = model.config, []
+    for grid in grids:
+        rows, cols = (axis_window(n, m, config.window_ratio, config.window) for n, m in zip(size, grid))
+        tiles = plan_tiles(rows, cols, q_chunk_size)
+        attentions.append(TileAttention(*tiles, config.num_heads, q_chunk_size, device))
+    return attentions
+
+
+def strip_height(tiles: Sequence[TileAttention]) -> int:
+    """Rows of queries that are projected at once."""
+    return max(attention.tall.size for attention in tiles)
 
 
 def encode(
     model: nn.Module,
     image: Float[Tensor, "input_dim H W"],
-    features: Float[Tensor, "C h w"],
-    size: tuple[int, int],
-    spare: Float[Tensor, "Ho Wo E"],
-    plan: TileAttention,
-) -> tuple[Float[Tensor, "Ho Wo D"], Float[Tensor, "h w D"]]:
-    """Return the queries before their 3 x 3 convolution, and the projected keys.
-
-    The memory of `spare` is used for the full-resolution buffers; the queries may lie at its end.
-    """
-    (height, width), cells, dim = image.shape[1:], features.shape[1:], model.config.qk_dim
-    shape, pixels = (height, width), height * width
-    hidden, keys, guide = workspace(spare, pixels, dim, image, plan)
+    grids: Sequence[tuple[int, int]],
+    sizes: Sequence[tuple[int, int]],
+    buffers: tuple[Float[Tensor, "HW D"], ...],
+) -> ImageCode:
+    """Encode one image in three buffers. Keys or queries of the image's own size stay in the second and the third."""
+    shape, (hidden, keys, guide) = tuple(image.shape[1:]), buffers
     stream = Stream(hidden)
-
     x = project_image(model.image_encoder[0], image, guide)
     x = stream.apply(model.image_encoder[2], stream.apply(model.image_encoder[1], x))
     first_layers = (model.key_encoder[0], model.query_encoder[0])
     key, query = rotate_and_project(x.data, shape, model.rope, first_layers, (keys, guide))
-
-    key = stream.pool(model.key_encoder[2], stream.apply(model.key_encoder[1], key), shape, cells)
-    key = key.reshape(1, *cells, dim).permute(0, 3, 1, 2)
-    key = model.cross_decode.cross_attn.project_key(model.combine(key, features[None])[0].permute(1, 2, 0))
-
-    query = stream.apply(model.query_encoder[1], query)
-    if size == shape:
-        query = stream.apply(model.query_encoder[2], query).data
-    else:
-        query = stream.pool(model.query_encoder[2], query, shape, size)
-    return query.reshape(*size, dim), key
+    keys, queries = (
+        stream.pool(encoder[2], stream.apply(encoder[1], x), shape, wanted)
+        for encoder, x, wanted in ((model.key_encoder, key, grids), (model.query_encoder, query, sizes))
+    )
+    return ImageCode(keys, queries)
 
 
 def attend(
     decode: nn.Module,
-    plan: TileAttention,
-    query: Float[Tensor, "Ho Wo D"],
-    key: Float[Tensor, "h w D"],
-    values: Float[Tensor, "h w E"],
-    output: Float[Tensor, "Ho Wo E"],
+    code: ImageCode,
+    maps: Sequence[tuple[Float[Tensor, "B D _ _"], Float[Tensor, "B _ _ _"]]],
+    size: tuple[int, int],
+    tiles: Sequence[TileAttention],
+    outputs: Sequence[Float[Tensor, "B Ho Wo _"]],
 ) -> None:
-    """Write the attention's output to `output`, one row of tiles after the other; its end may hold the queries."""
-    height, width = plan.tall.size, plan.wide.size
-    for row, first in enumerate(plan.tall.first.tolist()):
-        above, below = first == 0, first + height == len(query)  # rows of zeros around the image
-        strip = query[None, first - 1 + above : first + height + 1 - below]
-        strip = F.pad(strip, (0, 0, 0, 0, above, below)) if above or below else strip
-        strip = F.conv2d(strip.permute(0, 3, 1, 2), decode.conv2d.weight, padding=(0, 1))[0].permute(1, 2, 0)
-        tiles = plan(row, decode.cross_attn.project_query(strip), key, values)
-        for start, tile in zip(plan.wide.first.tolist(), tiles):
-            output[first : first + height, start : start + width] = tile
+    """Write the attention's outputs of all maps, one strip of queries after the other.
+
+    The queries may lie at the end of one of the outputs (see `workspace`). Rows of tiles are computed once all their
+    queries are projected; what a later row of tiles still needs is kept.
+    """
+    keys = [decode.project_key(key) for key, _ in maps]
+    values = [values.permute(0, 2, 3, 1) for _, values in maps]
+    kept, step = None, strip_height(tiles)
+    for begin in range(0, size[0], step):
+        end = min(begin + step, size[0])
+        query = decode.project_rows(code.query_rows(size, begin, end - begin))
+        query = query if kept is None else torch.cat([kept, query], 1)
+        top = end - query.shape[1]
+        for attention, *tensors in zip(tiles, keys, values, outputs):
+            for index, (key, seen, output) in enumerate(zip(*tensors)):
+                attention.write(begin, end, query[index], key, seen, output[top:end])
+        needed = min(attention.needed_from(end) for attention in tiles)
+        kept = query[:, needed - top :].clone() if needed < end else None

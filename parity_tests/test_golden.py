@@ -91,16 +91,10 @@ def stages(framework: str) -> dict[str, np.ndarray]:
             guide = net.rope(encoded)
             query, key = pool(net.query_encoder(guide), size), pool(net.key_encoder(guide), cells)
             unified = net.key_features_encoder[0](torch.nn.functional.normalize(features, dim=1))
-            arrays_of_stages = (
-                encoded,
-                guide,
-                query,
-                key,
-                unified,
-                net.key_features_encoder(features),
-                net.combine(key, features),
-            )
-        results = dict(zip(STAGES, (tensor.numpy() for tensor in arrays_of_stages)))
+            described = net.key_features_encoder(features)
+            combined = net.aggregation(torch.cat([key, described], 1))
+            maps = (encoded, guide, query, key, unified, described, combined)
+        results = dict(zip(STAGES, (tensor.numpy() for tensor in maps)))
     else:
         image, features = jnp.asarray(last(given["image"])), jnp.asarray(last(given["features"]))
         encoded = net.image_encoder(image)

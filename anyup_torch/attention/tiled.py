@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -86,6 +87,31 @@ class TileAttention:
             else:
                 yield from self._attend(row, tiles, query, key, values)
 
+    def write(
+        self,
+        begin: int,
+        end: int,
+        query: Float[Tensor, "rows Wo D"],
+        key: Float[Tensor, "h w D"],
+        values: Float[Tensor, "h w E"],
+        output: Float[Tensor, "rows Wo E"],
+    ) -> None:
+        """Compute the tile rows that end after row `begin` and no later than row `end`.
+
+        `query` and `output` hold the same rows, up to `end`; the output may be on another device and of another type.
+        """
+        top = end - len(query)
+        for row, first in enumerate(self.tall.first.tolist()):
+            if begin < first + self.tall.size <= end:
+                rows = slice(first - top, first - top + self.tall.size)
+                for start, tile in zip(self.wide.first.tolist(), self(row, query[rows], key, values)):
+                    output[rows, start : start + self.wide.size] = tile
+
+    def needed_from(self, end: int) -> int:
+        """Return the first row before `end` that a tile row ending after `end` holds; `end` if there is none."""
+        later = self.tall.first[self.tall.first + self.tall.size > end]
+        return min([end, *later.tolist()])
+
     def _attend(self, row: int, tiles: slice, query: Tensor, key: Tensor, values: Tensor) -> Float[Tensor, "G T U E"]:
         heads, head_dim = self.num_heads, query.shape[-1] // self.num_heads
         height, width = self.tall.size, self.wide.size
@@ -96,15 +122,12 @@ class TileAttention:
             queries = query[:, self.query_cols[tiles].flatten()]
         key_cols = self.key_cols[tiles]
 
-        queries = queries.reshape(height, group, width, heads, head_dim)
-        queries = queries.permute(1, 3, 0, 2, 4).reshape(group * heads, height * width, head_dim)
-        keys = key[:, key_cols.flatten()].reshape(self.tall.span, group, self.wide.span, heads, head_dim)
-        keys = keys.permute(1, 3, 4, 0, 2).reshape(group * heads, head_dim, -1) * head_dim**-0.5
-        seen = values[:, key_cols.flatten()].reshape(self.tall.span, group, self.wide.span, -1)
-        seen = seen.transpose(0, 1).flatten(1, 2)
+        queries = rearrange(queries, "t (g u) (n k) -> (g n) (t u) k", g=group, n=heads)
+        keys = rearrange(key[:, key_cols.flatten()], "h (g w) (n k) -> (g n) k (h w)", g=group, n=heads)
+        seen = rearrange(values[:, key_cols.flatten()], "h (g w) e -> g (h w) e", g=group)
 
         bias = self.row_bias[row][:, None, :, None] + self.col_bias[tiles][:, None, :, None]
-        scores = (queries @ keys).float().unflatten(0, (group, heads))
+        scores = (queries @ (keys * head_dim**-0.5)).float().unflatten(0, (group, heads))
         weights = scores.add_(bias.reshape(group, 1, height * width, -1)).softmax(-1).mean(1)
         return (weights.to(values.dtype) @ seen).unflatten(1, (height, width))
 

@@ -1,0 +1,45 @@
+"""What one pass over a batch of images leaves behind: all that upsampling any of their feature maps needs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclasses.dataclass
+class ImageCode:
+    """Keys and queries of a batch of images, as `AnyUp.encode_image` returns them; the guide is not part of it.
+
+    Attributes:
+        keys: for each grid of cells the output of the key encoder averaged over it, (B, D, h, w).
+        queries: for each output size the output of the query encoder averaged over it, (B, D, Ho, Wo).
+    """
+
+    keys: dict[tuple[int, int], Float[Tensor, "B D _ _"]]
+    queries: dict[tuple[int, int], Float[Tensor, "B D _ _"]]
+
+    def key(self, grid: tuple[int, int]) -> Float[Tensor, "B D h w"]:
+        """Return the keys of a grid; ValueError where the image was not encoded for it."""
+        return _entry(self.keys, grid, "grids")
+
+    def query(self, size: tuple[int, int]) -> Float[Tensor, "B D Ho Wo"]:
+        """Return the queries of an output size; ValueError where the image was not encoded for it."""
+        return _entry(self.queries, size, "sizes")
+
+    def query_rows(self, size: tuple[int, int], first: int, rows: int) -> Float[Tensor, "B rows+2 Wo D"]:
+        """Return `rows` rows of queries from `first` on and one more at either end, zeros outside of the output."""
+        query = self.query(size).permute(0, 2, 3, 1)
+        above, below = int(first == 0), int(first + rows == size[0])
+        query = query[:, first - 1 + above : first + rows + 1 - below]
+        return F.pad(query, (0, 0, 0, 0, above, below)) if above or below else query
+
+
+def _entry(maps: dict[tuple[int, int], Tensor], size: tuple[int, int], argument: str) -> Tensor:
+    if size not in maps:
+        raise ValueError(
+            f"The image was encoded for {argument}={list(maps)}, not for {size}; add it to encode_image's."
+        )
+    return maps[size]
