@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from anyup_core.settings import from_dict, to_dict
 from train import presets
 from train.config import Config, EncoderConfig, FeaturesConfig, ProfileConfig, differences
-from train.loop import check_output
+from train.output_dir import check_output
 
 
 @pytest.fixture(autouse=True)

@@ -21,9 +21,10 @@ from anyup_jax.model import AnyUp
 from tests.training import environment
 from train import encoders, optim, sharding
 from train.config import Config, DatasetConfig, EncoderConfig, FeaturesConfig, LossConfig, MeshConfig, OptimizerConfig
-from train.step import Geometry, draw_channels, init_state, make_step, state_specs
+from train.state import init_state, state_specs
+from train.step import StepPlan, StepSizes, draw_channels, make_step
 
-SIZES = Geometry(8, (32, 32), *[(16, 16)] * 4)
+SIZES = StepSizes(8, (32, 32), *[(16, 16)] * 4)
 VIEWS = DatasetConfig(crop_size=(32, 32), img_size=(16, 16), num_local_crops=2)
 
 
@@ -64,7 +65,7 @@ def steps(
     specs = state_specs(state, config.mesh.parameters, mesh)
     state = sharding.place(state, specs, mesh)
     if repr(config) not in COMPILED:
-        COMPILED[repr(config)] = make_step(config, graph, specs, SIZES, mesh, None)
+        COMPILED[repr(config)] = make_step(StepPlan(config, graph, specs, SIZES, mesh, None))
     step = COMPILED[repr(config)]
     found = []
     for number in range(count):
@@ -89,7 +90,7 @@ def test_terms_add_up_and_parameters_move() -> None:
     state, metrics = steps(config, 1)
     assert int(state.step) == int(state.optimizer.count) == 1
     assert largest_difference(state.params, before.params) > 1e-3
-    assert largest_difference(state.carried, before.carried) == 0
+    assert largest_difference(state.unused, before.unused) == 0
     first = metrics[0]
     total = first["reconstruction"] + first["consistency"] + first["input"]
     assert first["loss"] == pytest.approx(total, rel=1e-6)
@@ -181,7 +182,7 @@ def test_schedule() -> None:
 
 
 def test_corners_are_patch_aligned_and_reach_both_ends() -> None:
-    sizes = Geometry(14, (448, 448), *[(224, 224)] * 4)
+    sizes = StepSizes(14, (448, 448), *[(224, 224)] * 4)
     corners = np.asarray(sizes.corners(jnp.asarray(np.random.default_rng(0).random((1, 4000, 2), np.float32))))
     counts = np.bincount(corners.ravel())
     assert len(counts) == 17  # 32 cells less 16
@@ -202,15 +203,15 @@ def test_choice_of_encoder() -> None:
 def test_guidance_of_random_size() -> None:
     data = DatasetConfig(global_view_random_resize=(0.5, 1.0))
     config = tiny(dataset=data)
-    sides = {encoders.geometry(config, 14, step).whole for step in range(300)}
+    sides = {encoders.step_sizes(config, 14, step).whole for step in range(300)}
     assert {side % 14 for size in sides for side in size} == {0}
     assert (min(sides), max(sides)) == ((224, 224), (448, 448))
 
 
 def test_shares_of_channels_are_drawn() -> None:
     config = tiny(features=FeaturesConfig(shares=(1.0, 0.5)))
-    shares = [encoders.geometry(config, 14, step).share for step in range(400)]
-    assert shares == [encoders.geometry(config, 14, step).share for step in range(400)]
+    shares = [encoders.step_sizes(config, 14, step).share for step in range(400)]
+    assert shares == [encoders.step_sizes(config, 14, step).share for step in range(400)]
     assert set(shares) == {1.0, 0.5}
     assert shares.count(1.0) / 400 == pytest.approx(0.5, abs=0.1)
 

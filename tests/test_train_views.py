@@ -121,7 +121,7 @@ def test_half_of_the_photographs_are_mirrored_and_regions_differ_by_position() -
 def test_guidance_of_its_own_size() -> None:
     def sizes(**changes):
         data = DatasetConfig(**changes)
-        return encoders.geometry(Config(encoders={"any": EncoderConfig(name="any")}, dataset=data), 14, 0)
+        return encoders.step_sizes(Config(encoders={"any": EncoderConfig(name="any")}, dataset=data), 14, 0)
 
     assert (sizes().whole, sizes().guidance) == ((224, 224), (224, 224))
     assert (sizes(guidance_size=(112, 96)).whole, sizes(guidance_size=(112, 96)).guidance) == ((224, 224), (112, 96))
