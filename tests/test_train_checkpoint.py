@@ -1,4 +1,4 @@
-"""Checkpoints by themselves: what is kept, what is found damaged, another layout of devices, another model."""
+"""Checkpoints: which are kept, damage of every item, another layout of devices, another model."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def cut(item: str) -> Callable[[Path], None]:
 
 @pytest.mark.parametrize("item", ["params", "optimizer", "ema", "data", "progress"])
 @pytest.mark.parametrize("kind", [remove, cut])
-def test_damage_is_found_said_and_put_aside(item: str, kind: Callable, tmp_path: Path) -> None:
+def test_damage_is_reported_and_moved_away(item: str, kind: Callable, tmp_path: Path) -> None:
     checkpoints, messages = saved(tmp_path, steps=2), []
     kind(item)(tmp_path / "checkpoints" / "2")
     restored = checkpoints.restore(state(1), messages.append)

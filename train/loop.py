@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+import anyup_jax
 from anyup_core.settings import to_dict
 from anyup_jax.encoders.encoder import Encoder
 from anyup_jax.model import AnyUp
@@ -58,13 +60,7 @@ def run(config: Config, *, dry: bool = False) -> int:
 
 
 class StepResult(NamedTuple):
-    """What a step returned, perhaps still being computed.
-
-    Attributes:
-        step: its number, counted from 1.
-        metrics: by name.
-        names: of its photographs.
-    """
+    """The number of a step, its metrics, which the devices may still be computing, and the names of its photographs."""
 
     step: int
     metrics: dict[str, jax.Array]
@@ -72,14 +68,7 @@ class StepResult(NamedTuple):
 
 
 class Run:
-    """A run whose configuration has been checked.
-
-    Args:
-        config: the configuration.
-        mesh: the devices.
-        source: the photographs.
-        output: the folder everything is written to.
-    """
+    """A run whose configuration has been checked."""
 
     saver: Checkpoints
     batches: Batches
@@ -88,9 +77,7 @@ class Run:
     def __init__(self, config: Config, mesh: Mesh, source: Source, output: Path):
         self.config, self.mesh, self.source, self.output = config, mesh, source, output
         self.held_out = pictures.held_out(config) if config.log.pictures_every and jax.process_index() == 0 else []
-        self.encoders: dict[str, encoders.FrozenEncoder] = {
-            name: encoder.load(config.dtype) for name, encoder in config.encoders.items()
-        }
+        self.encoders = {name: encoder.load(config.dtype) for name, encoder in config.encoders.items()}
         for name, encoder in self.encoders.items():
             encoders.check_sizes(name, encoder.stride, config)
         self.patches = {name: encoder.stride for name, encoder in self.encoders.items()}
@@ -112,11 +99,11 @@ class Run:
         """Do all steps that are left and return the exit status."""
         config, process, processes = self.config, jax.process_index(), jax.process_count()
         with contextlib.ExitStack() as opened:
-            kept = config.checkpoint.keep, config.checkpoint.keep_period
-            self.saver = opened.enter_context(contextlib.closing(Checkpoints(self.output / "checkpoints", *kept)))
+            saver = Checkpoints(self.output / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_period)
+            self.saver = opened.enter_context(contextlib.closing(saver))
             asked_to_stop = opened.enter_context(stop_requests())
             messages: list[str] = []
-            restored = self.saver.restore(to_trees(self.state), messages.append)
+            restored = saver.restore(to_trees(self.state), messages.append)
             first = 0 if restored is None else restored.step
             batches = Batches(self.source, config, process, processes, start=first)
             self.batches = opened.enter_context(contextlib.closing(batches))
@@ -215,7 +202,7 @@ class Run:
             state = multihost_utils.process_allgather(state, tiled=True)
         if jax.process_index() != 0:
             return
-        model = nnx.merge(self.graph, *jax.tree.map(lambda x: jax.numpy.asarray(np.asarray(x)), state))
+        model = nnx.merge(self.graph, *jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), state))
         for name, encoder in self.encoders.items():
             ending = f"_{name}" if len(self.encoders) > 1 else ""
             path = self.output / "pictures" / f"step_{number:08d}{ending}.png"
@@ -225,11 +212,9 @@ class Run:
 
 def initial_model(config: Config) -> AnyUp:
     """Return the model before the first step."""
-    dtype = jax.numpy.dtype(config.dtype)
+    dtype = jnp.dtype(config.dtype)
     if config.checkpoint.init_from is not None:
-        from anyup_jax.pretrained import from_pretrained
-
-        return from_pretrained(config.checkpoint.init_from, dtype=dtype, backend=config.model.backend)
+        return anyup_jax.from_pretrained(config.checkpoint.init_from, dtype=dtype, backend=config.model.backend)
     return AnyUp(config.model, rngs=nnx.Rngs(config.seed), dtype=dtype)
 
 
