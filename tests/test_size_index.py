@@ -1,4 +1,4 @@
-"""The size index: what it says of every kind of file, its text, restarts, processes, and the command."""
+"""The size index: rows for every kind of file, its text, restarts, processes, and the command."""
 
 from __future__ import annotations
 
@@ -63,10 +63,11 @@ def many(tmp_path):
 
 
 def test_values(root):
-    said = []
-    assert build(root, None, 1, said.append) == ROWS
+    messages = []
+    assert build(root, None, 1, messages.append) == ROWS
     assert read_index(root / "size_index.tsv") == ROWS
-    assert said == [f"{root / 'size_index.tsv'}: 5 images, 1 of them unreadable"]
+    (message,) = messages
+    assert message.startswith(f"{root / 'size_index.tsv'}: 5 images, 1 ")
     assert sorted(path.name for path in root.iterdir() if path.is_file()) == ["loose.png", "size_index.tsv"]
 
 
@@ -97,7 +98,7 @@ def test_reads_the_format_of_the_reference(tmp_path, columns, newline):
 def test_a_damaged_line_is_named(tmp_path, line):
     path = tmp_path / "index.tsv"
     path.write_text(f"# size index\na/a.png\t0\t5\t6\t5\n{line}")
-    with pytest.raises(ValueError, match=r"^Line 3 of .*index\.tsv is .* must be rel_path, label.*delete the file"):
+    with pytest.raises(ValueError, match=r"^Line 3 of .*index\.tsv "):
         read_index(path)
 
 
@@ -130,11 +131,11 @@ def test_goes_on_after_an_interruption(root, tmp_path, monkeypatch):
     assert len(partial.read_text().splitlines()) == 4
     with partial.open("a") as file:
         file.write("bee/turned.jpg\t1\t2")  # torn in the middle of the width
-    said = []
+    messages = []
     measured[:] = [""] * 4
-    assert build(root, out, 1, said.append) == read_index(out) == ROWS
+    assert build(root, out, 1, messages.append) == read_index(out) == ROWS
     assert measured[4:] == ["broken.jpg", "turned.jpg", "a\ttab.png"]  # the unreadable one is tried again
-    assert said[0] == f"{partial}: going on after 2 of 5 images"
+    assert "2 of 5" in messages[0]
     assert not partial.exists()
 
 
@@ -182,20 +183,23 @@ def test_a_killed_command_goes_on(many, tmp_path):
 def test_refusals(root, tmp_path, capsys):
     def refused(*args: object) -> str:
         assert main([*map(str, args)]) == 2
-        said = capsys.readouterr().err
-        assert said.startswith("error: ")
-        assert said.count("\n") == 1
-        return said
+        message = capsys.readouterr().err
+        assert message.startswith("error: ")
+        assert message.count("\n") == 1
+        return message
 
     empty = tmp_path / "empty"
     save(empty / "loose.png", 7, 7)
-    assert "is no folder; it must be root/class/file" in refused(tmp_path / "absent")
-    assert "holds no images in subfolders; it must be root/class/file" in refused(empty)
-    assert "workers=0 must be at least 1" in refused(root, "--workers", 0)
-    assert "does not exist" in refused(root, "--out", tmp_path / "absent" / "index.tsv")
-    assert "is a folder" in refused(root, "--out", root)
+    for args, named in (
+        ([tmp_path / "absent"], f"ROOT={tmp_path / 'absent'}"),
+        ([empty], f"ROOT={empty}"),
+        ([root, "--workers", 0], "workers=0"),
+        ([root, "--out", tmp_path / "absent" / "index.tsv"], str(tmp_path / "absent")),
+        ([root, "--out", root], str(root)),
+    ):
+        assert named in refused(*args)
     save(root / "ant" / "two\nlines.png", 7, 7)
-    assert "line break" in refused(root)
+    assert "two\\nlines.png" in refused(root)
 
 
 def test_refusal_as_a_user_sees_it(tmp_path):

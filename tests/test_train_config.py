@@ -1,31 +1,19 @@
-"""The configuration: presets, groups, types, and what cannot be written down."""
+"""The configuration: presets, groups, types, and values that are refused."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import re
 from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize
-from omegaconf import OmegaConf
 
 from anyup_core.settings import from_dict, to_dict
+from tests.training import configured
 from train import presets
 from train.config import Config, EncoderConfig, FeaturesConfig, ProfileConfig, differences
-from train.loop import check_output
-
-
-@pytest.fixture(autouse=True)
-def hydra() -> Iterator[None]:
-    presets.register()
-    with initialize(version_base="1.3", config_path=None):
-        yield
-
-
-def configured(*overrides: str) -> Config:
-    return from_dict(Config, OmegaConf.to_container(compose(presets.NAME, list(overrides)), resolve=True))
+from train.output_dir import check_output
 
 
 @pytest.mark.parametrize("name", presets.EXPERIMENTS)
@@ -61,37 +49,40 @@ def test_the_command_line_has_the_last_word() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "named"),
     [
-        ("optimizer.learning_rate=-1", r"optimizer\.learning_rate=-1\.0 cannot be: give a positive rate"),
-        ("optimizer.learning_rate=fast", "must be of type float"),
-        ("optimizer.schedule=linear", "choose one of constant, cosine"),
-        ("batch_size=1.5", r"batch_size=1\.5 must be of type int"),
-        ("dataset.img_size=[1,2,3]", "must have 2 entries"),
-        ("dataset.img_size=900", r"must fit into dataset\.crop_size"),
-        ("dataset.kind=folder", r"dataset\.root"),
-        ("dataset.global_view_random_resize=[0.9,0.5]", "least <= greatest"),
-        ("features.shares=[1,0]", "shares above 0 and at most 1"),
-        ("features.shares=[]", "shares above 0 and at most 1"),
-        ("mesh.process_id=1", "go together"),
-        ("mesh.model=-1", "only one of"),
-        ("profile.steps=9:1", "give first:last, such as 10:15"),
-        ("model.window=square", "choose one of paper, natten"),
-        ("optimizer.accumulate=3", "must divide batch_size=4"),
-        ("optimizer.warmup_steps=1000", "must be below max_steps"),
-        ("log.pictures=0", "at least one"),
-        ("+model.depth=3", r"model\.depth is no setting"),
+        ("optimizer.learning_rate=-1", "optimizer.learning_rate=-1.0"),
+        ("optimizer.learning_rate=fast", "optimizer.learning_rate='fast'"),
+        ("optimizer.schedule=linear", "optimizer.schedule='linear'"),
+        ("batch_size=1.5", "batch_size=1.5"),
+        ("batch_size=0", "batch_size=0"),
+        ("dataset.img_size=[1,2,3]", "dataset.img_size=[1, 2, 3]"),
+        ("dataset.img_size=900", "dataset.img_size=(900, 900)"),
+        ("dataset.kind=folder", "dataset.root=None"),
+        ("dataset.workers=-1", "dataset.workers=-1"),
+        ("dataset.global_view_random_resize=[0.9,0.5]", "dataset.global_view_random_resize=(0.9, 0.5)"),
+        ("features.shares=[1,0]", "features.shares=(1.0, 0.0)"),
+        ("features.shares=[]", "features.shares=()"),
+        ("mesh.process_id=1", "mesh.process_id"),
+        ("mesh.model=-1", "mesh.model=-1"),
+        ("profile.steps=9:1", "profile.steps='9:1'"),
+        ("model.window=square", "window='square'"),
+        ("optimizer.accumulate=3", "optimizer.accumulate=3"),
+        ("optimizer.warmup_steps=1000", "optimizer.warmup_steps=1000"),
+        ("checkpoint.keep_period=0", "checkpoint.keep_period=0"),
+        ("log.pictures=0", "log.pictures=0"),
+        ("+model.depth=3", "model.depth"),
     ],
 )
-def test_what_cannot_be_is_refused(override: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_an_impossible_setting_is_named_with_its_value(override: str, named: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(named)):
         configured(override)
 
 
 def test_a_missing_setting_is_named() -> None:
-    with pytest.raises(ValueError, match="encoders is missing"):
+    with pytest.raises(ValueError, match="encoders"):
         from_dict(Config, {})
-    with pytest.raises(ValueError, match=r"encoders\.x\.name is missing"):
+    with pytest.raises(ValueError, match=r"encoders\.x\.name"):
         from_dict(Config, dict(encoders=dict(x={})))
 
 
@@ -108,7 +99,7 @@ def test_a_run_from_before_a_setting_was_there_had_its_default(tmp_path: Path) -
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
     check_output(tmp_path, config)
     changed = dataclasses.replace(config, features=FeaturesConfig(shuffle=True))
-    with pytest.raises(ValueError, match=r"other settings \(features\.shuffle: False -> True\)"):
+    with pytest.raises(ValueError, match=r"features\.shuffle: False -> True"):
         check_output(tmp_path, changed)
 
 

@@ -69,7 +69,7 @@ def test_kinds_of_images() -> None:
     deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
     for kind in ("PNG", "TIFF"):
         assert np.array_equal(crop(encoded(deep, kind))[..., 1], np.asarray(gray))
-    with pytest.raises(ValueError, match="it holds floating-point pixels"):
+    with pytest.raises(ValueError, match=r"^it .*floating-point"):
         crop(encoded(gray.convert("F"), "TIFF"))
 
 
@@ -98,21 +98,15 @@ def test_exif_orientation(orientation: int, undo: Transpose | None) -> None:
 
 def test_what_cannot_be_used() -> None:
     whole = encoded(photograph(), "JPEG").getvalue()
-    for data, message in (
-        (whole[:-20], "it is damaged: .*truncated"),
-        (whole[: len(whole) // 2], "it is damaged"),
-        (whole[:10], "it is damaged"),
-        (b"no image", "it is not an image that Pillow can read"),
-        (b"", "it is not an image that Pillow can read"),
-        (encoded(photograph()).getvalue()[:90], "it is damaged"),
-    ):
-        with pytest.raises(OSError, match=message):
+    cut = encoded(photograph()).getvalue()[:90]
+    for data in (whole[:-20], whole[: len(whole) // 2], whole[:10], b"no image", b"", cut):
+        with pytest.raises(OSError, match=r"^it "):
             crop(io.BytesIO(data))
-    with pytest.raises(TooSmall, match=r"it has 24x32 pixels, too few for dataset.crop_size=25x32"):
+    with pytest.raises(TooSmall, match=r"^it .*24x32.* dataset.crop_size=25x32"):
         crop(encoded(photograph()), (25, 32))
     exif = Image.Exif()
     exif[0x0112] = 6
-    with pytest.raises(TooSmall, match="it has 32x24 pixels"):
+    with pytest.raises(TooSmall, match=r"^it .*32x24"):
         crop(encoded(photograph(), exif=exif))
     with pytest.raises(FileNotFoundError):
         read_crop("nowhere.png", "nowhere.png", SIZE)
@@ -170,35 +164,35 @@ def test_photographs_of_scikit_image() -> None:
     assert len(source) == 6
     assert "astronaut.png" in {source.name(index) for index in range(6)}
     assert len(open_source(DatasetConfig(crop_size=(872, 1000), img_size=(16, 16)))) == 2
-    with pytest.raises(ValueError, match=r"None of the 6 images in .* is at least .*\(2000, 2000\).* is 1411 pixels"):
+    with pytest.raises(ValueError, match=r"6 images .*\(2000, 2000\).* 1411 pixels"):
         open_source(DatasetConfig(crop_size=(2000, 2000)))
 
 
 def test_a_folder_is_indexed_once_and_small_images_are_left_out(root: Path) -> None:
     (root / "a" / "broken.png").write_bytes(b"no image")
-    said: list[str] = []
+    messages: list[str] = []
     settings = config(kind="folder", root=str(root), crop_size=(36, 36)).dataset
-    source = open_source(settings, said.append)
+    source = open_source(settings, messages.append)
     assert [source.name(index) for index in range(len(source))] == [
         "a/4.png", "a/6.png", "a/8.png", "b/3.png", "b/5.png", "b/7.png", "b/9.png"
     ]  # fmt: skip
-    assert f"python -m train.size_index {root}" in said[0]
+    assert f"python -m train.size_index {root}" in messages[0]
     again = open_source(settings, lambda line: pytest.fail(line))
     assert again.digest == source.digest
     with source.open(0) as file:
         assert crop(file).shape == (*SIZE, 3)
     elsewhere = config(kind="folder", root=str(root), index=str(root.parent / "mine.tsv")).dataset
-    assert len(open_source(elsewhere, said.append)) == 10
+    assert len(open_source(elsewhere, messages.append)) == 10
     assert (root.parent / "mine.tsv").is_file()
 
 
 def test_folders_that_cannot_be_used(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; .*root/class/file"):
+    with pytest.raises(FileNotFoundError, match=r"dataset\.root=.*nowhere .*root/class/file"):
         open_source(config(kind="folder", root=str(tmp_path / "nowhere")).dataset)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="root/class/file"):
         open_source(config(kind="folder", root=str(tmp_path / "empty")).dataset, lambda line: None)
-    with pytest.raises(ValueError, match=r"None of the 10 images in .* \(the largest short side is 42 pixels"):
+    with pytest.raises(ValueError, match=r"10 images .*\(64, 64\).* 42 pixels"):
         open_source(config(kind="folder", root=str(root), crop_size=(64, 64)).dataset, lambda line: None)
 
 
@@ -225,19 +219,19 @@ def test_tfds_round_trip(root: Path, tmp_path: Path) -> None:
             stored.add(file.read())
     assert stored == files
     skipped = [pair for batch in take(3, source, settings) for pair in batch["skipped"]]
-    assert [reason for _, reason in skipped] == [f"{name} is not an image that Pillow can read." for name, _ in skipped]
     assert skipped
+    assert all(name in reason for name, reason in skipped)
 
     again = module("train.data.tfds_from_folder", *words, folder=tmp_path, status=2)
-    assert "exists already; choose another NAME" in again.stderr
-    with pytest.raises(ValueError, match=r"The split test of mine cannot be read: Unknown split"):
+    assert str(Path("data") / "mine") in again.stderr
+    with pytest.raises(ValueError, match=r"split test of mine"):
         open_source(config(kind="tfds", name="mine", root=str(tmp_path / "data"), split="test").dataset)
-    with pytest.raises(ValueError, match="None of the first 11 images of mine/train is at least"):
+    with pytest.raises(ValueError, match=r"11 images of mine/train .*\(64, 64\)"):
         open_source(config(kind="tfds", name="mine", root=str(tmp_path / "data"), crop_size=(64, 64)).dataset)
 
 
 def test_tfds_that_cannot_be_used(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"The data set nothing_like_it, split train, is not prepared .*"):
+    with pytest.raises(FileNotFoundError, match=r"nothing_like_it, split train"):
         open_source(config(kind="tfds", name="nothing_like_it", root=str(tmp_path)).dataset)
     with pytest.raises(FileNotFoundError, match="tfds build mnist --file_format=array_record"):
         open_source(config(kind="tfds", name="mnist", root=str(tmp_path)).dataset)
@@ -308,7 +302,7 @@ def test_other_photographs_are_refused(root: Path, source: Files) -> None:
     batches.close()
     for paths in (source.paths[1:], source.paths[::-1]):
         others = Batches(Files(root, paths), config())
-        with pytest.raises(ValueError, match=f"trained on 10 photographs and there are {len(paths)} now, or others"):
+        with pytest.raises(ValueError, match=rf"10 photographs .* {len(paths)} now"):
             others.set_state(state)
         others.close()
 
@@ -339,15 +333,14 @@ def test_a_bad_file_gives_way_to_the_next(root: Path) -> None:
     skipped = [pair for batch in found for pair in batch["skipped"]]
     assert [name for name, _ in skipped].count("a/8.png") == 6
     reasons = dict(skipped)
-    assert reasons["a/4.png"] == "a/4.png is not an image that Pillow can read."
-    assert "No such file" in reasons["a/6.png"]
-    assert reasons["a/8.png"] == "a/8.png has 20x50 pixels, too few for dataset.crop_size=32x32."
+    assert reasons.keys() == {"a/4.png", "a/6.png", "a/8.png"}
+    assert "20x50" in reasons["a/8.png"]
 
 
 def test_nothing_but_bad_files_ends_the_run(root: Path, source: Files) -> None:
     for path in root.glob("*/*"):
         path.write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"10 photographs in a row cannot be used, the last because: .* is not"):
+    with pytest.raises(ValueError, match=r"10 photographs .*\.png"):
         take(1, source, config())
 
 

@@ -15,11 +15,12 @@ from anyup_core.config import AnyUpConfig
 from anyup_jax.layers import adaptive_average_pool
 from anyup_jax.model import AnyUp
 from tests.training import metrics, train
+from train import program
 from train.config import Config, DatasetConfig, EncoderConfig, LossConfig
 from train.data import Batches
 from train.data.sources import Files
 from train.loss import Views, objective, outlines
-from train.pasted_regions import RADIUS, blob, paste
+from train.pasted_regions import RADIUS, blob, paste_regions
 
 COUNT = 3
 
@@ -40,7 +41,7 @@ def test_regions_are_irregular_and_anywhere() -> None:
 def test_what_is_pasted_keeps_its_place() -> None:
     image = np.full((40, 50, 3), 9, np.uint8)
     others = [np.full((40, 50, 3), 10 * number, np.uint8) for number in (1, 2, 3)]
-    pasted, regions = paste(image, others, np.random.default_rng(1))
+    pasted, regions = paste_regions(image, others, np.random.default_rng(1))
     assert (image == 9).all()
     assert regions.dtype == np.uint8
     assert set(np.unique(regions)) == {0, 1, 2, 3}
@@ -81,6 +82,8 @@ def test_batches_have_the_regions_of_their_pictures(files: Files) -> None:
         assert all(len(colour) == 1 for colour in colours)
         assert colours[0] == 40 * int(Path(name).stem)
     assert len(np.unique(batch["regions"])) > 2
+    arrays = {name: (x.shape, x.dtype) for name, x in batch.items() if isinstance(x, np.ndarray)}
+    assert {name: (x.shape, x.dtype) for name, x in program.batch_shapes(config()).items()} == arrays
     again = first(files, config(augmentation_strength=0, threads=1))
     assert all(np.array_equal(batch[name], again[name]) for name in ("image", "regions", "crops"))
 
@@ -134,12 +137,12 @@ def test_within_a_region_every_attention_is_right() -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     encoders = {"none": EncoderConfig(name="none")}
-    with pytest.raises(ValueError, match=r"only pasted regions have known outlines, set dataset\.pasted_regions=2"):
+    with pytest.raises(ValueError, match=r"loss\.outlines=1\.0 .*dataset\.pasted_regions"):
         Config(encoders=encoders, loss=LossConfig(outlines=1.0))
-    with pytest.raises(ValueError, match="no weight may be negative"):
+    with pytest.raises(ValueError, match=r"loss=.*-1\.0"):
         LossConfig(outlines=-1.0)
     for count in (-1, 16):
-        with pytest.raises(ValueError, match=r"dataset\.pasted_regions=-?\d+ cannot be: give 0 to 15"):
+        with pytest.raises(ValueError, match=f"dataset.pasted_regions={count}"):
             DatasetConfig(pasted_regions=count)
 
 
@@ -166,14 +169,9 @@ def test_the_term_is_that_of_upsampled_regions() -> None:
 
 def test_a_run_that_learns_outlines(tmp_path: Path) -> None:
     words = "dataset.pasted_regions=2", "loss.outlines=1", "loss.consistency=0", "max_steps=2", "output_dir=run"
-    run = train(tmp_path, *words, "checkpoint.every=2")
-    assert "step 2/2" in run.stdout
+    train(tmp_path, *words)
+    assert len(metrics(tmp_path / "run")) == 2
     for line in metrics(tmp_path / "run"):
         assert line["outlines"] > 0
         total = sum(line[name] for name in ("outlines", "reconstruction", "input", "consistency"))
         assert line["loss"] == pytest.approx(total, rel=1e-5)
-    dry = train(tmp_path, *words[:-1], "output_dir=other", "--dry-run")
-    assert "batch       regions 2 x 64 x 64 uint8" in dry.stdout
-    assert not (tmp_path / "other").exists()
-    refused = train(tmp_path, "loss.outlines=1", "output_dir=other", status=2)
-    assert "set dataset.pasted_regions=2" in refused.stderr

@@ -66,9 +66,9 @@ def test_photographs_are_enlarged_as_far_as_is_allowed() -> None:
     expected = np.asarray(Image.fromarray(pixels).resize((400, 240), Image.Resampling.BILINEAR))[:, 50:350]
     assert np.abs(found.astype(int) - expected).max() <= 1
     for factor in (1.0, 1.9):
-        with pytest.raises(TooSmall, match=r"x has 120x200 pixels, too few for dataset.crop_size=240x300"):
+        with pytest.raises(TooSmall, match=r"^x .*120x200.* dataset.crop_size=240x300"):
             read_crop(photograph()[0], "x", (240, 300), max_enlargement=factor)
-    with pytest.raises(TooSmall, match=r"and dataset\.max_enlargement=1\.9\."):
+    with pytest.raises(TooSmall, match=r"dataset\.max_enlargement=1\.9"):
         read_crop(photograph()[0], "x", (240, 300), max_enlargement=1.9)
 
 
@@ -121,7 +121,7 @@ def test_half_of_the_photographs_are_mirrored_and_regions_differ_by_position() -
 def test_guidance_of_its_own_size() -> None:
     def sizes(**changes):
         data = DatasetConfig(**changes)
-        return encoders.geometry(Config(encoders={"any": EncoderConfig(name="any")}, dataset=data), 14, 0)
+        return encoders.step_sizes(Config(encoders={"any": EncoderConfig(name="any")}, dataset=data), 14, 0)
 
     assert (sizes().whole, sizes().guidance) == ((224, 224), (224, 224))
     assert (sizes(guidance_size=(112, 96)).whole, sizes(guidance_size=(112, 96)).guidance) == ((224, 224), (112, 96))

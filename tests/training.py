@@ -1,4 +1,4 @@
-"""Runs small enough for tests: the command line, what to type, and what a run left behind."""
+"""Runs small enough for tests: their settings, the command line, and what they write."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hydra import compose, initialize
+from omegaconf import OmegaConf
 
 import convert
+from anyup_core.settings import from_dict
+from train import presets
+from train.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
@@ -23,23 +28,35 @@ TINY = (
 """Stride 8 of EfficientNet-Lite0 on 64 pixels."""
 
 
-def command(*words: str) -> list[str]:
+def tiny(*words: str) -> list[str]:
+    """Return settings, and those of TINY that they do not set."""
     given = {word.partition("=")[0] for word in words}
-    return [sys.executable, "-m", "train.run", *words, *(x for x in TINY if x.partition("=")[0] not in given)]
+    return [*words, *(x for x in TINY if x.partition("=")[0] not in given)]
+
+
+def configured(*words: str) -> Config:
+    """Return the configuration of a command line."""
+    presets.register()
+    with initialize(version_base="1.3", config_path=None):
+        return from_dict(Config, OmegaConf.to_container(compose(presets.NAME, list(words)), resolve=True))
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "train.run", *tiny(*words)]
 
 
 CACHE = tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_errors=True)
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Of a process that compiles what no process before it has compiled."""
+    """Return the environment of a process that shares compiled programs with the processes before it."""
     cache = dict(JAX_COMPILATION_CACHE_DIR=CACHE.name, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.3")
     quiet = dict(TPU_SKIP_MDS_QUERY="1", TPU_LOG_DIR="disabled", JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
     return os.environ | cache | quiet | changes
 
 
 def train(folder: Path, *words: str, status: int = 0, **changes: str) -> subprocess.CompletedProcess[str]:
-    """Run the command from an empty folder until it ends, which it must do with this status."""
+    """Run the command in a folder until it ends, and check its exit status."""
     options = dict(capture_output=True, text=True, check=False, cwd=folder, env=environment(**changes))
     run = subprocess.run(command(*words), **options)
     assert run.returncode == status, run.stdout[-1500:] + run.stderr[-3000:]
@@ -61,5 +78,5 @@ def weights(run: Path) -> dict[str, np.ndarray]:
 
 
 def same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool:
-    """Whether the weights are equal bit for bit."""
+    """Return whether the weights are equal bit for bit."""
     return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)

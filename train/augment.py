@@ -1,4 +1,4 @@
-"""The recipe's augmentation of guidance: the colours and the quality of a photograph change, its geometry does not."""
+"""The recipe's augmentation of the guidance: it changes colours and quality of a photograph, not its geometry."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ BAND = 1 << 14  # pixels that are worked on at a time
 
 
 def augment(image: UInt8[np.ndarray, "H W 3"], strength: float, rng: np.random.Generator) -> UInt8[np.ndarray, "H W 3"]:
-    """Return the photograph with the recipe's augmentations, each with its probability p ** (1 / strength).
+    """Return the photograph with the recipe's augmentations, each applied with its probability p ** (1 / strength).
 
-    JPEG compression is the exception: it always happens, at a quality drawn by weight. Equal generators give equal
-    results.
+    Only JPEG compression is always applied, at a random quality. Equal generators give equal results.
 
     Args:
         image: 8-bit RGB.
         strength: 1 for the published recipe; 0 returns the image itself.
-        rng: draws what is done.
+        rng: source of all random choices.
     """
     if strength == 0:
         return image
@@ -70,13 +69,13 @@ def _colours(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def _shift_hue(image: Image.Image, turns: float) -> Image.Image:
-    """Turn the hue in HSV by at most a sixth of a turn, without computing it.
+    """Shift the hue of HSV by at most a sixth of a turn, without computing HSV.
 
-    Each channel rises from the pixel's least level to its greatest, and falls again, as the hue moves around. It rises
-    once the channel that is one third of a turn further on is down at the least level, and falls once that is up at
-    the greatest, both by as much as the hue moves on after that.
+    As the hue goes around, each channel rises from the pixel's least level to its greatest and falls again. It rises
+    once the channel that is a third of a turn further on has reached the least level, and falls once that channel has
+    reached the greatest, both by as much as the hue still moves.
     """
-    part = round(abs(6 * turns) * 128)  # of the chroma, which is 255 at most, so that 16 bits hold the product
+    part = round(abs(6 * turns) * 128)  # in units of 1/128; 16 bits hold its product with the chroma, at most 255
     further = (1, 2, 0) if turns > 0 else (2, 0, 1)
 
     def shift(pixels: UInt8[np.ndarray, "h w 3"]) -> Int16[np.ndarray, "h w 3"]:
@@ -96,7 +95,7 @@ def _shift_hue(image: Image.Image, turns: float) -> Image.Image:
 
 
 def _blur(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """A 5x5 Gaussian, its weights in units of 1/256; the border is mirrored, as torchvision does."""
+    """Blur with a 5x5 Gaussian, weights in units of 1/256; the border is reflected, as in torchvision."""
     weights = np.exp(-0.5 * (np.arange(3) / rng.uniform(*BLUR_SIGMA)) ** 2)
     one, two = (round(256 * weight) for weight in weights[1:] / (weights[0] + 2 * weights[1:].sum()))
 
@@ -117,12 +116,12 @@ def _blur(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 def _in_bands(
     operation: Callable[[np.ndarray], np.ndarray], image: UInt8[np.ndarray, "H W 3"], border: int = 0
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Work on a few rows at a time, which the cache and memory at hand hold: three times as fast as all at once.
+    """Apply an operation to bands of rows that fit into the cache: three times as fast as the whole image at once.
 
     Args:
-        operation: takes rows and gives the levels of those that are not within the border, from 0 to 255.
-        image: with a border.
-        border: width of it.
+        operation: takes rows with their border, and returns the levels, 0 to 255, of the rows without it.
+        image: with a border on all sides.
+        border: width of the border in pixels.
     """
     height, width = image.shape[0] - 2 * border, image.shape[1] - 2 * border
     result = np.empty((height, width, 3), np.uint8)
@@ -141,7 +140,7 @@ def _compress(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def _noise(image: UInt8[np.ndarray, "H W 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "H W 3"]:
-    """Gaussian noise: for each level the sum of two draws from 256 equally likely quantiles."""
+    """Add Gaussian noise: to each level the sum of two draws from 256 equally likely quantiles."""
 
     def add(pixels: UInt8[np.ndarray, "h w 3"]) -> Int16[np.ndarray, "h w 3"]:
         draws = rng.integers(2**64, size=(pixels.size + 3) // 4, dtype=np.uint64).tobytes().translate(_quantiles())
@@ -153,7 +152,7 @@ def _noise(image: UInt8[np.ndarray, "H W 3"], rng: np.random.Generator) -> UInt8
 
 @functools.cache
 def _quantiles() -> bytes:
-    """Half the variance of the noise in grey levels, rounded, as signed bytes."""
+    """Return the quantiles, in grey levels, of a normal distribution of half the variance, as signed bytes."""
     normal = NormalDist(0, 255 * NOISE / 2**0.5)
     return np.array([round(normal.inv_cdf((index + 0.5) / 256)) for index in range(256)], np.int8).tobytes()
 
@@ -175,5 +174,5 @@ OPERATIONS: tuple[tuple[float, Operation], ...] = (
     (0.05, lambda image, rng: ImageOps.solarize(image, SOLARIZE)),
     (0.02, lambda image, rng: ImageOps.invert(image)),
 )
-"""Probability at strength 1, and what is done, in this order."""
+"""Probability at strength 1, and the operation, in the order in which they are applied."""
 NOISE_PROBABILITY = 0.6

@@ -1,14 +1,15 @@
-"""Checkpoints of a run on Orbax: written in the background, checked when they are read, the newest good one wins.
+"""Checkpoints of a run, on Orbax: written in the background, checked when read; the newest good one counts.
 
-A checkpoint has the items `params`, `optimizer`, `ema` (where there is one), `data` (the position in it), `config` and
-`progress` (the step and a digest of every array).
+A checkpoint has the items `params`, `optimizer`, `ema` (if the run keeps one), `data` (the position in the data),
+`config`, and `progress` (the step and a digest of every array).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,27 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 
+from train.state import Trees
+
 ARRAYS = ("params", "optimizer", "ema")
 RECORDS = ("data", "config", "progress")
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError)
-"""What Orbax and TensorStore raise for what is missing or cannot be decoded; anything else is not the file's fault."""
-DAMAGED = "damaged"  # the folder, beside `checkpoints`, that damaged ones are moved to
+"""What Orbax and TensorStore raise for files that are missing or cannot be decoded; other errors are not the files'."""
+DAMAGED = "damaged"  # the folder, beside `checkpoints`, that damaged checkpoints are moved to
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What a checkpoint held; `data` and `config` are None where it had none, as those that `convert` writes."""
+    """What a checkpoint holds.
+
+    Attributes:
+        step: optimizer steps done.
+        trees: the arrays of `params`, `optimizer` and `ema`, of those that were asked for.
+        data, config: position in the data and configuration; None where there is none, as from `convert`.
+    """
 
     step: int
-    params: dict[str, Any]
-    optimizer: dict[str, Any]
-    ema: dict[str, Any] | None
+    trees: Trees
     data: dict[str, Any] | None
     config: dict[str, Any] | None
 
@@ -42,9 +49,9 @@ class Checkpoints:
     """The checkpoints in a folder.
 
     Args:
-        directory: the folder; made if it does not exist. What an interrupted save left there is removed.
-        keep: newest checkpoints that stay.
-        keep_period: multiples of it stay for ever; None for none.
+        directory: the folder; created if it does not exist. What an interrupted save left there is removed.
+        keep: how many of the newest checkpoints are kept.
+        keep_period: checkpoints whose step is a multiple of it are never removed; None to keep only the newest.
     """
 
     def __init__(self, directory: Path, keep: int, keep_period: int | None = None):
@@ -59,66 +66,76 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(self.directory, options=self.options, item_names=ARRAYS + RECORDS)
 
     def steps(self) -> list[int]:
-        """Return the steps there are checkpoints of; the newest may still be being written."""
+        """Return the steps that have a checkpoint; the newest may still be being written."""
         return sorted(self.manager.all_steps())
 
-    def save(
-        self,
-        step: int,
-        params: dict[str, Any],
-        optimizer: dict[str, Any],
-        ema: dict[str, Any] | None,
-        data: dict[str, Any],
-        config: dict[str, Any],
-    ) -> None:
-        """Begin to write a checkpoint; the arrays may be overwritten when this returns.
+    def save(self, step: int, trees: Trees, data: dict[str, Any], config: dict[str, Any]) -> None:
+        """Start writing a checkpoint in the background; the arrays may be overwritten once this returns.
+
+        Args:
+            step: optimizer steps done.
+            trees: nested dictionaries of arrays: `params`, `optimizer` and `ema`; None for those that the run lacks.
+            data, config: JSON values.
 
         Raises:
-            OSError: if it, or the one before, could not be written.
+            OSError: if this checkpoint or the one before it could not be written.
         """
-        trees = dict(params=params, optimizer=optimizer) | ({} if ema is None else dict(ema=ema))
+        trees = {name: tree for name, tree in trees.items() if tree is not None}
         progress = dict(step=step, digests={name: digests(tree) for name, tree in trees.items()})
         progress["items"] = [*trees, "data", "config"]
         records = dict(data=data, config=config, progress=progress)
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
         items |= {name: ocp.args.JsonSave(record) for name, record in records.items()}
-        with self._failures():
+        with self._save_errors():
             self.manager.wait_until_finished()
             self.saving = step
             self.manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def wait(self) -> None:
         """Wait until everything is written. Raises OSError if it could not be."""
-        with self._failures():
+        with self._save_errors():
             self.manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait, and give everything back."""
+        """Wait until everything is written, and release the manager."""
         try:
             self.wait()
         finally:
             self.manager.close()
 
-    def _failures(self) -> _Failures:
-        return _Failures(self)
+    @contextlib.contextmanager
+    def _save_errors(self) -> Iterator[None]:
+        """Turn whatever a failed save raises into one OSError."""
+        try:
+            yield
+        except Exception as error:
+            step, self.saving = self.saving, None
+            kept = [number for number in complete_steps(self.directory) if number != step]
+            intact = f"that of step {kept[-1]} is intact" if kept else "there is none before it"
+            raise OSError(
+                f"The checkpoint of step {step} could not be written ({_shortened(error)}); {intact}. Make room, then "
+                "run the same command."
+            ) from error
 
-    def restore(self, template: Mapping[str, Any], say: Callable[[str], None] = print) -> Restored | None:
-        """Return the newest good checkpoint, None if there is none; `say` hears of damaged ones, which are moved away.
+    def restore(self, template: Trees, say: Callable[[str], None] = print) -> Restored | None:
+        """Return the newest good checkpoint, None if there is none. Damaged ones are moved away.
 
         Args:
-            template: arrays or shapes with shardings, for each of params, optimizer and ema (or None): how to place
-                them, which need not be how they were.
+            template: nested dictionaries of arrays with the shapes, types and shardings that the arrays are to have;
+                the shardings need not be those they were saved with. None for an item that is not wanted.
+            say: prints a line, about each damaged checkpoint.
 
         Raises:
-            ValueError: if there are checkpoints, but all are damaged, or the newest is of another model.
+            AnotherModel: if the newest checkpoint is of a model of other shapes.
+            ValueError: if there are checkpoints, but all are damaged.
         """
         self.wait()
         wanted = {name: _structs(tree) for name, tree in template.items() if tree is not None}
         steps = self.steps()
         for step in reversed(steps):
-            found, fault = self._attempt(step, wanted)
-            if found is not None:
-                return found
+            restored, fault = self._attempt(step, wanted)
+            if restored is not None:
+                return restored
             before = [other for other in steps if other < step]
             then = f"going back to step {before[-1]}" if before else "there is none before it"
             moved = self._set_aside(step)
@@ -130,50 +147,47 @@ class Checkpoints:
             )
         return None
 
-    def _attempt(self, step: int, wanted: Mapping[str, Any]) -> tuple[Restored | None, str]:
-        """Return a checkpoint, or what is wrong with it; all processes come to the same verdict."""
-        found, fault = None, ""
+    def _attempt(self, step: int, wanted: Trees) -> tuple[Restored | None, str]:
+        """Return a checkpoint, or None and what is wrong with it; all processes come to the same verdict."""
+        restored, fault = None, ""
         try:
-            found, expected = self._read(step, wanted)
+            restored, expected = self._read(step, wanted)
         except Exception as error:
-            cause = error.__cause__ if type(error) is Exception else error  # as Orbax wraps what TensorStore says
+            cause = error.__cause__ if type(error) is Exception else error  # Orbax wraps errors of TensorStore
             if isinstance(error, AnotherModel) or not isinstance(cause, DAMAGE):
                 raise
             fault = _shortened(cause)
-        if jax.process_count() > 1 and not multihost_utils.process_allgather(np.array(found is not None)).all():
-            return None, fault or "as another process found"
-        if found is None:
-            return None, fault
-        for name in set(wanted) & set(expected):
-            if digests(getattr(found, name)) != expected[name]:
+        if jax.process_count() > 1 and not multihost_utils.process_allgather(np.array(restored is not None)).all():
+            return None, fault or "another process could not read it"
+        for name in set(wanted) & set(expected) if restored else ():
+            if digests(restored.trees[name]) != expected[name]:
                 return None, f"the numbers of {name} are not those that were saved"
-        return found, ""
+        return restored, fault
 
-    def _read(self, step: int, wanted: Mapping[str, Any]) -> tuple[Restored, dict[str, Any]]:
-        """Return what a checkpoint holds, and the digests it should have."""
+    def _read(self, step: int, wanted: Trees) -> tuple[Restored, dict[str, Any]]:
+        """Return what a checkpoint holds, and the digests its arrays should have."""
         folder = self.directory / str(step)
         progress = json.loads((folder / "progress" / "metadata").read_text())
         for name in progress.get("items", ()):
             if not (folder / name).is_dir():
                 raise ValueError(f"{name} is missing")
-        trees: dict[str, Any] = dict.fromkeys(ARRAYS)
-        for name in wanted:
-            if name == "ema" and not (folder / name).is_dir():  # of a run that kept none so far
+        trees: Trees = {}
+        for name, structs in wanted.items():
+            if name == "ema" and not (folder / name).is_dir():  # the run kept none until now
                 trees[name] = jax.tree.map(jnp.copy, trees["params"])
                 continue
             with ocp.PyTreeCheckpointer() as reader:
                 metadata = reader.metadata(folder / name).item_metadata
                 if metadata is None:
                     raise ValueError(f"{name} is missing")
-                check_shapes(metadata.tree, wanted[name], folder / name)
-                arguments = ocp.checkpoint_utils.construct_restore_args(wanted[name])
-                trees[name] = reader.restore(folder / name, item=wanted[name], restore_args=arguments)
-        found = {name: _record(folder / name / "metadata") for name in ("data", "config")}
-        restored = Restored(step, *(trees[name] for name in ARRAYS), found["data"], found["config"])
-        return restored, progress.get("digests", {})
+                check_shapes(metadata.tree, structs, folder / name)
+                arguments = ocp.checkpoint_utils.construct_restore_args(structs)
+                trees[name] = reader.restore(folder / name, item=structs, restore_args=arguments)
+        data, config = (_record(folder / name / "metadata") for name in ("data", "config"))
+        return Restored(step, trees, data, config), progress.get("digests", {})
 
     def _set_aside(self, step: int) -> Path:
-        """Move a damaged checkpoint out of the manager's sight."""
+        """Move a damaged checkpoint away, and return where it is now."""
         self.manager.close()
         target = self.directory.parent / DAMAGED / str(step)
         if jax.process_index() == 0:
@@ -188,18 +202,18 @@ class Checkpoints:
 
 
 class AnotherModel(ValueError):
-    """A good checkpoint, but of a model of other sizes."""
+    """The checkpoint is good, but of a model of other shapes."""
 
 
-def check_shapes(found: Any, expected: Any, where: Path) -> None:
+def check_shapes(saved: Any, expected: Any, where: Path) -> None:
     """Raise AnotherModel unless two trees have the same names and shapes."""
-    found, expected = _shapes(found), _shapes(expected)
-    if found != expected:
-        odd = sorted(name for name in found | expected if found.get(name) != expected.get(name))
-        shown = "; ".join(f"{name}: {found.get(name)} -> {expected.get(name)}" for name in odd[:4])
+    saved, expected = _shapes(saved), _shapes(expected)
+    if saved != expected:
+        differing = sorted(name for name in saved | expected if saved.get(name) != expected.get(name))
+        shown = "; ".join(f"{name}: {saved.get(name)} -> {expected.get(name)}" for name in differing[:4])
         raise AnotherModel(
-            f"{where} is of another model than the one configured ({shown}{'; ...' if odd[4:] else ''}); give the "
-            "settings it was trained with, or another output_dir."
+            f"{where} is of another model than the one configured ({shown}{'; ...' if differing[4:] else ''}); give "
+            "the settings it was trained with, or another output_dir."
         )
 
 
@@ -208,44 +222,29 @@ def _structs(tree: Any) -> Any:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(x.shape) for name, x in _named(tree).items()}
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Return the leaves of a tree by their names with dots."""
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(x.shape) for path, x in flat}
-
-
-class _Failures:
-    """Turns whatever a failed save raises into one OSError."""
-
-    def __init__(self, checkpoints: Checkpoints):
-        self.checkpoints = checkpoints
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, _trace: Any) -> None:
-        if not isinstance(error, Exception):
-            return
-        step, self.checkpoints.saving = self.checkpoints.saving, None
-        kept = [number for number in complete_steps(self.checkpoints.directory) if number != step]
-        intact = f"that of step {kept[-1]} is intact" if kept else "there is none before it"
-        raise OSError(
-            f"The checkpoint of step {step} could not be written ({_shortened(error)}); {intact}. Make room, then run "
-            "the same command."
-        ) from error
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in flat}
 
 
 def complete_steps(directory: Path) -> list[int]:
-    """Return the steps of checkpoints whose saves came to their end; Orbax gives a folder its name then."""
+    """Return the steps whose checkpoints were written to the end; only then does Orbax give a folder its number."""
     if not directory.is_dir():
         return []
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir())
 
 
 def digests(tree: Any) -> dict[str, int]:
-    """Return a number for every array, however it is spread: the sum of its words, each mixed with its place."""
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in flat]
-    sums = jax.device_get(_digests([x for _, x in flat]))
-    return {name: int(total) for name, total in zip(names, sums)}
+    """Return a 32-bit digest of every array by its name with dots, whatever its sharding.
+
+    It is the sum of the array's 32-bit words, each mixed with its position.
+    """
+    named = _named(tree)
+    return dict(zip(named, map(int, jax.device_get(_digests(list(named.values()))))))
 
 
 @jax.jit
@@ -265,6 +264,6 @@ def _record(path: Path) -> dict[str, Any] | None:
 
 
 def _shortened(error: BaseException) -> str:
-    """An error in at most 240 characters, which keep its beginning and its end, where the cause is."""
+    """Return an error in at most 240 characters: its beginning, and its end, where the cause is."""
     text = " ".join(str(error).partition("[source locations")[0].split()).rstrip(".") or type(error).__name__
     return text if len(text) <= 240 else f"{text[:80]} ... {text[-150:]}"

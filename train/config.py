@@ -1,6 +1,6 @@
-"""The configuration of a training run: frozen dataclasses, in which an impossible run cannot be written down.
+"""The configuration of a training run: frozen dataclasses that refuse impossible values.
 
-`presets` puts hydra's groups and command line on top; nothing else in `train` knows of hydra.
+`presets` adds hydra's groups and command line; nothing else in `train` uses hydra.
 """
 
 from __future__ import annotations
@@ -17,31 +17,38 @@ from anyup_jax.encoders.settings import EncoderConfig
 Size = tuple[int, int]
 
 
+def at_least(config: Any, group: str, **least: int) -> None:
+    """Raise ValueError that names a setting of a group, unless each is None or at least this number."""
+    for name, number in least.items():
+        value = getattr(config, name)
+        require(value is None or value >= number, group + name, value, f"give at least {number}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
-    """The photographs, and the views that are cut from them.
+    """The photographs and the views that are made of them.
 
     Attributes:
         kind: "skimage" (what scikit-image ships), "folder" (`root/class/file`) or "tfds" (TensorFlow Datasets).
-        root: the folder of images; for tfds its `data_dir`. Buckets (gs://) are for tfds.
+        root: the folder of images; for tfds its `data_dir`, which may be a bucket (gs://).
         name, split: of a TFDS data set.
         index: the size index of a folder; `root/size_index.tsv` if None.
         crop_size: height and width that the photograph is resized and centre cropped to.
         img_size: height and width of every view: the crops, and the whole crop resized to be guidance and input.
-        guidance_size: height and width of the guidance; None for those of the view the encoder sees of the whole crop.
+        guidance_size: height and width of the guidance; None for the size at which the encoder sees the whole crop.
         num_local_crops: crops of `img_size` for each photograph.
-        global_view_random_resize: least and greatest scale of the view the encoder sees of the whole crop, in units of
-            `crop_size`, drawn for each batch; None leaves it at `img_size`. Every size drawn is compiled once.
+        global_view_random_resize: least and greatest scale at which the encoder sees the whole crop, in units of
+            `crop_size`, drawn for each batch; None for `img_size`. Every size that is drawn is compiled once.
         random_region: least share of the photograph's area that the crop is cut from, at a random place and with the
             crop's proportions; None for the largest region, in the centre. `max_enlargement` limits it.
-        max_enlargement: the greatest factor that a photograph may be enlarged by to cover the crop. At 1 those that are
+        max_enlargement: the greatest factor by which a photograph may be enlarged to cover the crop. At 1, photographs
             smaller than the crop are left out.
-        flip: mirror every other photograph, drawn at random.
-        pasted_regions: irregular regions of other photographs that are pasted onto each, for `loss.outlines`.
+        flip: mirror photographs at random, half of them.
+        pasted_regions: how many irregular regions of other photographs are pasted onto each, for `loss.outlines`.
         augmentation_strength: 0 for none, 1 for the published recipe.
-        workers: processes that prepare batches; 0 for threads of this one.
-        threads: threads of each of these.
-        prefetch: batches prepared ahead by each process.
+        workers: processes that prepare batches; 0 to prepare them in threads of the main process.
+        threads: threads of each of these processes.
+        prefetch: batches that each process prepares in advance.
     """
 
     kind: Literal["skimage", "folder", "tfds"] = "skimage"
@@ -73,13 +80,10 @@ class DatasetConfig:
             require(size is None or min(size) >= 1, f"dataset.{field}", size, "give positive sizes")
         fits = all(view <= crop for view, crop in zip(self.img_size, self.crop_size))
         require(fits, "dataset.img_size", self.img_size, f"it must fit into dataset.crop_size={self.crop_size}")
-        require(self.num_local_crops >= 1, "dataset.num_local_crops", self.num_local_crops, "give at least 1")
+        at_least(self, "dataset.", num_local_crops=1, workers=0, threads=1, prefetch=1)
         require(0 <= self.pasted_regions <= 15, "dataset.pasted_regions", self.pasted_regions, "give 0 to 15")
         require(self.augmentation_strength >= 0, "dataset.augmentation_strength", self.augmentation_strength,
                  "give 0 for none, 1 for the published recipe")  # fmt: skip
-        require(self.workers >= 0, "dataset.workers", self.workers, "give 0 or more processes")
-        require(self.threads >= 1, "dataset.threads", self.threads, "give at least one thread")
-        require(self.prefetch >= 1, "dataset.prefetch", self.prefetch, "give at least one batch")
         region = self.random_region
         require(region is None or 0 < region <= 1, "dataset.random_region", region,
                  "give a share of the area above 0 and at most 1, or null for the centre")  # fmt: skip
@@ -92,14 +96,14 @@ class DatasetConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeaturesConfig:
-    """What is done to the channels of all features of a step, so that the model does not get used to an encoder's.
+    """Random choice and order of the feature channels in each step, so that the model does not overfit to an encoder.
 
-    The feature unification depends on the order and the number of the channels (see `layers.FeatureUnification`): from
-    few encoders it learns what single channels of theirs mean, which says nothing of another encoder's.
+    The feature unification depends on the order and the number of the channels (see `layers.FeatureUnification`). With
+    few encoders the model learns what their individual channels mean, which does not carry over to other encoders.
 
     Attributes:
-        shuffle: take the channels in another order in every step.
-        shares: shares of the channels, one of which is drawn for each step and that many channels kept, drawn as well.
+        shuffle: permute the channels at random in every step.
+        shares: shares of the channels. Each step draws one of them, and keeps that share of the channels, at random.
             Every share is compiled once for each encoder.
     """
 
@@ -113,7 +117,7 @@ class FeaturesConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Weights of the terms; see `train.loss`.
+    """Weights of the terms of the objective; see `train.loss`.
 
     Attributes:
         reconstruction: upsampled features against those of the crops.
@@ -142,12 +146,13 @@ class OptimizerConfig:
     """AdamW.
 
     Attributes:
-        learning_rate, betas, eps, weight_decay: as PyTorch's AdamW names them; the decay is multiplied with the rate.
+        learning_rate, betas, eps, weight_decay: as in PyTorch's AdamW; the decay is multiplied by the rate.
         schedule: "constant", or "cosine" to `final_learning_rate` at the last step.
-        warmup_steps: linear from 0.
+        warmup_steps: steps of a linear rise from 0.
         clip_norm: greatest norm of the whole gradient; None for no clipping.
-        accumulate: parts a batch is worked on in, one after the other: memory for time, the same gradient.
-        ema_decay: keep an exponential moving average of the parameters; None for none.
+        accumulate: parts that a batch is divided into and that are computed one after the other: less memory, more
+            time, the same gradient.
+        ema_decay: decay of an exponential moving average of the parameters; None for no average.
     """
 
     learning_rate: float = 2e-4
@@ -166,8 +171,7 @@ class OptimizerConfig:
         require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", self.betas, "give two numbers in [0, 1)")
         require(self.eps > 0, "optimizer.eps", self.eps, "give a positive number")
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "give 0 or more")
-        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "give 0 or more steps")
-        require(self.accumulate >= 1, "optimizer.accumulate", self.accumulate, "give at least 1")
+        at_least(self, "optimizer.", warmup_steps=0, accumulate=1)
         clip, ema = self.clip_norm, self.ema_decay
         require(clip is None or clip > 0, "optimizer.clip_norm", clip, "give a positive norm, or null for none")
         require(ema is None or 0 < ema < 1, "optimizer.ema_decay", ema, "give a number between 0 and 1, or null")
@@ -175,16 +179,16 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices, and processes where there are several; the batch is spread over all devices.
+    """The mesh of devices and, in a pod, the processes. The batch is sharded over all devices.
 
     Attributes:
-        data: devices along the axis `data`, over which parameters are copied; -1 for all that `model` leaves.
-        model: devices along the axis `model`, over which "fsdp" spreads parameters; -1 for all that `data` leaves.
+        data: devices along the axis `data`, over which parameters are replicated; -1 for all that `model` leaves.
+        model: devices along the axis `model`, over which "fsdp" shards parameters; -1 for all that `data` leaves.
         slices: TPU slices; each holds whole rows of `data`, so that only gradients travel between slices.
-        parameters, encoders: "replicated", or "fsdp": each device of the axis `model` keeps a part.
-        distributed: "auto" joins the pod where a TPU pod, SLURM or GKE announces one, or where `coordinator` is given;
-            "off" never does.
-        coordinator, num_processes, process_id: of `jax.distributed.initialize`, where nothing announces them.
+        parameters, encoders: "replicated", or "fsdp": each device of the axis `model` keeps a shard.
+        distributed: "auto" joins the pod if a TPU pod, SLURM or GKE announces one, or if `coordinator` is given; "off"
+            never does.
+        coordinator, num_processes, process_id: arguments of `jax.distributed.initialize`, if nothing announces them.
     """
 
     data: int = -1
@@ -203,7 +207,7 @@ class MeshConfig:
             self.model == -1 or self.model >= 1, "mesh.model", self.model, "give a number of devices, or -1 for all"
         )
         require((self.data, self.model) != (-1, -1), "mesh.model", -1, "only one of mesh.data and mesh.model can be -1")
-        require(self.slices >= 1, "mesh.slices", self.slices, "give a number of slices")
+        at_least(self, "mesh.", slices=1)
         given = [x is not None for x in (self.coordinator, self.num_processes, self.process_id)]
         require(all(given) or not any(given), "mesh.coordinator", self.coordinator,
                  "mesh.coordinator, mesh.num_processes and mesh.process_id go together")  # fmt: skip
@@ -214,10 +218,10 @@ class CheckpointConfig:
     """What is kept in `output_dir/checkpoints`.
 
     Attributes:
-        every: steps between checkpoints; the last step always has one.
-        keep: newest checkpoints that are kept.
-        keep_period: steps whose multiples are kept for ever; None for none.
-        init_from: weights to start from: what `anyup_jax.from_pretrained` takes.
+        every: steps between checkpoints; the last step is always saved.
+        keep: how many of the newest checkpoints are kept.
+        keep_period: checkpoints whose step is a multiple of it are never removed; None to keep only the newest.
+        init_from: weights to start from, as `anyup_jax.from_pretrained` takes them.
     """
 
     every: int = 1000
@@ -226,22 +230,19 @@ class CheckpointConfig:
     init_from: str | None = None
 
     def __post_init__(self) -> None:
-        require(self.every >= 1, "checkpoint.every", self.every, "give at least one step")
-        require(self.keep >= 1, "checkpoint.keep", self.keep, "keep at least one")
-        period = self.keep_period
-        require(period is None or period >= 1, "checkpoint.keep_period", period, "give at least one step, or null")
+        at_least(self, "checkpoint.", every=1, keep=1, keep_period=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """What a person sees.
+    """What a run reports.
 
     Attributes:
         every: steps between lines of `metrics.jsonl` and TensorBoard scalars, which are means over these steps.
         pictures_every: steps between pictures of held-out photographs; 0 for none.
-        pictures: how many photographs.
-        pictures_root: a folder of held-out photographs; None for those of the data set's kind (see `train.pictures`).
-        tensorboard: write TensorBoard files.
+        pictures: how many photographs are drawn.
+        pictures_root: a folder of held-out photographs; None for the default of `dataset.kind` (see `train.pictures`).
+        tensorboard: whether to write TensorBoard files.
     """
 
     every: int = 10
@@ -251,9 +252,8 @@ class LogConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        require(self.every >= 1, "log.every", self.every, "give at least one step")
-        require(self.pictures_every >= 0, "log.pictures_every", self.pictures_every, "give 0 for no pictures")
-        require(self.pictures >= 1, "log.pictures", self.pictures, "give at least one; log.pictures_every=0 for none")
+        at_least(self, "log.", every=1, pictures_every=0)
+        require(self.pictures >= 1, "log.pictures", self.pictures, "give at least 1, or log.pictures_every=0 for none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -270,7 +270,7 @@ class ProfileConfig:
         self.range()
 
     def range(self) -> tuple[int, int] | None:
-        """First and last step to trace."""
+        """Return the first and the last step to trace."""
         if self.steps is None:
             return None
         first, colon, last = self.steps.partition(":")
@@ -284,13 +284,13 @@ class Config:
     """A training run.
 
     Attributes:
-        encoders: a name of one's own for each -> the encoder.
+        encoders: the encoders by names of the user's choice.
         batch_size: photographs of a step, over all devices.
         max_steps: optimizer steps.
-        seed: of the initial weights, the order of the data, the views and the choice of encoders.
+        seed: seed of the initial weights, the order of the data, the views and the choice of encoders.
         dtype: type of the computation; parameters, moments and the loss are float32 either way.
-        remat: compute the augmented branch again in the gradient instead of keeping what it needs.
-        output_dir: everything the run writes; starting again with the same one resumes.
+        remat: recompute the augmented branch in the backward pass instead of storing its activations.
+        output_dir: folder that everything is written to; a run that starts again with the same folder resumes.
     """
 
     model: AnyUpConfig = AnyUpConfig()  # noqa: RUF009 - a frozen one
@@ -312,22 +312,18 @@ class Config:
 
     def __post_init__(self) -> None:
         require(len(self.encoders) >= 1, "encoders", dict(self.encoders), "name at least one encoder")
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "give at least 1")
+        at_least(self, "", batch_size=1, max_steps=1, seed=0)
         require(self.batch_size % self.optimizer.accumulate == 0, "optimizer.accumulate", self.optimizer.accumulate,
                  f"it must divide batch_size={self.batch_size}")  # fmt: skip
-        require(self.max_steps >= 1, "max_steps", self.max_steps, "give at least 1")
-        require(self.seed >= 0, "seed", self.seed, "give a whole number of at least 0")
-        warmup = self.optimizer.warmup_steps
-        require(
-            warmup < self.max_steps, "optimizer.warmup_steps", warmup, f"it must be below max_steps={self.max_steps}"
-        )
+        warmup, steps = self.optimizer.warmup_steps, self.max_steps
+        require(warmup < steps, "optimizer.warmup_steps", warmup, f"it must be below max_steps={steps}")
         require(not self.loss.outlines or self.dataset.pasted_regions, "loss.outlines", self.loss.outlines,
                  "only pasted regions have known outlines, set dataset.pasted_regions=2")  # fmt: skip
         require(self.model.input_dim == 3, "model.input_dim", self.model.input_dim, "photographs have 3 channels")
 
     @property
     def consistency_size(self) -> Size:
-        """Where the consistency term is measured."""
+        """Height and width at which the consistency term is measured."""
         return self.loss.consistency_size or self.dataset.img_size
 
 
@@ -336,11 +332,11 @@ FREE_TO_CHANGE = (
     "dataset.workers", "dataset.threads", "dataset.prefetch", "optimizer.accumulate", "encoders.*.weights",
     "model.backend",
 )  # fmt: skip
-"""What a run may change when it resumes: how and how long it is computed, never what."""
+"""Settings that may change when a run resumes: they say how and how long to train, not what is computed."""
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return "name: old -> new" for every setting that differs and that a resumed run must not change."""
+    """Return "name: old -> new" for every setting that differs and must not change when a run resumes."""
     changed = settings.changes(old, new)
     return [text for name, text in changed.items() if not any(_matches(name, free) for free in FREE_TO_CHANGE)]
 

@@ -1,4 +1,4 @@
-"""What a person sees of a running training: the progress line, `metrics.jsonl`, TensorBoard and `skipped.tsv`."""
+"""What a running training reports: the progress line, `metrics.jsonl`, TensorBoard and `skipped.tsv`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -25,22 +24,22 @@ from rich.text import Text
 from anyup_core.files import replacing
 from train.config import LogConfig
 
-AS_IT_IS = ("learning_rate",)  # not averaged
+NOT_AVERAGED = ("learning_rate",)
 
 
-class Metrics:
-    """Prints and writes what the steps report; a context manager. Processes other than 0 do neither.
+class Metrics(contextlib.AbstractContextManager):
+    """Prints and writes what the steps report. Processes other than 0 do neither.
 
-    On a terminal there is one line that moves; elsewhere one plain line for each line of `metrics.jsonl`. What an
-    interrupted run wrote after `first_step` is dropped, so that no step is there twice.
+    On a terminal a single progress line is updated; elsewhere a plain line is printed for each line of
+    `metrics.jsonl`. Lines that an interrupted run wrote after `first_step` are removed, so that no step is there twice.
 
     Args:
-        output_dir: of the run; created if it does not exist.
-        config: how often, and whether TensorBoard files are written.
-        total_steps: of the run.
+        output_dir: folder of the run; created if it does not exist.
+        config: how often to write, and whether to write TensorBoard files.
+        total_steps: steps of the whole run.
         batch_size: photographs of a step, over all devices.
-        main: this is process 0.
-        first_step: the step that the run resumes from; 0 for a new one.
+        main: whether this is process 0.
+        first_step: the step that the run resumes from; 0 for a new run.
         console: where to print; standard output if None.
 
     Attributes:
@@ -64,8 +63,8 @@ class Metrics:
         self.config, self.total_steps, self.batch_size, self.main = config, total_steps, batch_size, main
         self.console = console or Console()
         self.skipped_names: set[str] = set()
-        self._mark: tuple[int, float] | None = None  # the step and the time that the next interval begins with
-        self._since: dict[str, list[float]] = {}  # what is to be averaged, by name
+        self._mark: tuple[int, float] | None = None  # step and time at the start of the interval
+        self._values: dict[str, list[float]] = {}  # by name, of the steps since the last line
         self._board = self._progress = None
         self._resources = contextlib.ExitStack()
         if not main:
@@ -85,41 +84,36 @@ class Metrics:
             self._progress = self._resources.enter_context(Progress(*columns, console=self.console))
             self._task = self._progress.add_task("", total=total_steps, completed=first_step, report="compiling")
 
-    def __enter__(self) -> Metrics:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self.close()
 
     def due(self, step: int) -> bool:
-        """Return whether `log` writes this step: each `log.every` steps, and the last one."""
+        """Return whether `log` writes a line at this step: every `log.every` steps, and at the last one."""
         return step % self.config.every == 0 or step == self.total_steps
 
     def log(self, step: int, scalars: Mapping[str, float | jax.Array]) -> None:
-        """Report a step that was done; call it after every step.
+        """Report a step; call it after every step.
 
-        What is written of a step are means over the steps since the one written before, but for the learning rate: each
-        step is one draw of encoder, photographs and crops, and no measure of the model. A written step also has
-        `images_per_second` (the first step, which compiles, is not in it), and `memory_bytes`, see `memory_bytes`.
-        Numbers that are not finite become null.
+        A line holds means over the steps since the line before, because a single step, with its random encoder,
+        photographs and crops, does not measure the model; only the learning rate is the last step's own. It also has
+        `images_per_second`, from which the first step is left out because it compiles, and `memory_bytes` (see the
+        function of that name). Numbers that are not finite become null.
 
         Args:
-            step: counted from 1.
-            scalars: numbers by name; some may be missing at some steps.
+            step: number of the step, counted from 1.
+            scalars: numbers by name; a step may lack some.
         """
         if not self.main:
             return
         for name, value in scalars.items():
-            self._since.setdefault(name, []).append(float(value))
+            self._values.setdefault(name, []).append(float(value))
         if not self.due(step):
             self._mark = self._mark or (step, time.perf_counter())
             if self._progress:
                 self._progress.update(self._task, completed=step)
             return
-        values = {name: found[-1] if name in AS_IT_IS else fmean(found) for name, found in self._since.items()}
-        self._since.clear()
+        values = {name: x[-1] if name in NOT_AVERAGED else fmean(x) for name, x in self._values.items()}
+        self._values.clear()
         now, seconds = time.perf_counter(), None
         if self._mark and step > self._mark[0]:
             seconds = (now - self._mark[1]) / (step - self._mark[0])
@@ -135,7 +129,7 @@ class Metrics:
             self.say(f"step {step}/{self.total_steps}  {report}")
 
     def skipped(self, entries: Iterable[tuple[str, str]]) -> None:
-        """Append (name, reason) of photographs that were left out to `skipped.tsv`, each name once."""
+        """Append pairs (name, reason) of photographs that were left out to `skipped.tsv`, each name once."""
         for name, reason in entries if self.main else ():
             name, reason = (" ".join(text.split()) for text in (name, reason))
             if name not in self.skipped_names:
@@ -150,7 +144,7 @@ class Metrics:
             self._board.flush()
 
     def say(self, text: str) -> None:
-        """Print a line, above the progress where there is one."""
+        """Print a line, above the progress line if there is one."""
         if self.main:
             self.console.print(Text(text), soft_wrap=True)
 
@@ -177,15 +171,15 @@ class Metrics:
 
 
 def memory_bytes() -> int:
-    """Return the most memory that one of this process's devices has had in use; on a CPU, the process's own now."""
+    """Return the peak memory of this process's fullest device; on a CPU, the memory that the process uses now."""
     statistics = [device.memory_stats() or {} for device in jax.local_devices()]
-    used = [found.get("peak_bytes_in_use", found.get("bytes_in_use", 0)) for found in statistics]
-    if max(used):
-        return max(used)
+    used = max(x.get("peak_bytes_in_use", x.get("bytes_in_use", 0)) for x in statistics)
+    if used:
+        return used
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    import resource  # where there is no /proc; macOS counts in bytes
+    import resource  # systems without /proc; macOS counts in bytes
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -198,12 +192,12 @@ def _summary_writer(folder: Path, first_step: int) -> Any:
             'log.tensorboard needs tensorboardX, which is not installed: pip install "anyup-jax[train]", or set '
             "log.tensorboard=false."
         ) from error
-    suffix = f".{first_step:08d}"  # a run that starts again within the same second must not write the same file
+    suffix = f".{first_step:08d}"  # a run that restarts within the same second writes another file
     return tensorboard.SummaryWriter(str(folder), purge_step=first_step + 1, filename_suffix=suffix)
 
 
-def _keep_lines(path: Path, keep: Any) -> None:
-    """Drop a last line that was cut off, and all lines that `keep` refuses; the file is replaced as a whole."""
+def _keep_lines(path: Path, keep: Callable[[str], Any]) -> None:
+    """Remove a last line that was cut off, and all lines that `keep` refuses; the file is replaced as a whole."""
     if not path.exists():
         return
     text = path.read_text(encoding="utf-8", errors="replace")

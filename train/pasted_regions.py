@@ -1,4 +1,4 @@
-"""Regions of other photographs pasted onto one, so that the outline of something is known to the pixel."""
+"""Regions of other photographs pasted onto a photograph, whose outlines are therefore known to the pixel."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from jaxtyping import Bool, UInt8
 
 RADIUS = (0.12, 0.3)  # mean radius, in units of the photograph's shorter side
 WAVES = 6  # of the outline, the k-th with k periods a turn
-AMPLITUDE = 0.35  # standard deviation of the first wave, in units of the mean radius; of the k-th, this / k
+AMPLITUDE = 0.35  # standard deviation of the first wave, in units of the mean radius; that of the k-th is this / k
 
 
-def paste(
+def paste_regions(
     image: UInt8[np.ndarray, "H W 3"],
     others: Sequence[UInt8[np.ndarray, "H W 3"]],
     rng: np.random.Generator,
 ) -> tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W"]]:
-    """Return the photograph with regions of others pasted onto it, and which of them each pixel belongs to.
+    """Return a copy of the photograph with regions of others pasted onto it, and the region of each pixel.
 
     Args:
-        image: 8-bit RGB, left as it is.
-        others: a photograph for each region, which keeps its place in it; a later region covers earlier ones.
+        image: 8-bit RGB; not changed.
+        others: a photograph for each region, which is pasted at its own place; later regions cover earlier ones.
         rng: draws the outlines.
 
     Returns:
-        The picture, and 0 for what is left of the photograph, k for the k-th region.
+        The picture, and for each pixel 0 for the photograph itself or k for the k-th region.
     """
     image, regions = image.copy(), np.zeros(image.shape[:2], np.uint8)
     for number, other in enumerate(others, 1):
@@ -38,8 +38,8 @@ def paste(
 def blob(size: tuple[int, int], rng: np.random.Generator) -> Bool[np.ndarray, "H W"]:
     """Return the inside of an irregular outline around a random point.
 
-    Its radius is a mean radius times exp of a random Fourier series of the angle, so that there are round shapes and
-    ragged ones with bays and tongues.
+    Its radius is a mean radius times exp of a random Fourier series of the angle, which gives round shapes as well as
+    ragged ones.
     """
     height, width = size
     centre = rng.uniform(0, 1, 2) * size

@@ -1,16 +1,16 @@
-"""Pictures of held-out photographs while a model trains: image | low-res | bilinear | AnyUp | target."""
+"""Pictures of held-out photographs during training: image | low-res | bilinear | AnyUp | target."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from anyup_core import figure, visualize
@@ -18,18 +18,20 @@ from anyup_core.files import read_image
 from anyup_core.preprocessing import normalize
 from anyup_jax import AnyUp, upsample
 from train.config import Config, Size
+from train.data.images import read_crop
 from train.data.sources import shipped
+from train.encoders import FrozenEncoder
 
 Photograph = tuple[str, UInt8[np.ndarray, "Hc Wc 3"]]
-SHIPPED = ("chelsea.png", "coffee.png")  # of scikit-image; `train.data` leaves them out
+SHIPPED = ("chelsea.png", "coffee.png")  # by scikit-image; no run trains on them
 
 
 def held_out(config: Config) -> list[Photograph]:
     """Return the names and centre crops, of `dataset.crop_size`, of at most `log.pictures` photographs.
 
-    They are the first by name of `log.pictures_root`. Without it, those of the folder `val` beside `dataset.root`; if
-    there is none, the last by name of `dataset.root`, whose names say that they are trained on. For other data sets,
-    photographs that scikit-image ships and that no run trains on. Files that cannot be read are passed over.
+    They are the first by name in `log.pictures_root`. By default, those in the folder `val` beside `dataset.root`; if
+    there is none, the last by name in `dataset.root`, and their names say "(trained on)". For other data sets, they are
+    photographs that scikit-image ships and that no run trains on. Files that cannot be read are left out.
 
     Raises:
         ValueError: if the folder does not exist or holds no photograph.
@@ -44,13 +46,14 @@ def held_out(config: Config) -> list[Photograph]:
         note = "" if beside.is_dir() and beside != root.absolute() else " (trained on)"
         root = root if note else beside
     else:
-        return [(name, _centre_crop(read_image(path), config.dataset.crop_size)) for name, path in _shipped()[:count]]
+        folder = shipped()
+        return [(name, _centre_crop(folder / name, config)) for name in SHIPPED[:count]]
     if not root.is_dir():
         raise ValueError(f"{setting}={str(root)!r} is no folder; name a folder of photographs.")
     photographs: list[Photograph] = []
     for path in _files(root, reverse=bool(note)):
         try:
-            crop = _centre_crop(read_image(path), config.dataset.crop_size)
+            crop = _centre_crop(path, config)
         except (OSError, ValueError):
             continue
         photographs.append((path.relative_to(root).as_posix() + note, crop))
@@ -64,25 +67,25 @@ def held_out(config: Config) -> list[Photograph]:
 def draw(
     path: str | os.PathLike,
     model: AnyUp,
-    encoder: Any,
+    encoder: FrozenEncoder,
     photographs: Sequence[Photograph],
     img_size: Size,
     *,
     step: int,
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Draw one row for each photograph into a file, and return the picture.
+    """Draw a row for each photograph, write the picture to a file and return it.
 
-    The encoder sees the photograph resized to `img_size`, which is the guidance too, and its features are upsampled to
-    the size that the target has: the features of the whole photograph. The colours of a row mean the same in all of
-    its panels: one PCA, of the low-resolution features and the target.
+    The photograph resized to `img_size` is both the guidance and the encoder's input. Its features are upsampled to the
+    size of the target, which is the encoder's features of the photograph at full size. One PCA, of the low-resolution
+    features and the target, gives the colours of a row.
 
     Args:
-        path: the file, .png; its folder is created if it does not exist.
-        model: AnyUp.
-        encoder: of `anyup_jax.encoders`, or a bridge to timm.
-        photographs: see `held_out`.
+        path: the .png file; its folder is created if it does not exist.
+        model: the upsampler.
+        encoder: in Flax, or a timm model.
+        photographs: from `held_out`.
         img_size: height and width of the view.
-        step: for the title.
+        step: number in the title.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -105,7 +108,9 @@ def draw(
     return read_image(path)
 
 
-def _features(model: AnyUp, encoder: Any, crop: UInt8[np.ndarray, "Hc Wc 3"], img_size: Size) -> list[np.ndarray]:
+def _features(
+    model: AnyUp, encoder: FrozenEncoder, crop: UInt8[np.ndarray, "Hc Wc 3"], img_size: Size
+) -> list[Float[np.ndarray, "h w C"]]:
     """Return the low-resolution features, the same upsampled, and the target, all (h, w, C) float32."""
     shape = (1, *img_size, 3)
     whole = jnp.asarray(crop / np.float32(255))[None]
@@ -116,22 +121,12 @@ def _features(model: AnyUp, encoder: Any, crop: UInt8[np.ndarray, "Hc Wc 3"], im
     return [np.asarray(features[0], np.float32) for features in maps]
 
 
-def _shipped() -> list[tuple[str, Path]]:
-    folder = shipped()
-    return [(name, folder / name) for name in SHIPPED]
-
-
-def _centre_crop(image: UInt8[np.ndarray, "H W 3"], size: Size) -> UInt8[np.ndarray, "Hc Wc 3"]:
-    """Cut the centre out of the image, resized (bilinear, antialiased) so that it just covers `size`."""
-    scale = max(wanted / side for wanted, side in zip(size, image.shape))
-    rows, columns = (max(wanted, round(side * scale)) for wanted, side in zip(size, image.shape))
-    resized = np.asarray(Image.fromarray(image).resize((columns, rows), Image.Resampling.BILINEAR))
-    top, left = (rows - size[0]) // 2, (columns - size[1]) // 2
-    return resized[top : top + size[0], left : left + size[1]]
+def _centre_crop(path: Path, config: Config) -> UInt8[np.ndarray, "Hc Wc 3"]:
+    return read_crop(path, str(path), config.dataset.crop_size, max_enlargement=math.inf)
 
 
 def _files(folder: Path, reverse: bool) -> Iterator[Path]:
-    """Yield the image files below a folder by name, without listing what is not asked for."""
+    """Yield the image files below a folder by name; a subfolder is listed only when it is reached."""
     for path in sorted(folder.iterdir(), reverse=reverse):
         if path.is_dir():
             yield from _files(path, reverse)

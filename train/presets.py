@@ -1,4 +1,4 @@
-"""hydra on top of `train.config`: groups, presets and the command line's words for them."""
+"""hydra on top of `train.config`: groups and presets, by their names on the command line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from anyup_core.settings import defaults, to_dict
 from train import config as settings
 from train.config import Config, DatasetConfig, MeshConfig, OptimizerConfig
 
-NAME = "train"  # of the configuration that `train.run` starts from
+NAME = "train"  # of hydra's configuration for `train.run`
 
 DINOV2_S, DINOV2_REG_S = "vit_small_patch14_dinov2.lvd142m", "vit_small_patch14_reg4_dinov2.lvd142m"
 ENCODERS: dict[str, dict[str, dict[str, Any]]] = {
@@ -33,6 +33,7 @@ ENCODERS: dict[str, dict[str, dict[str, Any]]] = {
         "lite1_stride32": dict(name="efficientnet_lite1"),
     },
 }
+MODELS: dict[str, dict[str, Any]] = {"anyup": {}, "anyup_natten": dict(window="natten")}
 DATASETS: dict[str, dict[str, Any]] = {
     "skimage": dict(kind="skimage", crop_size=[128, 128], img_size=[64, 64], guidance_size=[64, 64], num_local_crops=4),
     "folder": dict(kind="folder", root="data/imagenet/train"),
@@ -68,41 +69,36 @@ EXPERIMENTS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
 """Name of a preset -> the groups it chooses, and the settings it changes. `smoke` is what runs by default."""
 
 GROUPS = dict(model="anyup", encoders="efficientnet_lite0", dataset="skimage", optimizer="adamw", mesh="replicated")
-"""Each group and what a preset has of it unless it says otherwise."""
+"""Each group and the option that a preset takes unless it chooses another."""
 
 QUIET = [{f"override hydra/{name}": "none"} for name in ("job_logging", "hydra_logging")]
 HYDRA = dict(run=dict(dir="."), sweep=dict(dir=".", subdir="."), output_subdir=None, job=dict(chdir=False))
-"""Hydra writes no files and no log of its own, and stays in the folder it was started in."""
+"""Hydra writes no files, keeps no log and does not change the folder."""
 
 
 def register() -> None:
-    """Make the groups and presets known to hydra."""
+    """Register the groups and presets with hydra."""
     store = ConfigStore.instance().store
-    store(name="anyup", group="model", node=defaults(AnyUpConfig))
-    store(name="anyup_natten", group="model", node=defaults(AnyUpConfig, window="natten"))
     for name, members in ENCODERS.items():
         node = {key: defaults(settings.EncoderConfig, **fields) for key, fields in members.items()}
         store(name=name, group="encoders", node=node)
     for group, kind, options in (
-        ("dataset", DatasetConfig, DATASETS), ("optimizer", OptimizerConfig, OPTIMIZERS), ("mesh", MeshConfig, MESHES),
+        ("model", AnyUpConfig, MODELS), ("dataset", DatasetConfig, DATASETS),
+        ("optimizer", OptimizerConfig, OPTIMIZERS), ("mesh", MeshConfig, MESHES),
     ):  # fmt: skip
         for name, fields in options.items():
             store(name=name, group=group, node=defaults(kind, **fields))
     for name, (groups, changes) in EXPERIMENTS.items():
-        choices = [{f"override /{group}": choice} for group, choice in (GROUPS | groups).items()] + ["_self_"]
-        store(name=name, group="experiment", package="_global_", node={"defaults": choices, **_others(changes)})
-    store(name=NAME, node=_root())
-
-
-def _root() -> dict[str, Any]:
-    """The preset `smoke`, with the groups as defaults."""
+        choices = [{f"override /{group}": choice} for group, choice in (GROUPS | groups).items()]
+        node = {"defaults": [*choices, "_self_"], **_others(changes)}
+        store(name=name, group="experiment", package="_global_", node=node)
     groups, changes = EXPERIMENTS["smoke"]
-    choices = [{group: choice} for group, choice in (GROUPS | groups).items()] + QUIET + ["_self_"]
-    return {"defaults": choices, **_others(changes), "hydra": HYDRA}
+    choices = [{group: choice} for group, choice in (GROUPS | groups).items()]
+    store(name=NAME, node={"defaults": [*choices, *QUIET, "_self_"], **_others(changes), "hydra": HYDRA})
 
 
 def _others(changes: dict[str, Any]) -> dict[str, Any]:
-    """Every setting outside of the groups, so that a preset leaves nothing of another one."""
+    """Return every setting outside the groups, with a preset's changes, so that no other preset's value remains."""
     plain = to_dict(Config(encoders={"none": settings.EncoderConfig(name="none")}))
     rest = {name: value for name, value in plain.items() if name not in GROUPS}
     return OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(rest), OmegaConf.create(changes)))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -11,12 +11,12 @@ import jax
 from train.config import ProfileConfig
 
 
-class Trace:
-    """Traces the steps that `profile.steps` names; a context manager, whose end also ends a trace.
+class Trace(contextlib.AbstractContextManager):
+    """Traces the steps that `profile.steps` names; leaving the context ends a running trace.
 
     Args:
-        output_dir: of the run; traces are written to its folder `profile`.
-        config: which steps.
+        output_dir: folder of the run; traces are written to its subfolder `profile`.
+        config: which steps to trace.
     """
 
     def __init__(self, output_dir: Path | str, config: ProfileConfig):
@@ -24,22 +24,17 @@ class Trace:
         self.range = config.range()
         self.running = False
 
-    def __enter__(self) -> Trace:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self.close()
 
     def step(self, step: int, pending: Any = None) -> None:
         """Start or stop the trace; call it before every step.
 
-        A run that resumes within the range traces what is left of it.
+        A run that resumes within the range traces the rest of it.
 
         Args:
-            step: the step that begins now.
-            pending: arrays the step before computes; they are waited for where a trace starts or stops, so that it
+            step: number of the step that begins now.
+            pending: arrays that the step before computes. A trace starts and stops once they are ready, so that it
                 holds whole steps.
         """
         if self.range is None:

@@ -1,7 +1,7 @@
-"""`python -m train.run [NAME=VALUE ...]`: train AnyUp; the same command resumes where it stopped.
+"""`python -m train.run [NAME=VALUE ...]`: train AnyUp; the same command resumes a run that stopped.
 
-Exit status: 0 finished, 2 impossible as configured, 3 a loss that is not finite, 74 a checkpoint could not be written,
-75 stopped by SIGTERM or SIGINT after saving (run the same command again).
+Exit status: 0 finished, 2 impossible as configured, 3 loss not finite, 74 a checkpoint could not be written, 75 stopped
+by SIGTERM or SIGINT after saving (run the same command again).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def launch(settings: DictConfig) -> None:
     dry = bool(values.pop("dry_run", False))
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         values["output_dir"] = str(Path(values["output_dir"]) / str(HydraConfig.get().job.num))
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax's notes on its own workings
+    logging.getLogger("absl").setLevel(logging.ERROR)  # warnings of Orbax
     try:
         config = from_dict(Config, values)
-        from train import loop  # jax comes after the configuration
+        from train import loop  # imports jax, which an invalid configuration need not wait for
 
         status = loop.run(config, dry=dry)
     except (ValueError, ImportError, FileNotFoundError, FileExistsError, ConnectionError, PermissionError) as error:

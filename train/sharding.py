@@ -1,4 +1,4 @@
-"""Processes, the mesh `(data, model)`, and which part of an array a device keeps."""
+"""Processes, the mesh `(data, model)`, and how arrays are sharded over it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from train.config import MeshConfig
 
 AXES = ("data", "model")
-BATCH = PartitionSpec(AXES)  # every device works on photographs of its own
+BATCH = PartitionSpec(AXES)  # every device has photographs of its own
 ANNOUNCEMENTS = ("SLURM_STEP_NODELIST", "MEGASCALE_COORDINATOR_ADDRESS", "JOB_COMPLETION_INDEX")
-"""Environment variables of SLURM, several TPU slices and GKE, from which jax finds the other processes."""
-TPU_DEVICES = (Path("/dev/accel0"), Path("/dev/vfio/0"))  # on a TPU host jax asks the metadata server for the others
-SMALLEST_SHARDED = 2048  # entries of an array that is worth spreading
+"""Environment variables of SLURM, of several TPU slices and of GKE, by which jax finds the other processes."""
+TPU_DEVICES = (Path("/dev/accel0"), Path("/dev/vfio/0"))  # on a TPU host jax asks the metadata server
+SMALLEST_SHARDED = 2048  # smaller arrays are replicated; a number of entries
 
 
 def join(config: MeshConfig) -> None:
-    """Join the other processes of the run, before anything asks jax for its devices; alone, do nothing."""
+    """Join the other processes of the run, before jax is asked for devices. Do nothing if there are none."""
     if config.distributed == "off" or jax.distributed.is_initialized():
         return
     if config.coordinator is not None:
@@ -33,11 +33,7 @@ def join(config: MeshConfig) -> None:
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """Return the mesh of all devices.
-
-    Raises:
-        ValueError: if they cannot be arranged as the configuration says.
-    """
+    """Return the mesh of all devices. Raises ValueError if they do not fit the configured mesh."""
     devices = jax.devices() if devices is None else devices
     count = len(devices)
     model = count // config.data if config.model == -1 else config.model
@@ -50,10 +46,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     if data % config.slices:
         raise ValueError(f"mesh.slices={config.slices} must divide the {data} devices of the axis data.")
     if config.slices > 1:
-        shape = (data // config.slices, model)
-        arranged = mesh_utils.create_hybrid_device_mesh(
-            shape, (config.slices, 1), devices, allow_split_physical_axes=True
-        )
+        shape, slices = (data // config.slices, model), (config.slices, 1)
+        arranged = mesh_utils.create_hybrid_device_mesh(shape, slices, devices, allow_split_physical_axes=True)
     elif devices[0].platform == "cpu":  # in the order of the processes
         arranged = np.array(devices).reshape(data, model)
     else:
@@ -62,11 +56,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> int:
-    """Return the photographs of one device and step.
-
-    Raises:
-        ValueError: if they cannot be shared out evenly.
-    """
+    """Return how many photographs of a step each device has. Raises ValueError if the number is not whole."""
     each, rest = divmod(batch_size, mesh.size)
     if rest or each % accumulate:
         parts = f" in optimizer.accumulate={accumulate} parts" if accumulate > 1 else ""
@@ -79,7 +69,10 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> int:
 
 
 def specs(tree: Any, kind: str, mesh: Mesh) -> Any:
-    """Return how each array of a tree is kept: whole, or with "fsdp" a part along its longest axis that divides."""
+    """Return the PartitionSpec of each array of a tree: whole, or if `kind` is "fsdp" sharded.
+
+    The sharded axis is the longest whose length the axis `model` divides.
+    """
     parts = mesh.shape["model"]
 
     def spec(x):
@@ -92,12 +85,12 @@ def specs(tree: Any, kind: str, mesh: Mesh) -> Any:
 
 
 def sharded_axis(spec: PartitionSpec) -> int | None:
-    """Return the axis along which the model axis keeps parts; None if every device has the whole array."""
+    """Return the array's axis that is sharded over the axis `model`; None if every device has the whole array."""
     return spec.index("model") if "model" in spec else None
 
 
 def gather(tree: Any, tree_specs: Any) -> Any:
-    """Return whole arrays from the parts, within `shard_map`; the gradient of it adds up and scatters."""
+    """Return whole arrays from their shards, within `shard_map`; its gradient is a reduce-scatter."""
 
     def whole(x, spec):
         axis = sharded_axis(spec)
@@ -107,7 +100,7 @@ def gather(tree: Any, tree_specs: Any) -> Any:
 
 
 def place(tree: Any, tree_specs: Any, mesh: Mesh) -> Any:
-    """Spread arrays that every process has in full over the mesh."""
+    """Place arrays, which every process has in full, on the mesh."""
 
     def put(x, spec):
         x = np.asarray(x)
@@ -117,6 +110,6 @@ def place(tree: Any, tree_specs: Any, mesh: Mesh) -> Any:
 
 
 def place_batch(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Make global arrays from this process's share of a batch."""
+    """Return global arrays, given this process's share of a batch."""
     sharding = NamedSharding(mesh, BATCH)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in arrays.items()}

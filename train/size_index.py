@@ -1,6 +1,6 @@
 """`python -m train.size_index ROOT [--out FILE] [--workers N]`: the size of every image in root/class/file, as a TSV.
 
-Lines that start with "# " are comments, the others hold the fields of `Row`, separated by tabs.
+Lines that start with "# " are comments; the others hold the fields of `Row`, separated by tabs.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from train.data.images import upright_size
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as ImageFolder's
 LAYOUT = "it must be root/class/file, as ImageNet's train/n01440764/n01440764_10026.JPEG"
 TEXT = dict(encoding="utf-8", errors="surrogateescape")  # a file name may be any bytes
-CHUNK = 32  # images a process is handed at once
-REPORTED = 10_000  # images from one line about progress to the next
+CHUNK = 32  # images that a process takes at once
+REPORTED = 10_000  # images between lines about the progress
 
 
 class Row(NamedTuple):
-    """An image: path below the root, index of its class folder, pixels once upright; -1 where it is unreadable."""
+    """An image: path below the root, index of its class folder, and size once upright; sizes are -1 if unreadable."""
 
     rel_path: str
     label: int
@@ -56,7 +56,7 @@ def read_index(path: str | os.PathLike) -> list[Row]:
 
 
 def write_index(path: str | os.PathLike, rows: Iterable[Row]) -> None:
-    """Write a size index, sorted by `rel_path`, in place of an existing one once it is complete. Raises OSError."""
+    """Write a size index, sorted by `rel_path`; it replaces an existing one once it is complete. Raises OSError."""
     with replacing(path) as temporary, temporary.open("w", **TEXT) as file:
         columns = "\t".join(Row._fields)
         file.write(f"# Pixels of each image once upright, -1 where it cannot be read\n# {columns}\n")
@@ -66,19 +66,20 @@ def write_index(path: str | os.PathLike, rows: Iterable[Row]) -> None:
 def build(root: Path, out: Path | None, workers: int, say: Callable[[str], None]) -> list[Row]:
     """Measure every image below `root`, write the index and return its rows.
 
-    What is measured is appended to `out`.partial; an interrupted run goes on from there and retries the unreadable.
+    Rows are appended to `out`.partial as they are measured. The next call after an interruption continues from there
+    and tries unreadable images again.
 
     Args:
         root: the folder whose subfolders are the classes.
         out: the index; `root/size_index.tsv` if None.
-        workers: how many processes measure.
-        say: takes a line of text.
+        workers: number of processes.
+        say: prints a line.
 
     Raises:
         FileNotFoundError: if `root` does not exist or holds no images in subfolders.
-        ValueError: if `workers` is below 1, or a file name holds a line break.
+        ValueError: if `workers` is below 1, or a file name contains a line break.
         OSError: if the index cannot be written.
-        BrokenProcessPool: if a process was killed, for lack of memory for one.
+        BrokenProcessPool: if a process was killed, for example for lack of memory.
     """
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1.")
@@ -103,7 +104,7 @@ def build(root: Path, out: Path | None, workers: int, say: Callable[[str], None]
 
 
 def _list_images(root: Path) -> dict[str, int]:
-    """Return the class of every image, however deep in its class folder, by path."""
+    """Return path -> class of every image, at any depth below its class folder."""
     if not root.is_dir():
         raise FileNotFoundError(f"ROOT={root} is no folder; {LAYOUT}.")
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
@@ -120,18 +121,18 @@ def _list_images(root: Path) -> dict[str, int]:
 
 
 def _resume(partial: Path, root: Path) -> list[Row]:
-    """Return what an interrupted run could read; leave `partial` such that lines can be appended to it."""
+    """Return the readable rows of an interrupted run, and leave `partial` so that lines can be appended to it."""
     first = f"# {root.resolve()}"
     text = partial.read_bytes() if partial.is_file() else b""
     whole = text[: text.rfind(b"\n") + 1]
     lines = whole.decode(**TEXT).split("\n")
-    if lines[0] != first:  # none, or of another folder
+    if lines[0] != first:  # there is no such file, or it is of another folder
         partial.write_text(f"{first}\n", **TEXT)
         return []
     os.truncate(partial, len(whole))
     rows = []
     for line in lines:
-        with contextlib.suppress(ValueError):  # the first and the last line, or damage: the image is measured again
+        with contextlib.suppress(ValueError):  # the first and the last line; images of damaged lines are measured again
             rows.append(_parse(line))
     return [row for row in rows if row.min_side > 0]
 
@@ -148,7 +149,7 @@ def _measure_all(paths: Sequence[str], workers: int) -> Iterator[Size]:
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it however it ends."""
+    """Leave Ctrl-C to the parent process, and exit when it exits, for whatever reason."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -158,7 +159,7 @@ def _measure(path: str) -> Size:
     try:
         with warnings.catch_warnings(action="ignore"), open_image(path, path) as image:
             return upright_size(image)
-    except Exception:  # damaged EXIF makes Pillow raise nearly anything; one file must not end the run
+    except Exception:  # damaged EXIF makes Pillow raise nearly any error; one file must not end the run
         return -1, -1
 
 
@@ -167,7 +168,7 @@ def _format(row: Row) -> str:
 
 
 def _parse(line: str) -> Row:
-    """Return the row of a line. Raises ValueError if it is none."""
+    """Return the row of a line. Raises ValueError for anything else."""
     rel_path, *numbers = line.rstrip("\n").rsplit("\t", 4)
     label, width, height, min_side = map(int, numbers)
     if min_side < 0:

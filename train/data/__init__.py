@@ -1,4 +1,4 @@
-"""Photographs in, batches out: where they are kept (sources), how they are read (images), in what order (pipeline)."""
+"""From photographs to batches: where they come from (sources), how one is read (images), and their order (pipeline)."""
 
 from train.data.pipeline import ARRAYS, Batches
 from train.data.sources import open_source

@@ -1,4 +1,4 @@
-"""One photograph: decoded, resized and centre cropped, from a file or from bytes."""
+"""One photograph from a file: decoded, resized and cropped."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 
 class TooSmall(ValueError):
-    """The photograph would have to be enlarged, or by more than is allowed, to cover the crop."""
+    """The photograph is too small to cover the crop, even enlarged as far as is allowed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """Which part of a photograph is taken, from random numbers in [0, 1).
+    """A random part of a photograph, with the proportions of the crop; all numbers are in [0, 1].
 
     Attributes:
-        down, across: where it lies, between the two edges.
-        size: its area, between the least share and the largest region that has the crop's proportions.
+        down, across: its place: 0 for the top or left edge, 1 for the bottom or right one.
+        size: its area: 0 for that of the largest region, 1 for the least share.
         least: the least share of the photograph's area.
     """
 
@@ -52,20 +52,20 @@ def read_crop(
 ) -> UInt8[np.ndarray, "Hc Wc 3"]:
     """Return the centre of a photograph, resized (bilinear, antialiased) so that it just covers `size`, as 8-bit RGB.
 
-    Grayscale, palette, CMYK and 16-bit images are converted, transparent ones are laid on white. A JPEG of more than
-    twice the size is decoded at a half, a quarter or an eighth of it, and no less than twice the size, for speed.
+    Grayscale, palette, CMYK and 16-bit images are converted; transparent ones are laid on white. For speed, a JPEG of
+    more than twice the size is decoded at 1/2, 1/4 or 1/8 of its size, but no smaller than twice the wanted one.
 
     Args:
-        file: its path, or an open file.
-        name: what errors call it.
-        size: height and width.
-        region: what to take instead of the largest region in the centre.
-        max_enlargement: the greatest factor that the photograph may be enlarged by.
+        file: path, or an open file.
+        name: name of the photograph in errors.
+        size: height and width of the crop.
+        region: the part to take instead of the largest one in the centre.
+        max_enlargement: the greatest factor by which the photograph may be enlarged.
 
     Raises:
         TooSmall: if it would have to be enlarged by more to cover `size`.
         OSError: if it cannot be read.
-        ValueError: if its pixels have no known range, or it is too large.
+        ValueError: if the range of its pixels is unknown, or it is too large.
     """
     try:
         with open_image(file, name) as image:
@@ -77,7 +77,7 @@ def read_crop(
 
 
 def covers(height: int, width: int, size: Size, max_enlargement: float) -> bool:
-    """Whether a photograph covers `size` when it is enlarged by the greatest factor."""
+    """Return whether a photograph, enlarged by the greatest factor, covers `size`."""
     return height * max_enlargement >= size[0] and width * max_enlargement >= size[1]
 
 
@@ -95,8 +95,8 @@ def _crop(
         scale, down, across = min(max_enlargement, scale * math.sqrt(largest / share)), region.down, region.across
     whole = max(size[0], round(height * scale)), max(size[1], round(width * scale))
     if image.format == "JPEG":
-        asked = whole if (height, width) == image.size[::-1] else whole[::-1]
-        image.draft(None, (2 * asked[1], 2 * asked[0]))
+        stored = whole if (height, width) == image.size[::-1] else whole[::-1]  # before it is turned upright
+        image.draft(None, (2 * stored[1], 2 * stored[0]))
     ImageOps.exif_transpose(image, in_place=True)
     image = to_rgb(image, name)
     y, x = (round((full - part) * place) for full, part, place in zip(whole, size, (down, across)))

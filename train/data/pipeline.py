@@ -1,7 +1,7 @@
-"""In what order photographs come, and the batches they make, on grain.
+"""The order of the photographs and the batches made of them, on grain.
 
-Everything follows from the seed and the position: element i of the run is the same photograph with the same views,
-whichever process makes it. A batch of one process is the contiguous share it has of the global batch.
+Everything follows from the seed and the position: element i of a run is the same photograph with the same views,
+whichever process prepares it. The batch of a process is a contiguous share of the global batch.
 """
 
 from __future__ import annotations
@@ -19,37 +19,24 @@ from train.augment import augment
 from train.config import Config, DatasetConfig
 from train.data.images import Region, read_crop
 from train.data.sources import Source
-from train.pasted_regions import paste
+from train.pasted_regions import paste_regions
 
-ENDLESS = 1 << 48  # photographs of a run at most; grain cannot slice what has no end into batches of one
-GIVE_UP = 1000  # photographs in a row that cannot be used
+ENDLESS = 1 << 48  # photographs of a run at most; grain cannot slice a data set of infinite length
+GIVE_UP = 1000  # photographs in a row that cannot be used before the run ends
 ARRAYS = ("image", "augmented", "crops", "regions")
-"""What a batch brings to the devices; regions only where `dataset.pasted_regions` asks for them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Indices:
-    """The indices of a source, which grain shuffles."""
-
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> int:
-        return index
+"""The arrays of a batch; "regions" only with `dataset.pasted_regions`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepare(grain.transforms.MapWithIndex):
-    """Reads the photograph of an index and makes its views."""
+    """Reads the photograph with an index and makes its views."""
 
     source: Source
     config: DatasetConfig
     seed: int
 
     def map_with_index(self, position: int, index: int) -> dict[str, Any]:
-        """Return the element at a position of the run; a photograph that cannot be used gives way to the next one."""
+        """Return the element at a position of the run; a photograph that cannot be used is replaced by the next one."""
         random = np.random.default_rng((self.seed, position))
         crops = random.random((self.config.num_local_crops, 2), np.float32)
         skipped: list[tuple[str, str]] = []
@@ -59,16 +46,16 @@ class Prepare(grain.transforms.MapWithIndex):
             draws = np.random.default_rng((self.seed, position, 2))
             chosen = draws.integers(len(self.source), size=self.config.pasted_regions)
             others = [self._view(int(index), draws, skipped)[0] for index in chosen]
-            image, element["regions"] = paste(image, others, draws)
+            image, element["regions"] = paste_regions(image, others, draws)
         return element | dict(image=image, augmented=augment(image, self.config.augmentation_strength, random))
 
     def _view(
         self, index: int, draws: np.random.Generator, skipped: list[tuple[str, str]]
     ) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
-        """Return the part of a photograph that is used, or of the next that can be, and its name."""
+        """Return the crop of a photograph, or of the next one that can be used, and its name."""
         views = draws.random(4)
         region = Region(*views[:3], self.config.random_region) if self.config.random_region else None
-        tried: list[tuple[str, str]] = []
+        failures: list[tuple[str, str]] = []
         for attempt in range(min(GIVE_UP, len(self.source))):
             number = (index + attempt) % len(self.source)
             name = self.source.name(number)
@@ -77,10 +64,12 @@ class Prepare(grain.transforms.MapWithIndex):
                     image = read_crop(file, name, self.config.crop_size, region, self.config.max_enlargement)
                 break
             except (OSError, ValueError) as error:
-                tried.append((name, " ".join(str(error).split())))
+                failures.append((name, " ".join(str(error).split())))
         else:
-            raise ValueError(f"{len(tried)} photographs in a row cannot be used, the last because: {tried[-1][1]}")
-        skipped += tried
+            raise ValueError(
+                f"{len(failures)} photographs in a row cannot be used, the last because: {failures[-1][1]}"
+            )
+        skipped += failures
         if self.config.flip and views[3] < 0.5:
             image = np.ascontiguousarray(image[:, ::-1])
         return image, name
@@ -94,17 +83,17 @@ def collate(elements: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Batches(Iterator[dict[str, Any]]):
-    """The batches of one process, without end.
+    """The endless batches of one process.
 
     Each has `image` and `augmented` (b, Hc, Wc, 3) uint8, `crops` (b, n, 2) float32 in [0, 1), the `name` of every
     photograph, and `skipped`, pairs of a name and a reason; with `dataset.pasted_regions` also `regions` (b, Hc, Wc)
-    uint8, 0 for what is left of the photograph and k for the k-th region.
+    uint8: 0 for the photograph itself and k for the k-th region.
 
     Args:
         source: the photographs.
         config: the run.
-        process_index, process_count: which of how many processes this one is; each reads its own share only.
-        start: batches of the run that have been used already.
+        process_index, process_count: this process and how many there are; each reads only its own share.
+        start: how many batches of the run come before the first one.
     """
 
     def __init__(self, source: Source, config: Config, process_index: int = 0, process_count: int = 1, start: int = 0):
@@ -114,22 +103,15 @@ class Batches(Iterator[dict[str, Any]]):
 
     def _begin(self, start: int) -> None:
         data, seed = self.config.dataset, self.config.seed
-        share = self.config.batch_size // self.process_count
-        order = (
-            grain.MapDataset.source(Indices(len(self.source)))
-            .seed(seed)
-            .shuffle()
-            .repeat(-(-ENDLESS // len(self.source)))
-        )
-        elements = order.map_with_index(Prepare(self.source, data, seed))
-        batches = elements.batch(share, batch_fn=collate)[
-            start * self.process_count + self.process_index :: self.process_count
-        ]
+        share, photographs = self.config.batch_size // self.process_count, len(self.source)
+        order = grain.MapDataset.range(photographs).seed(seed).shuffle().repeat(-(-ENDLESS // photographs))
+        shares = order.map_with_index(Prepare(self.source, data, seed)).batch(share, batch_fn=collate)
+        batches = shares[start * self.process_count + self.process_index :: self.process_count]
         options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=max(data.threads, data.prefetch))
         stream = batches.to_iter_dataset(options)
         if data.workers:
             if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # grain's own, which its processes inherit; they keep their defaults
+                flags.FLAGS.mark_as_parsed()  # grain's processes inherit its flags, which keep their defaults
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(data.workers, data.prefetch))
         self.position, self.iterator = start, iter(stream)
 
@@ -139,11 +121,11 @@ class Batches(Iterator[dict[str, Any]]):
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """Return the position in the run, which is the same for any number of processes."""
+        """Return the position in the run, and what identifies the photographs; both the same for any process count."""
         return dict(step=self.position, images=len(self.source), digest=self.source.digest)
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from a position. Raises ValueError if it is one in other photographs."""
+        """Continue from a position of `get_state`. Raises ValueError if that was with other photographs."""
         here = self.get_state()
         if (state["images"], state["digest"]) != (here["images"], here["digest"]):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Where photographs are kept. A source has a length, a `name` for each index, and opens one as a file of bytes."""
+"""Where photographs come from. A source has a length, a name for each index, and opens a photograph as a file."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import functools
 import hashlib
 import importlib.resources
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 from PIL import Image
 
-from train.config import DatasetConfig
-from train.data.images import TooSmall, covers, read_crop
+from train.config import DatasetConfig, Size
+from train.data.images import covers, read_crop
 
 SHIPPED = ("astronaut.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg")
-"""Colour photographs in the wheel of scikit-image; "chelsea" and "coffee" are held out for pictures."""
+"""Colour photographs in the wheel of scikit-image; "chelsea" and "coffee" are held out for `train.pictures`."""
 INDEX = "size_index.tsv"
 LAYOUT = "a folder with one subfolder a class and the images in these, as ImageNet's train folder is (root/class/file)"
 _REMEDY = "take a smaller crop_size, a greater dataset.max_enlargement or other images"
-PROBED = 256  # photographs of a TFDS data set that are looked at for one that is large enough
+PROBED = 256  # photographs of a TFDS data set, of which one must be large enough
 
 
 class Source(Protocol):
@@ -29,16 +29,16 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
     def name(self, index: int) -> str:
-        """What messages call a photograph."""
+        """Return the name of a photograph in messages."""
         ...
 
     def open(self, index: int) -> IO[bytes]:
-        """Open its file. Raises OSError if that fails."""
+        """Open the file of a photograph. Raises OSError if that fails."""
         ...
 
     @property
     def digest(self) -> str:
-        """The same for the same photographs in the same order."""
+        """A digest of the photographs' names and order."""
         ...
 
 
@@ -65,7 +65,7 @@ class Files:
 
 @dataclasses.dataclass(frozen=True)
 class TFDS:
-    """The images of a TFDS data set, still encoded."""
+    """The encoded images of a TFDS data set."""
 
     data: Any
     feature: str
@@ -89,19 +89,19 @@ def open_source(config: DatasetConfig, say: Callable[[str], None] = print) -> So
     """Return the photographs of a configuration, at least one of which is large enough.
 
     Args:
-        config: which; a folder without a size index is indexed first, which `say` hears of.
-        say: takes a line of text.
+        config: the data set. A folder without a size index is indexed first.
+        say: prints a line, about the indexing.
 
     Raises:
-        FileNotFoundError: if they are not there; the message says what to put there.
-        ValueError: if none is large enough, or the data set has no single image.
+        FileNotFoundError: if the data set does not exist; the message says what must be where.
+        ValueError: if no photograph is large enough, or the data set has no image feature or several.
         ImportError: if a package is missing.
     """
     return {"skimage": _skimage, "folder": _folder, "tfds": _tfds}[config.kind](config, say)
 
 
 def shipped() -> Path:
-    """Return the folder of photographs in the wheel of scikit-image. Raises ImportError if it is not installed."""
+    """Return the folder of photographs in the wheel of scikit-image. Raises ImportError if that is not installed."""
     try:
         return Path(str(importlib.resources.files("skimage"))) / "data"
     except ModuleNotFoundError as error:
@@ -117,12 +117,11 @@ def _skimage(config: DatasetConfig, _say: Callable[[str], None]) -> Files:
     for name in SHIPPED:
         with Image.open(folder / name) as image:
             sizes[name] = image.size[::-1]
-    paths = [name for name, size in sizes.items() if _covers(size, config)]
-    return Files(folder, _some(paths, sizes.values(), config, str(folder)))
+    return Files(folder, _large_enough(sizes, config, folder))
 
 
 def _folder(config: DatasetConfig, say: Callable[[str], None]) -> Files:
-    from train import size_index  # which reads images as this package does
+    from train import size_index  # which imports this package
 
     root = Path(str(config.root))
     if not root.is_dir():
@@ -134,15 +133,14 @@ def _folder(config: DatasetConfig, say: Callable[[str], None]) -> Files:
     if not index.is_file():
         say(f"{index} does not exist yet: reading the size of every image (python -m train.size_index {root})")
         size_index.build(root, index, max(1, config.workers), say)
-    rows = size_index.read_index(index)
-    paths = [row.rel_path for row in rows if _covers((row.height, row.width), config)]
-    return Files(root, _some(paths, [(row.height, row.width) for row in rows], config, str(root)))
+    sizes = {row.rel_path: (row.height, row.width) for row in size_index.read_index(index)}
+    return Files(root, _large_enough(sizes, config, root))
 
 
 def open_tfds(name: str, folder: str | None, split: str) -> tuple[Any, dict[str, Any], list[str]]:
-    """Return the records of a prepared data set of TensorFlow Datasets, its features, and which of them are images.
+    """Return the records of a prepared TFDS data set, its features, and the names of those that are images.
 
-    A record has its images as the bytes of their files. `folder` is the `data_dir`.
+    Records hold images as the bytes of their files. `folder` is the `data_dir`.
 
     Raises:
         ImportError: if a package is missing.
@@ -178,28 +176,27 @@ def _tfds(config: DatasetConfig, _say: Callable[[str], None]) -> TFDS:
     if len(images) != 1:
         raise ValueError(f"The data set {config.name} has {len(images)} image features; it must have one.")
     source = TFDS(data, images[0], f"{config.name}/{config.split}")
-    for index in range(min(len(source), PROBED)):
+    probed = min(len(source), PROBED)
+    for index in range(probed):
         try:
             with source.open(index) as file:
                 read_crop(file, source.name(index), config.crop_size, max_enlargement=config.max_enlargement)
             return source
-        except (TooSmall, OSError, ValueError):
+        except (OSError, ValueError):
             continue
     raise ValueError(
-        f"None of the first {min(len(source), PROBED)} images of {source.title} is at least "
-        f"dataset.crop_size={config.crop_size}; {_REMEDY}."
+        f"None of the first {probed} images of {source.title} is at least dataset.crop_size={config.crop_size}; "
+        f"{_REMEDY}."
     )
 
 
-def _covers(size: tuple[int, int], config: DatasetConfig) -> bool:
-    return covers(*size, config.crop_size, config.max_enlargement)
-
-
-def _some(paths: list[str], sizes: Any, config: DatasetConfig, where: str) -> list[str]:
-    if paths:
-        return paths
-    largest = max((min(size) for size in sizes), default=0)
-    raise ValueError(
-        f"None of the {len(list(sizes))} images in {where} is at least dataset.crop_size={config.crop_size} (the "
-        f"largest short side is {largest} pixels); {_REMEDY}."
-    )
+def _large_enough(sizes: Mapping[str, Size], config: DatasetConfig, where: Path) -> list[str]:
+    """Return the images, by path -> size, that cover the crop. Raises ValueError if there is none."""
+    paths = [path for path, size in sizes.items() if covers(*size, config.crop_size, config.max_enlargement)]
+    if not paths:
+        largest = max(map(min, sizes.values()), default=0)
+        raise ValueError(
+            f"None of the {len(sizes)} images in {where} is at least dataset.crop_size={config.crop_size} (the largest "
+            f"short side is {largest} pixels); {_REMEDY}."
+        )
+    return paths

@@ -1,6 +1,6 @@
-"""`python -m train.data.tfds_from_folder ROOT DATA_DIR NAME`: a folder of images as a TFDS data set.
+"""`python -m train.data.tfds_from_folder ROOT DATA_DIR NAME`: make a TFDS data set of a folder of images.
 
-The files are stored as they are, in array_record, which grain reads at random; `dataset=tfds dataset.name=NAME
+The files are stored unchanged as array_record, to which grain has random access; `dataset=tfds dataset.name=NAME
 dataset.root=DATA_DIR` trains on it. DATA_DIR may be a bucket.
 """
 
@@ -17,12 +17,12 @@ from PIL import Image
 
 
 def write_tfds(root: Path, data_dir: str, name: str, split: str = "train") -> int:
-    """Write the images of root/class/file as the data set `name` and return how many there are.
+    """Write the images of root/class/file as the data set `name`, and return how many there are.
 
     Raises:
-        FileNotFoundError: if there are none.
-        FileExistsError: if there is a data set of this name.
-        ValueError: if the name is not one TFDS takes.
+        FileNotFoundError: if there are no images.
+        FileExistsError: if a data set of this name exists.
+        ValueError: if TFDS does not accept the name.
     """
     import tensorflow_datasets as tfds
 
