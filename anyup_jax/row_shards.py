@@ -8,7 +8,7 @@ for a sum over the image, attention for the windows of its rows.
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +23,7 @@ from anyup_jax.pooling import adaptive_average_pool, pool_axis, pooling_matrix
 Size = tuple[int, int]
 
 
+@runtime_checkable
 class Rows(Protocol):
     """Some of an image's rows, and the matching rows of the output.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +86,7 @@ class StepPlan:
     encoder: tuple[nnx.GraphDef, Any] | None
 
 
+@runtime_checkable
 class Step(Protocol):
     """A compiled step; it overwrites the state that it is given."""
 

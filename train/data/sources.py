@@ -9,7 +9,7 @@ import importlib.resources
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, runtime_checkable
 
 from PIL import Image
 
@@ -24,6 +24,7 @@ _REMEDY = "take a smaller crop_size, a greater dataset.max_enlargement or other 
 PROBED = 256  # photographs of a TFDS data set, of which one must be large enough
 
 
+@runtime_checkable
 class Source(Protocol):
     """Photographs by index."""
 
