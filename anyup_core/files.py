@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -14,6 +13,8 @@ from typing import IO, Any
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
+
+from anyup_core.replacement import replacing
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors")
 Append = Callable[[int, Float[np.ndarray, "rows W C"]], Any]
@@ -121,31 +122,6 @@ def check_output(path: str | os.PathLike, suffixes: Collection[str]) -> Path:
     if not os.access(path.parent, os.W_OK):
         raise OSError(f"The folder {path.parent} is not writable.")
     return path
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a temporary name beside `path` to write to; it takes the place of `path` only if the block succeeds.
-
-    Where `path` is a link, the file or folder behind it is replaced, and the link stays. A folder can only be replaced
-    in two steps; if the second one fails or is interrupted, the old folder is put back.
-    """
-    path = Path(os.path.realpath(path))
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", dir=path.parent))
-    temporary, old = folder / path.name, folder / f"{path.name}.old"
-    try:
-        yield temporary
-        try:
-            if path.is_dir():
-                path.replace(old)
-            temporary.replace(path)
-        except BaseException:
-            if old.exists():
-                old.replace(path)
-            raise
-    finally:
-        if not old.exists() or path.exists():  # the old folder is kept where it could not be put back
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_features(

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from anyup_core import files
 from anyup_core.checkpoints import formats, key_table, orbax_directory, run_directory, torch_file, unwrapping
 from anyup_core.checkpoints.checkpoint import Checkpoint
+from anyup_core.replacement import replacing
 
 OPTIMIZER_KEYS = ("optimizer_anyup", "optimizer", "optimizer_state_dict")
 HYPER_PARAMETERS: Mapping[str, Any] = {"lr": 2e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-5}
@@ -178,7 +178,7 @@ class TrainingState:
             "optimizer": {name: self.hyper_parameters[key] for key, name in _OF_RUN.items()},
         }
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with files.replacing(directory) as temporary:
+        with replacing(directory) as temporary:
             step = temporary / run_directory.CHECKPOINTS / str(self.step)
             step.mkdir(parents=True)
             orbax_directory.write_tree(step / "params", params)
@@ -197,7 +197,7 @@ def read(path: str | Path) -> TrainingState:
 def write(path: str | Path, state: TrainingState) -> Path:
     """Write a .pth or .pt file; an existing file is replaced once the new one is complete."""
     path = Path(path)
-    with files.replacing(path) as temporary:
+    with replacing(path) as temporary:
         torch_file.write(temporary, state.to_torch())
     return path
 
@@ -285,7 +285,7 @@ def trained_to_flax(moments: Mapping[str, np.ndarray | None], checkpoint: Checkp
 
 
 def trained_to_torch(
-    moments: Mapping[str, np.ndarray], checkpoint: Checkpoint, origin: Path
+    moments: Mapping[str, np.ndarray], checkpoint: Checkpoint, origin: str | Path
 ) -> dict[str, np.ndarray | None]:
     """Return PyTorch key -> moment, None for what is not trained. Raises ValueError for moments of another model."""
     trained = {entry.flax: entry.flax_shape for entry in checkpoint.entries if _is_trained(entry)}

@@ -357,10 +357,9 @@ def test_orbax_restores_what_is_written(tmp_path, restore):
     assert_same_bits(orbax_directory.read_tree(tmp_path / "x"), arrays)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"use_ocdbt": False}, {"use_zarr3": True}, {"use_ocdbt": False, "use_zarr3": True}]
-)
-def test_every_layout_of_orbax_is_read(tmp_path, options):
+@pytest.mark.parametrize("use_ocdbt", [True, False])
+@pytest.mark.parametrize("use_zarr3", [True, False])
+def test_every_layout_of_orbax_is_read(tmp_path, use_ocdbt, use_zarr3):
     arrays = {"a.b": np.arange(6, dtype=np.float32).reshape(2, 3), "count": np.array(3, np.int32)}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=use_ocdbt, use_zarr3=use_zarr3)) as writer:
         writer.save(tmp_path / "x", nested(arrays) | {"nothing": {}})

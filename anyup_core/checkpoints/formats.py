@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from anyup_core import files
 from anyup_core.checkpoints import orbax_directory, run_directory, safetensors_file, torch_file, unwrapping
 from anyup_core.checkpoints.checkpoint import Checkpoint, warn_unless_finite
 from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint, any_of, architectures
+from anyup_core.replacement import replacing
 
 TORCH, SAFETENSORS, ORBAX = "torch", "safetensors", "orbax"
 SUFFIXES = {".pth": TORCH, ".pt": TORCH, ".safetensors": SAFETENSORS}
@@ -127,7 +127,7 @@ def write(path: str | Path, checkpoint: Checkpoint | EncoderCheckpoint, *, overw
     """
     path, kind = Path(path), format_of(path)
     check_destination(path, overwrite=overwrite)
-    with files.replacing(path) as temporary:
+    with replacing(path) as temporary:
         if kind == TORCH:
             torch_file.write(temporary, checkpoint.tensors)
         elif kind == SAFETENSORS:

@@ -65,10 +65,9 @@ class _Writer(pickle._Pickler):
         self.write(pickle.GLOBAL + f"{module}\n{attribute}\n".encode())
 
     def save_empty(self, *, ordered: bool) -> None:
-        if not ordered:
-            return self.write(pickle.EMPTY_DICT)
-        self.save_name("collections", "OrderedDict")
-        return self.write(pickle.EMPTY_TUPLE + pickle.REDUCE)
+        if ordered:
+            self.save_name("collections", "OrderedDict")
+        self.write(pickle.EMPTY_TUPLE + pickle.REDUCE if ordered else pickle.EMPTY_DICT)
 
     def save_tensor(self, array: np.ndarray) -> None:
         index, kind = self.store(array)
