@@ -84,7 +84,7 @@ def check_maps(
     """Do the same as `check_inputs` for a list of feature maps of one image; an entry of `values` may be None.
 
     Raises:
-        ValueError, TypeError: as `check_inputs`, naming the map; for no lists, an empty list or lists of different length.
+        ValueError, TypeError: as `check_inputs`, naming the map; for what is no list, is empty or has another length.
     """
     for name, maps in (("features", features), ("values", values)):
         if not isinstance(maps, (list, tuple)) and not (name == "values" and maps is None):

@@ -39,7 +39,5 @@ class ImageCode:
 
 def _entry(maps: dict[tuple[int, int], Tensor], size: tuple[int, int], argument: str) -> Tensor:
     if size not in maps:
-        raise ValueError(
-            f"The image was encoded for {argument}={list(maps)}, not for {size}; add it to encode_image's."
-        )
+        raise ValueError(f"The image was encoded for {argument}={list(maps)}; pass {size} to encode_image as well.")
     return maps[size]

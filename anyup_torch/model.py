@@ -198,7 +198,8 @@ class AnyUp(nn.Module):
                 raise ValueError(
                     f"keys {tuple(key.shape)} and values {tuple(values.shape)} differ in the batch size or the grid."
                 )
-        if streaming.possible(self, *code.queries.values(), *(tensor for pair in maps for tensor in pair)):
+        tensors = [tensor for pair in maps for tensor in pair]
+        if maps and streaming.possible(self, *tensors, *code.queries.values()):
             return streaming.decode(self, code, maps, size, q_chunk_size)
         ratio, window = self.config.window_ratio, self.config.window
         windows = [[host_window(n, m, ratio, window) for n, m in zip(size, key.shape[2:])] for key, _ in maps]

@@ -69,7 +69,7 @@ def affine(norm: nn.GroupNorm, moments: Float[Tensor, "2 D"]) -> tuple[Float[Ten
 
 
 def workspace(
-    pixels: int, dim: int, like: Tensor, output: Float[Tensor, "Ho Wo E"] | None = None, strip: int = 0
+    pixels: int, dim: int, like: Tensor, output: Float[Tensor, "Ho Wo E"] | None, strip: int
 ) -> tuple[Float[Tensor, "pixels D"], ...]:
     """Return three uninitialised buffers: in the memory of `output`, the last one at its end, as far as they fit.
 
@@ -238,8 +238,7 @@ def upsample(
     largest = max(outputs, key=torch.numel)
     for index in range(len(image)):
         one = slice(index, index + 1)
-        buffers = workspace(image[0, 0].numel(), model.config.qk_dim, image, largest[index], strip_height(tiles))
-        code = encode(model, image[index], grids, [size], buffers)
+        code = encode(model, image[index], grids, [size], largest[index], strip_height(tiles))
         maps = [(model.describe(code, x[one]), y[one]) for x, y in zip(features, values)]
         attend(model.cross_decode, code, maps, size, tiles, [output[one] for output in outputs])
     return [output.permute(0, 3, 1, 2) for output in outputs]
@@ -253,8 +252,7 @@ def encode_image(
     sizes: Sequence[tuple[int, int]],
 ) -> ImageCode:
     """Compute `AnyUp.encode_image`, one image after the other."""
-    buffers = (image[0, 0].numel(), model.config.qk_dim, image)
-    codes = [encode(model, guidance, grids, sizes, workspace(*buffers)) for guidance in image]
+    codes = [encode(model, guidance, grids, sizes) for guidance in image]
     if len(codes) == 1:
         return codes[0]
     keys = {grid: torch.cat([code.keys[grid] for code in codes]) for grid in grids}
@@ -303,10 +301,15 @@ def encode(
     image: Float[Tensor, "input_dim H W"],
     grids: Sequence[tuple[int, int]],
     sizes: Sequence[tuple[int, int]],
-    buffers: tuple[Float[Tensor, "HW D"], ...],
+    buffer: Float[Tensor, "Ho Wo E"] | None = None,
+    strip: int = 0,
 ) -> ImageCode:
-    """Encode one image in three buffers. Keys or queries of the image's own size stay in the second and the third."""
-    shape, (hidden, keys, guide) = tuple(image.shape[1:]), buffers
+    """Encode one image in the memory of `buffer`, where keys and queries of the image's own size stay.
+
+    `buffer` and `strip` are as for `workspace`.
+    """
+    shape = tuple(image.shape[1:])
+    hidden, keys, guide = workspace(shape[0] * shape[1], model.config.qk_dim, image, buffer, strip)
     stream = Stream(hidden)
     x = project_image(model.image_encoder[0], image, guide)
     x = stream.apply(model.image_encoder[2], stream.apply(model.image_encoder[1], x))
