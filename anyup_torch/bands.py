@@ -21,7 +21,7 @@ from anyup_core.band_plan import Pieces, Plan, plan_bands
 from anyup_core.geometry import AxisWindow, plan_tiles
 from anyup_torch.attention import resolve, window_attention
 from anyup_torch.attention.tiled import TileAttention
-from anyup_torch.image_code import ImageCode
+from anyup_torch.image_code import ImageCode, Size
 from anyup_torch.layers import ConvEncoder
 from anyup_torch.streaming import activate, affine, block_size, matrix, turn
 
@@ -34,7 +34,7 @@ def upsample_bands(
     model: nn.Module,
     image: Float[Tensor, "B input_dim H W"],
     features: Float[Tensor, "B C h w"],
-    output_size: tuple[int, int] | None = None,
+    output_size: Size | None = None,
     q_chunk_size: int | None = None,
     values: Float[Tensor, "B E h w"] | None = None,
     *,
@@ -80,11 +80,7 @@ class RecomputedMaps(ImageCode):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        image: Float[Tensor, "input_dim H W"],
-        grids: Sequence[tuple[int, int]],
-        hold_guide: bool,
+        self, model: nn.Module, image: Float[Tensor, "input_dim H W"], grids: Sequence[Size], hold_guide: bool
     ):
         super().__init__({}, {})
         self.model = model
@@ -103,7 +99,7 @@ class RecomputedMaps(ImageCode):
             pieces = Pieces(self.height, grid[0], grid[0], self.rows)
             self.keys[grid] = self._pooled("key_encoder", pieces, 0, grid[1]).permute(2, 0, 1)[None]
 
-    def query_rows(self, size: tuple[int, int], first: int, rows: int) -> Float[Tensor, "1 rows+2 Wo D"]:
+    def query_rows(self, size: Size, first: int, rows: int) -> Float[Tensor, "1 _ Wo D"]:
         pieces = Pieces(self.height, size[0], rows, self.rows, border=1)
         return self._pooled("query_encoder", pieces, first, size[1])[None]
 
@@ -135,7 +131,7 @@ class RecomputedMaps(ImageCode):
                 norm = norms(getattr(self.model, name))[number]
                 self.affines[name] += (tuple(x.to(self.image) for x in affine(norm, moments)),)
 
-    def _strips(self) -> Iterator[tuple[int, int]]:
+    def _strips(self) -> Iterator[Size]:
         return ((i, min(self.rows, self.height - i)) for i in range(0, self.height, self.rows))
 
     def _sums(self, names: tuple[str, ...]) -> Float[Tensor, "encoders 2 D"]:
