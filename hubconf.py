@@ -10,7 +10,7 @@ from anyup_torch import from_pretrained as _from_pretrained
 from anyup_torch.attention import resolve as _resolve
 from anyup_torch.attention.natten import installed as _natten_installed
 
-dependencies = ["torch", "numpy", "jaxtyping", "ml_dtypes", "filelock", "platformdirs", "rich", "safetensors"]
+dependencies = ["torch", "numpy", "einops", "jaxtyping", "ml_dtypes", "filelock", "platformdirs", "rich", "safetensors"]
 
 
 def anyup(use_natten: bool = False, pretrained: bool = True, device: str = "cpu") -> _AnyUp:

@@ -21,7 +21,7 @@ from anyup_core.band_plan import Pieces, Plan, plan_bands
 from anyup_core.geometry import AxisWindow, plan_tiles
 from anyup_torch.attention import resolve, window_attention
 from anyup_torch.attention.tiled import TileAttention
-from anyup_torch.image_code import ImageCode
+from anyup_torch.image_code import ImageCode, Size
 from anyup_torch.layers import ConvEncoder
 from anyup_torch.streaming import activate, affine, block_size, matrix, turn
 
@@ -34,7 +34,7 @@ def upsample_bands(
     model: nn.Module,
     image: Float[Tensor, "B input_dim H W"],
     features: Float[Tensor, "B C h w"],
-    output_size: tuple[int, int] | None = None,
+    output_size: Size | None = None,
     q_chunk_size: int | None = None,
     values: Float[Tensor, "B E h w"] | None = None,
     *,
@@ -80,11 +80,7 @@ class RecomputedMaps(ImageCode):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        image: Float[Tensor, "input_dim H W"],
-        grids: Sequence[tuple[int, int]],
-        hold_guide: bool,
+        self, model: nn.Module, image: Float[Tensor, "input_dim H W"], grids: Sequence[Size], hold_guide: bool
     ):
         super().__init__({}, {})
         self.model = model
@@ -96,14 +92,14 @@ class RecomputedMaps(ImageCode):
         self.rows = max(1, min(self.height, block_size(image) // self.width))  # of a strip
         self._find_norms(("image_encoder",))
         if hold_guide:
-            strips = [self.guide_strip(begin, rows) for begin, rows in self._strips()]
-            self.guide = torch.cat(strips).view(self.height, self.width, -1)
+            guide = torch.cat([self.guide_strip(*rows) for rows in self._strips()])
+            self.guide = guide.view(self.height, self.width, -1)
         self._find_norms(("key_encoder", "query_encoder"))
         for grid in grids:
             pieces = Pieces(self.height, grid[0], grid[0], self.rows)
             self.keys[grid] = self._pooled("key_encoder", pieces, 0, grid[1]).permute(2, 0, 1)[None]
 
-    def query_rows(self, size: tuple[int, int], first: int, rows: int) -> Float[Tensor, "1 rows+2 Wo D"]:
+    def query_rows(self, size: Size, first: int, rows: int) -> Float[Tensor, "1 _ Wo D"]:
         pieces = Pieces(self.height, size[0], rows, self.rows, border=1)
         return self._pooled("query_encoder", pieces, first, size[1])[None]
 
@@ -135,7 +131,7 @@ class RecomputedMaps(ImageCode):
                 norm = norms(getattr(self.model, name))[number]
                 self.affines[name] += (tuple(x.to(self.image) for x in affine(norm, moments)),)
 
-    def _strips(self) -> Iterator[tuple[int, int]]:
+    def _strips(self) -> Iterator[Size]:
         return ((i, min(self.rows, self.height - i)) for i in range(0, self.height, self.rows))
 
     def _sums(self, names: tuple[str, ...]) -> Float[Tensor, "encoders 2 D"]:
@@ -188,34 +184,54 @@ def norms(encoder: ConvEncoder) -> tuple[nn.GroupNorm, ...]:
     return encoder[1].block[0], encoder[1].block[3], encoder[2].block[0], encoder[2].block[3]
 
 
-@torch.no_grad()  # while it runs: the caller's mode is untouched between bands
-def _bands(
-    model: nn.Module,
-    image: Float[Tensor, "B input_dim H W"],
-    features: Float[Tensor, "B C h w"],
-    values: Float[Tensor, "B E h w"],
-    plan: Plan,
-    dtype: torch.dtype,
-) -> Iterator[Float[Tensor, "B E _ Wo"]]:
-    config, decode, tiles = model.config, model.cross_decode, None
-    rows, cols = plan.windows(config.window_ratio, config.window)
-    if resolve(config.backend, image.device) == "tiled":
-        tall, wide = plan_tiles(rows, cols, plan.q_chunk_size, plan.count)
-        tiles = TileAttention(tall, wide, config.num_heads, plan.q_chunk_size, image.device)
-    options = dict(num_heads=config.num_heads, backend=config.backend, q_chunk_size=plan.q_chunk_size)
+def _bands(*arguments) -> Iterator[Float[Tensor, "B E rows Wo"]]:
+    bands = Bands(*arguments)
+    for band in range(bands.plan.count):
+        yield bands.finish(band)
 
-    hold_guide = len(image) * image[0, 0].numel() * config.qk_dim * image.element_size() <= GUIDE
-    codes = [RecomputedMaps(model, guidance, [plan.cells], hold_guide) for guidance in image]
-    keys = [decode.project_key(model.describe(code, maps[None])) for code, maps in zip(codes, features)]
-    values = values.permute(0, 2, 3, 1)
-    for begin in range(0, plan.count * plan.rows, plan.rows):
-        first, end = plan.first(begin // plan.rows), begin + plan.rows
-        output = torch.empty(len(values), plan.rows, plan.size[1], values.shape[-1], dtype=dtype)
-        for code, key, seen, pixels in zip(codes, keys, values, output):
-            query = decode.project_rows(code.query_rows(plan.size, first, plan.rows))
-            if tiles is None:
-                window = AxisWindow(rows.keys, rows.start[begin:end], rows.count[begin:end])
-                pixels.copy_(window_attention(query, key, seen[None], window, cols, **options)[0])
+
+class Bands:
+    """Everything that the bands share: the images' codes, keys, values, and tiles planned once.
+
+    Only its methods run without gradients; the caller's mode is untouched between bands.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: nn.Module,
+        image: Float[Tensor, "B input_dim H W"],
+        features: Float[Tensor, "B C h w"],
+        values: Float[Tensor, "B E h w"],
+        plan: Plan,
+        dtype: torch.dtype,
+    ):
+        config, self.decode = model.config, model.cross_decode
+        self.plan, self.dtype, self.values = plan, dtype, values.permute(0, 2, 3, 1)
+        self.options = dict(num_heads=config.num_heads, backend=config.backend, q_chunk_size=plan.q_chunk_size)
+        self.rows, self.cols = plan.windows(config.window_ratio, config.window)
+        self.tiles = None
+        if resolve(config.backend, image.device) == "tiled":
+            tall, wide = plan_tiles(self.rows, self.cols, plan.q_chunk_size, plan.count)
+            self.tiles = TileAttention(tall, wide, config.num_heads, plan.q_chunk_size, image.device)
+        hold_guide = len(image) * image[0, 0].numel() * config.qk_dim * image.element_size() <= GUIDE
+        self.codes = [RecomputedMaps(model, guidance, [plan.cells], hold_guide) for guidance in image]
+        keys = (model.describe(code, maps[None]) for code, maps in zip(self.codes, features))
+        self.keys = [self.decode.project_key(key) for key in keys]
+
+    @torch.no_grad()
+    def finish(self, band: int) -> Float[Tensor, "B E _ Wo"]:
+        """Compute a band of the output."""
+        first, begin = self.plan.first(band), band * self.plan.rows
+        seen = slice(begin, begin + self.plan.rows)
+        window = AxisWindow(self.rows.keys, self.rows.start[seen], self.rows.count[seen])
+        output = torch.empty(
+            len(self.values), self.plan.rows, self.plan.size[1], self.values.shape[3], dtype=self.dtype
+        )
+        for code, key, values, pixels in zip(self.codes, self.keys, self.values, output):
+            query = self.decode.project_rows(code.query_rows(self.plan.size, first, self.plan.rows))
+            if self.tiles is None:
+                pixels.copy_(window_attention(query, key, values[None], window, self.cols, **self.options)[0])
             else:
-                tiles.write(begin, end, query[0], key[0], seen, pixels)
-        yield output[:, begin - first :].permute(0, 3, 1, 2)
+                self.tiles.write(seen.start, seen.stop, query[0], key[0], values, pixels)
+        return output[:, begin - first :].permute(0, 3, 1, 2)

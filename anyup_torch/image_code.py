@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+Size = tuple[int, int]
+Map = tuple[Float[Tensor, "B D _ _"], Float[Tensor, "B _ _ _"]]  # keys of a feature map, and what is averaged
+
 
 @dataclasses.dataclass
 class ImageCode:
@@ -18,18 +21,18 @@ class ImageCode:
         queries: for each output size the output of the query encoder averaged over it, (B, D, Ho, Wo).
     """
 
-    keys: dict[tuple[int, int], Float[Tensor, "B D _ _"]]
-    queries: dict[tuple[int, int], Float[Tensor, "B D _ _"]]
+    keys: dict[Size, Float[Tensor, "B D _ _"]]
+    queries: dict[Size, Float[Tensor, "B D _ _"]]
 
-    def key(self, grid: tuple[int, int]) -> Float[Tensor, "B D h w"]:
+    def key(self, grid: Size) -> Float[Tensor, "B D h w"]:
         """Return the keys of a grid; ValueError where the image was not encoded for it."""
         return _entry(self.keys, grid, "grids")
 
-    def query(self, size: tuple[int, int]) -> Float[Tensor, "B D Ho Wo"]:
+    def query(self, size: Size) -> Float[Tensor, "B D Ho Wo"]:
         """Return the queries of an output size; ValueError where the image was not encoded for it."""
         return _entry(self.queries, size, "sizes")
 
-    def query_rows(self, size: tuple[int, int], first: int, rows: int) -> Float[Tensor, "B rows+2 Wo D"]:
+    def query_rows(self, size: Size, first: int, rows: int) -> Float[Tensor, "B _ Wo D"]:
         """Return `rows` rows of queries from `first` on and one more at either end, zeros outside of the output."""
         query = self.query(size).permute(0, 2, 3, 1)
         above, below = int(first == 0), int(first + rows == size[0])
@@ -37,9 +40,7 @@ class ImageCode:
         return F.pad(query, (0, 0, 0, 0, above, below)) if above or below else query
 
 
-def _entry(maps: dict[tuple[int, int], Tensor], size: tuple[int, int], argument: str) -> Tensor:
+def _entry(maps: dict[Size, Tensor], size: Size, argument: str) -> Tensor:
     if size not in maps:
-        raise ValueError(
-            f"The image was encoded for {argument}={list(maps)}, not for {size}; add it to encode_image's."
-        )
+        raise ValueError(f"The image was encoded for {argument}={list(maps)}; pass {size} to encode_image as well.")
     return maps[size]

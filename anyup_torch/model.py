@@ -14,13 +14,10 @@ from anyup_core.config import AnyUpConfig
 from anyup_core.geometry import AxisWindow, axis_window
 from anyup_torch import streaming
 from anyup_torch.attention import check_backend, window_attention
-from anyup_torch.image_code import ImageCode
+from anyup_torch.image_code import ImageCode, Map, Size
 from anyup_torch.layers import ConvEncoder, FeatureUnification, ResBlock, RMSNorm, RoPE
 
 host_window = torch.compiler.disable(axis_window)  # exact only in numpy, so it is not traced
-
-Size = tuple[int, int]
-Map = tuple[Float[Tensor, "B D _ _"], Float[Tensor, "B _ _ _"]]  # keys of a feature map, and what is averaged
 
 
 class FeatureEncoder(nn.Sequential):
@@ -84,7 +81,7 @@ class CrossAttention(nn.Module):
     def project_key(self, key: Float[Tensor, "B D h w"]) -> Float[Tensor, "B h w D"]:
         return self.cross_attn.project_key(key.permute(0, 2, 3, 1))
 
-    def project_rows(self, query: Float[Tensor, "B rows+2 Wo D"]) -> Float[Tensor, "B rows Wo D"]:
+    def project_rows(self, query: Float[Tensor, "B _ Wo D"]) -> Float[Tensor, "B _ Wo D"]:
         """Project rows of queries, given with one more row at either end."""
         query = F.conv2d(query.permute(0, 3, 1, 2), self.conv2d.weight, padding=(0, 1)).permute(0, 2, 3, 1)
         return self.cross_attn.project_query(query)
@@ -113,7 +110,7 @@ class AnyUp(nn.Module):
         self,
         image: Float[Tensor, "B input_dim H W"],
         features: Float[Tensor, "B C h w"],
-        output_size: tuple[int, int] | None = None,
+        output_size: Size | None = None,
         vis_attn: bool = False,
         q_chunk_size: int | None = None,
         values: Float[Tensor, "B E h w"] | None = None,
@@ -149,6 +146,8 @@ class AnyUp(nn.Module):
     ) -> list[Tensor]:
         """Upsample several feature maps of one image; the inputs have been checked."""
         grids = [tuple(maps.shape[2:]) for maps in features]
+        for grid in grids:
+            self.windows(size, grid)  # refuses windows without keys before the work begins
         if streaming.possible(self, image, *features, *values):
             return streaming.upsample(self, image, features, values, size, q_chunk_size)
         code = self.encode_image(image, grids, [size])
@@ -198,16 +197,19 @@ class AnyUp(nn.Module):
                 raise ValueError(
                     f"keys {tuple(key.shape)} and values {tuple(values.shape)} differ in the batch size or the grid."
                 )
-        if streaming.possible(self, *code.queries.values(), *(tensor for pair in maps for tensor in pair)):
+        tensors = [tensor for pair in maps for tensor in pair]
+        if maps and streaming.possible(self, *tensors, *code.queries.values()):
             return streaming.decode(self, code, maps, size, q_chunk_size)
-        ratio, window = self.config.window_ratio, self.config.window
-        windows = [[host_window(n, m, ratio, window) for n, m in zip(size, key.shape[2:])] for key, _ in maps]
+        windows = [self.windows(size, key.shape[2:]) for key, _ in maps]
         options = dict(backend=self.config.backend, q_chunk_size=q_chunk_size)
         return self.cross_decode(code.query(size), maps, windows, **options)
 
-    def show_attention(
-        self, image: Tensor, features: Tensor, output_size: tuple[int, int], q_chunk_size: int | None
-    ) -> None:
+    def windows(self, size: Size, grid: Size) -> tuple[AxisWindow, AxisWindow]:
+        """Return the windows of an output of this size over a grid of cells, along the rows and along the columns."""
+        ratio, window = self.config.window_ratio, self.config.window
+        return host_window(size[0], grid[0], ratio, window), host_window(size[1], grid[1], ratio, window)
+
+    def show_attention(self, image: Tensor, features: Tensor, output_size: Size, q_chunk_size: int | None) -> None:
         """Show where every output position looks: a wheel of colours over the cells, sent through the attention."""
         try:
             from matplotlib import pyplot

@@ -3,8 +3,7 @@
 A GroupNorm needs the statistics of a whole image, but once they are known it is a scale and a shift per channel. So
 each layer is one pass over the pixels, block by block in the cache: normalise, SiLU, matrix product, written in
 place, with the next norm's statistics gathered on the way. Three D-channel images are held at the peak, in the memory
-of the output where they fit; the queries after their last convolution, and the attention weights, exist only for one
-row of tiles at a time.
+of the output where they fit; projected queries and attention weights exist only for one strip of rows at a time.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from anyup_core.config import NORM_GROUPS
-from anyup_core.geometry import axis_window, plan_tiles
+from anyup_core.geometry import plan_tiles
 from anyup_torch.attention import resolve
 from anyup_torch.attention.tiled import TileAttention
-from anyup_torch.image_code import ImageCode
+from anyup_torch.image_code import ImageCode, Map, Size
 from anyup_torch.layers import ReflectConv2d, ResBlock, RoPE
 
 BLOCK = 1 << 13  # pixels a block: what stays in the cache at 128 channels
@@ -69,7 +68,7 @@ def affine(norm: nn.GroupNorm, moments: Float[Tensor, "2 D"]) -> tuple[Float[Ten
 
 
 def workspace(
-    pixels: int, dim: int, like: Tensor, output: Float[Tensor, "Ho Wo E"] | None = None, strip: int = 0
+    pixels: int, dim: int, like: Tensor, output: Float[Tensor, "Ho Wo E"] | None, strip: int
 ) -> tuple[Float[Tensor, "pixels D"], ...]:
     """Return three uninitialised buffers: in the memory of `output`, the last one at its end, as far as they fit.
 
@@ -129,8 +128,8 @@ class Stream:
         return output
 
     def pool(
-        self, block: ResBlock, x: Pixels, shape: tuple[int, int], sizes: Sequence[tuple[int, int]]
-    ) -> dict[tuple[int, int], Float[Tensor, "1 D _ _"]]:
+        self, block: ResBlock, x: Pixels, shape: Size, sizes: Sequence[Size]
+    ) -> dict[Size, Float[Tensor, "1 D _ _"]]:
         """Apply a ResBlock and average over each size, before its last convolution, which is linear.
 
         The memory of `x` is overwritten, and is the result where a size is the image's own.
@@ -156,7 +155,7 @@ def matrix(conv: nn.Conv2d) -> Float[Tensor, "inputs outputs"]:
     return conv.weight.flatten(1).t()
 
 
-def pool_pixels(data: Float[Tensor, "HW D"], shape: tuple[int, int], size: tuple[int, int]) -> Float[Tensor, "hw D"]:
+def pool_pixels(data: Float[Tensor, "HW D"], shape: Size, size: Size) -> Float[Tensor, "hw D"]:
     image = data.reshape(1, *shape, -1).permute(0, 3, 1, 2)
     return F.adaptive_avg_pool2d(image, size).permute(0, 2, 3, 1).reshape(size[0] * size[1], -1)
 
@@ -177,7 +176,7 @@ def project_image(conv: ReflectConv2d, image: Float[Tensor, "input_dim H W"], ou
 
 def rotate_and_project(
     guide: Float[Tensor, "HW D"],
-    shape: tuple[int, int],
+    shape: Size,
     rope: RoPE,
     convs: tuple[nn.Conv2d, ...],
     outputs: tuple[Float[Tensor, "HW D"], ...],
@@ -228,18 +227,17 @@ def upsample(
     image: Float[Tensor, "B input_dim H W"],
     features: Sequence[Float[Tensor, "B _ _ _"]],
     values: Sequence[Float[Tensor, "B _ _ _"]],
-    size: tuple[int, int],
+    size: Size,
     q_chunk_size: int | None,
 ) -> list[Float[Tensor, "B _ Ho Wo"]]:
     """Return the model's output for each feature map, one image after the other."""
     outputs = [maps.new_empty(len(image), *size, maps.shape[1]) for maps in values]
     grids = [tuple(maps.shape[2:]) for maps in features]
     tiles = plan(model, grids, size, q_chunk_size, image.device)
-    largest = max(outputs, key=torch.numel)
+    largest, strip = max(outputs, key=torch.numel), max(attention.tall.size for attention in tiles)
     for index in range(len(image)):
         one = slice(index, index + 1)
-        buffers = workspace(image[0, 0].numel(), model.config.qk_dim, image, largest[index], strip_height(tiles))
-        code = encode(model, image[index], grids, [size], buffers)
+        code = encode(model, image[index], grids, [size], largest[index], strip)
         maps = [(model.describe(code, x[one]), y[one]) for x, y in zip(features, values)]
         attend(model.cross_decode, code, maps, size, tiles, [output[one] for output in outputs])
     return [output.permute(0, 3, 1, 2) for output in outputs]
@@ -247,14 +245,10 @@ def upsample(
 
 @torch.no_grad()
 def encode_image(
-    model: nn.Module,
-    image: Float[Tensor, "B input_dim H W"],
-    grids: Sequence[tuple[int, int]],
-    sizes: Sequence[tuple[int, int]],
+    model: nn.Module, image: Float[Tensor, "B input_dim H W"], grids: Sequence[Size], sizes: Sequence[Size]
 ) -> ImageCode:
     """Compute `AnyUp.encode_image`, one image after the other."""
-    buffers = (image[0, 0].numel(), model.config.qk_dim, image)
-    codes = [encode(model, guidance, grids, sizes, workspace(*buffers)) for guidance in image]
+    codes = [encode(model, guidance, grids, sizes) for guidance in image]
     if len(codes) == 1:
         return codes[0]
     keys = {grid: torch.cat([code.keys[grid] for code in codes]) for grid in grids}
@@ -263,11 +257,7 @@ def encode_image(
 
 @torch.no_grad()
 def decode(
-    model: nn.Module,
-    code: ImageCode,
-    maps: Sequence[tuple[Float[Tensor, "B D _ _"], Float[Tensor, "B _ _ _"]]],
-    size: tuple[int, int],
-    q_chunk_size: int | None,
+    model: nn.Module, code: ImageCode, maps: Sequence[Map], size: Size, q_chunk_size: int | None
 ) -> list[Float[Tensor, "B _ Ho Wo"]]:
     """Compute `AnyUp.decode`."""
     outputs = [values.new_empty(len(values), *size, values.shape[1]) for _, values in maps]
@@ -278,35 +268,27 @@ def decode(
 
 
 def plan(
-    model: nn.Module,
-    grids: Sequence[tuple[int, int]],
-    size: tuple[int, int],
-    q_chunk_size: int | None,
-    device: torch.device,
+    model: nn.Module, grids: Sequence[Size], size: Size, q_chunk_size: int | None, device: torch.device
 ) -> list[TileAttention]:
     """Plan the attention over each grid of cells."""
-    config, attentions = model.config, []
-    for grid in grids:
-        rows, cols = (axis_window(n, m, config.window_ratio, config.window) for n, m in zip(size, grid))
-        tiles = plan_tiles(rows, cols, q_chunk_size)
-        attentions.append(TileAttention(*tiles, config.num_heads, q_chunk_size, device))
-    return attentions
-
-
-def strip_height(tiles: Sequence[TileAttention]) -> int:
-    """Rows of queries that are projected at once."""
-    return max(attention.tall.size for attention in tiles)
+    plans = (plan_tiles(*model.windows(size, grid), q_chunk_size) for grid in grids)
+    return [TileAttention(*tiles, model.config.num_heads, q_chunk_size, device) for tiles in plans]
 
 
 def encode(
     model: nn.Module,
     image: Float[Tensor, "input_dim H W"],
-    grids: Sequence[tuple[int, int]],
-    sizes: Sequence[tuple[int, int]],
-    buffers: tuple[Float[Tensor, "HW D"], ...],
+    grids: Sequence[Size],
+    sizes: Sequence[Size],
+    buffer: Float[Tensor, "Ho Wo E"] | None = None,
+    strip: int = 0,
 ) -> ImageCode:
-    """Encode one image in three buffers. Keys or queries of the image's own size stay in the second and the third."""
-    shape, (hidden, keys, guide) = tuple(image.shape[1:]), buffers
+    """Encode one image in the memory of `buffer`, where keys and queries of the image's own size stay.
+
+    `buffer` and `strip` are as for `workspace`.
+    """
+    shape = tuple(image.shape[1:])
+    hidden, keys, guide = workspace(shape[0] * shape[1], model.config.qk_dim, image, buffer, strip)
     stream = Stream(hidden)
     x = project_image(model.image_encoder[0], image, guide)
     x = stream.apply(model.image_encoder[2], stream.apply(model.image_encoder[1], x))
@@ -322,8 +304,8 @@ def encode(
 def attend(
     decode: nn.Module,
     code: ImageCode,
-    maps: Sequence[tuple[Float[Tensor, "B D _ _"], Float[Tensor, "B _ _ _"]]],
-    size: tuple[int, int],
+    maps: Sequence[Map],
+    size: Size,
     tiles: Sequence[TileAttention],
     outputs: Sequence[Float[Tensor, "B Ho Wo _"]],
 ) -> None:
@@ -334,7 +316,7 @@ def attend(
     """
     keys = [decode.project_key(key) for key, _ in maps]
     values = [values.permute(0, 2, 3, 1) for _, values in maps]
-    kept, step = None, strip_height(tiles)
+    kept, step = None, max(attention.tall.size for attention in tiles)
     for begin in range(0, size[0], step):
         end = min(begin + step, size[0])
         query = decode.project_rows(code.query_rows(size, begin, end - begin))

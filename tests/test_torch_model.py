@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from anyup_core import geometry
-from anyup_torch import AnyUp, AnyUpConfig, attention, layers, pretrained, streaming
+from anyup_torch import AnyUp, AnyUpConfig, attention, layers, pretrained, streaming, upsample_many
+from anyup_torch.bands import RecomputedMaps
 from anyup_torch.layers import FeatureUnification
 from convert import Checkpoint
 from parity_tests.golden import GOLDEN, needs_golden
@@ -110,6 +111,146 @@ def test_streaming_equals_the_plain_path(case, block, window, monkeypatch):
     with torch.no_grad():
         assert streaming.possible(model, image, features)
         close(model(image, features, size), plain.detach())
+
+
+MANY = ((5, 7), 6), ((9, 8), 70), ((5, 7), 1), ((4, 3), 33)  # grids and channels of feature maps of one image
+
+
+def many(batch=2, dtype=torch.float32, image=(31, 42)):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(batch, 3, *image), *((batch, channels, *cells) for cells, channels in MANY)]
+    image, *features = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return image, features
+
+
+@pytest.mark.parametrize("size", [None, (45, 60), (21, 22)], ids=str)
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("backend", "chunk"), [("dense", None), ("tiled", None), ("tiled", 7), ("tiled", 130)])
+def test_many_maps_equal_separate_calls(backend, chunk, grad, size, monkeypatch):
+    monkeypatch.setattr(streaming, "BLOCK", 100)
+    model, (image, features) = small("paper", backend), many()
+    with torch.set_grad_enabled(grad):
+        outputs = upsample_many(model, image, features, size, chunk)
+        for output, maps in zip(outputs, features, strict=True):
+            close(output, model(image, maps, size, q_chunk_size=chunk), 1e-6)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.bfloat16, 0.05), (torch.float16, 0.05)])
+def test_many_maps_in_other_types(dtype, tolerance, grad):
+    model, (image, features) = build().to(dtype), many(dtype=dtype)
+    with torch.set_grad_enabled(grad):
+        outputs = upsample_many(model, image, features)
+        for output, maps in zip(outputs, features, strict=True):
+            assert output.dtype == dtype
+            close(output, model(image, maps), tolerance)
+
+
+def test_values_of_many_maps():
+    image, features = many()
+    values = [None, features[1][:, :3], None, None]
+    outputs = infer_many(image, features, values=values)
+    close(outputs[0], infer(small(), image, features[0]), 1e-6)
+    close(outputs[1], infer(small(), image, features[1], values=values[1]), 1e-6)
+
+
+def infer_many(*arguments, **options):
+    with torch.no_grad():
+        return upsample_many(small(), *arguments, **options)
+
+
+def test_gradients_of_many_maps_are_sums_of_the_separate_ones():
+    model, (image, features) = build(), many(batch=1, image=(12, 14))
+    separate, joint = ([tensor.clone().requires_grad_() for tensor in (image, *features)] for _ in range(2))
+    parameters = [parameter for name, parameter in model.named_parameters() if name not in UNUSED]
+    loss = sum(model(separate[0], maps).square().mean() for maps in separate[1:])
+    expected = torch.autograd.grad(loss, [*separate, *parameters])
+    loss = sum(output.square().mean() for output in upsample_many(model, joint[0], joint[1:]))
+    for ours, theirs in zip(torch.autograd.grad(loss, [*joint, *parameters]), expected, strict=True):
+        close(ours, theirs, 1e-5 * max(1, theirs.abs().max().item()))
+
+
+def test_many_maps_share_one_pass_over_the_image(monkeypatch):
+    """The work of three maps is that of one and two more attentions: queries are convolved and projected once."""
+    counts, model, (image, features) = [], small(), many(batch=1)
+    for function in ("project_image", "rotate_and_project"):
+        original = getattr(streaming, function)
+        monkeypatch.setattr(streaming, function, lambda *a, f=original: counts.append("pass") or f(*a))
+    original = model.cross_decode.project_rows
+    monkeypatch.setattr(
+        model.cross_decode, "project_rows", lambda rows: counts.append(rows.shape[1] - 2) or original(rows)
+    )
+    with torch.no_grad():
+        upsample_many(model, image, features)
+    assert counts[:2] == ["pass", "pass"]
+    assert sum(counts[2:]) == image.shape[2]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_verbs_equal_a_plain_call_at_every_size(backend, grad):
+    sizes = [(31, 42), (45, 60), (9, 12)]
+    model, (image, features) = small("paper", backend), many()
+    with torch.set_grad_enabled(grad):
+        code = model.encode_image(image, [cells for cells, _ in MANY], sizes)
+        assert {grid: keys.shape for grid, keys in code.keys.items()} == {cells: (2, 16, *cells) for cells, _ in MANY}
+        keys = [model.describe(code, maps) for maps in features]
+        for size in sizes:
+            outputs = model.decode(code, list(zip(keys, features)), size)
+            for output, maps in zip(outputs, features, strict=True):
+                close(output, model(image, maps, size), 1e-6)
+        assert model.decode(code, [], sizes[0]) == []
+
+
+def test_keys_and_queries_may_have_the_size_of_the_image():
+    model, (image, _) = small(), many()
+    features = torch.randn(2, 5, *image.shape[2:], generator=torch.Generator().manual_seed(1))
+    plain = model(image, features)
+    close(infer(model, image, features), plain.detach())
+    with torch.no_grad():
+        code = model.encode_image(image, [image.shape[2:]], [tuple(image.shape[2:])])
+        close(model.decode(code, [(model.describe(code, features), features)], (31, 42))[0], plain.detach())
+
+
+def test_recomputed_maps_are_an_image_code():
+    model, (image, features) = small(), many(batch=1)
+    with torch.no_grad():
+        code = RecomputedMaps(model, image[0], [cells for cells, _ in MANY], hold_guide=True)
+        outputs = model.decode(code, [(model.describe(code, maps), maps) for maps in features], (45, 60))
+        for output, maps in zip(outputs, features, strict=True):
+            close(output, model(image, maps, (45, 60)))
+
+
+def test_a_code_refuses_what_it_was_not_made_for():
+    model, (image, features) = small(), many()
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            code = model.encode_image(image, [(5, 7)], [(31, 42)])
+            keys = model.describe(code, features[0])
+            with pytest.raises(ValueError, match=r"\(9, 8\)"):
+                model.describe(code, features[1])
+            with pytest.raises(ValueError, match=r"\(20, 20\)"):
+                model.decode(code, [(keys, features[0])], (20, 20))
+            with pytest.raises(ValueError, match=r"keys .* and values"):
+                model.decode(code, [(keys, features[1])], (31, 42))
+
+
+MANY_REFUSED = {
+    "no list": (dict(features=torch.zeros(1, 6, 5, 7)), TypeError, "features is a Tensor"),
+    "empty list": (dict(features=[]), ValueError, "features"),
+    "values that are no list": (dict(values=torch.zeros(1, 6, 5, 7)), TypeError, "values is a Tensor"),
+    "too few values": (dict(values=[None]), ValueError, "values has 1 entries for 2"),
+    "shape of a map": (dict(features=[torch.zeros(1, 6, 5, 7), torch.zeros(6, 5, 7)]), ValueError, "Feature map 1: "),
+    "chunk": (dict(q_chunk_size=0), ValueError, "q_chunk_size=0"),
+    "size": (dict(output_size=4), TypeError, "output_size=4"),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "message"), MANY_REFUSED.values(), ids=MANY_REFUSED)
+def test_many_maps_refused(change, error, message):
+    arguments = dict(image=torch.zeros(1, 3, 20, 28), features=[torch.zeros(1, 6, 5, 7)] * 2) | change
+    with pytest.raises(error, match=message):
+        upsample_many(small(), **arguments)
 
 
 def test_a_frozen_model_streams_with_grad_enabled():

@@ -64,7 +64,7 @@ def triton(
 def _forward(
     query: Tensor, key: Tensor, values: Tensor, rows: AxisWindow, cols: AxisWindow, num_heads: int, chunk: int | None
 ) -> Tensor:
-    import triton as real_triton
+    from triton import cdiv
 
     from anyup_torch.attention.triton_kernels import WARPS, average, blocks, log_sum_exp
 
@@ -78,34 +78,17 @@ def _forward(
     tables = [x for pair in zip(_tables(tall, query.device), _tables(wide, query.device), strict=True) for x in pair]
     sizes = (tall.size, wide.size, tall.span, wide.span, wide.runs, height, width, *key.shape[1:3])
     head_dim = dim // num_heads
-    shape = blocks(tall.size * wide.size, head_dim, channels, _widest(query, values))
+    shape = blocks(tall.size * wide.size, head_dim, channels, torch.promote_types(query.dtype, values.dtype))
     block_e = shape.pop("BLOCK_E")
     shape |= {"HEADS": num_heads, "HEAD_DIM": head_dim}
     sums = query.new_empty(batch, num_heads, height * width, dtype=torch.float32)
-    tiles = tall.runs * wide.runs
+    tiles, scale = tall.runs * wide.runs, head_dim**-0.5
     with torch.cuda.device_of(query):
-        log_sum_exp[(tiles, num_heads, batch)](
-            query, key, sums, *tables, *sizes, head_dim**-0.5, **shape, num_warps=WARPS["log_sum_exp"]
-        )
-        average[(tiles, real_triton.cdiv(channels, block_e), batch)](
-            query,
-            key,
-            values,
-            sums,
-            out,
-            *tables,
-            *sizes,
-            channels,
-            head_dim**-0.5,
-            **shape,
-            BLOCK_E=block_e,
-            num_warps=WARPS["average"],
-        )
+        grid, options = (tiles, num_heads, batch), dict(num_warps=WARPS["log_sum_exp"])
+        log_sum_exp[grid](query, key, sums, *tables, *sizes, scale, **shape, **options)
+        grid, options = (tiles, cdiv(channels, block_e), batch), dict(BLOCK_E=block_e, num_warps=WARPS["average"])
+        average[grid](query, key, values, sums, out, *tables, *sizes, channels, scale, **shape, **options)
     return out
-
-
-def _widest(query: Tensor, values: Tensor) -> torch.dtype:
-    return torch.promote_types(query.dtype, values.dtype)
 
 
 @functools.lru_cache(maxsize=64)
