@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 from tests.training import ROOT, environment
 from train.checkpoint import AnotherModel, Checkpoints, digests
 
-DATA, CONFIG = dict(step=1, digest="x"), dict(model=dict(qk_dim=16))
+DATA, CONFIG = dict(images=6, digest="x"), dict(model=dict(qk_dim=16))
 
 
 def state(step: int) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def state(step: int) -> dict[str, Any]:
 def saved(folder: Path, steps: int = 3, ema: bool = True, **options: Any) -> Checkpoints:
     checkpoints = Checkpoints(folder / "checkpoints", **dict(keep=10) | options)
     for step in range(1, steps + 1):
-        checkpoints.save(step, state(step) | ({} if ema else dict(ema=None)), DATA, CONFIG)
+        checkpoints.save(step, state(step) | ({} if ema else dict(ema=None)), DATA | dict(step=step), CONFIG)
     checkpoints.wait()
     return checkpoints
 
@@ -44,7 +45,7 @@ def test_round_trip(tmp_path: Path) -> None:
     checkpoints.close()
     assert restored.step == 3
     assert equal(restored.trees, state(3))
-    assert (restored.data, restored.config) == (DATA, CONFIG)
+    assert (restored.data, restored.config) == (DATA | dict(step=3), CONFIG)
 
 
 def test_an_empty_folder_has_nothing(tmp_path: Path) -> None:
@@ -90,9 +91,37 @@ def test_damage_is_reported_and_moved_away(item: str, kind: Callable, tmp_path: 
     assert "step 1" in message
     assert checkpoints.steps() == [1]
     assert (tmp_path / "damaged" / "2").is_dir()
-    checkpoints.save(2, state(2), DATA, CONFIG)
+    checkpoints.save(2, state(2), DATA | dict(step=2), CONFIG)
     checkpoints.close()
     assert checkpoints.restore(state(1)).step == 2
+
+
+@pytest.mark.parametrize("item", ["data", "config", "progress"])
+@pytest.mark.parametrize("field", ["step", "digest", "images", "digests", "items", "model"])
+def test_a_changed_record_is_damage(item: str, field: str, tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, steps=2)
+    path = tmp_path / "checkpoints" / "2" / item / "metadata"
+    record = json.loads(path.read_text())
+    if field in record:
+        record[field] = {"step": 7, "digest": "y", "images": 5, "digests": {}, "items": [], "model": {}}[field]
+    else:
+        record["more"] = 1
+    path.write_text(json.dumps(record))
+    restored = checkpoints.restore(state(1), lambda _: None)
+    checkpoints.close()
+    assert (restored.step, restored.data["step"]) == (1, 1)
+
+
+@pytest.mark.parametrize("item", ["data", "progress"])
+def test_a_checkpoint_without_a_digest_of_its_records_must_have_the_right_step(item: str, tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, steps=2)
+    for name in ("progress", item):
+        path = tmp_path / "checkpoints" / "2" / name / "metadata"
+        record = json.loads(path.read_text())
+        record.pop("records", None)
+        path.write_text(json.dumps(record | (dict(step=7) if name == item else {})))
+    assert checkpoints.restore(state(1), lambda _: None).step == 1
+    checkpoints.close()
 
 
 @pytest.mark.slow

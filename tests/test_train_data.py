@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -335,6 +336,25 @@ def test_a_bad_file_gives_way_to_the_next(root: Path) -> None:
     reasons = dict(skipped)
     assert reasons.keys() == {"a/4.png", "a/6.png", "a/8.png"}
     assert "20x50" in reasons["a/8.png"]
+
+
+def test_a_name_that_is_not_utf8(root: Path) -> None:
+    name = os.fsdecode(b"bad\xff.jpg")
+    try:
+        photograph(40, 50).save(root / "a" / name, "JPEG")
+    except OSError:
+        pytest.skip("the file system takes UTF-8 names only")
+    settings = config(kind="folder", root=str(root))
+    source = open_source(settings.dataset, lambda line: None)
+    assert len(source) == 11
+    batches = Batches(source, settings)
+    names = {name for _ in range(3) for name in next(batches)["name"]}
+    state = json.loads(json.dumps(batches.get_state()))
+    batches.close()
+    assert r"a/bad\udcff.jpg" in names
+    other = Batches(source, settings)
+    other.set_state(state)
+    other.close()
 
 
 def test_nothing_but_bad_files_ends_the_run(root: Path, source: Files) -> None:

@@ -86,6 +86,16 @@ def test_a_torn_last_line_is_dropped(tmp_path):
         assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6]
 
 
+@pytest.mark.parametrize("damage", [b"\0" * 64, b'{"step": 3, "lo', b"7", b"null", b"\xff\xfe", b'{"loss": 1}', b""])
+def test_damaged_lines_do_not_keep_a_run_from_resuming(tmp_path, damage):
+    run(tmp_path, range(1, 5))
+    path = tmp_path / "metrics.jsonl"
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + damage + b"\n" + second)
+    run(tmp_path, range(5, 7))
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6]
+
+
 def test_a_line_is_on_the_disk_at_once_and_holds_null_for_what_is_not_finite(tmp_path):
     with Metrics(tmp_path, LogConfig(every=1, tensorboard=False), 3, 4, console=Console(file=io.StringIO())) as metrics:
         metrics.log(1, {"loss": float("nan"), "norm": float("inf")})

@@ -1,13 +1,14 @@
 """Checkpoints of a run, on Orbax: written in the background, checked when read; the newest good one counts.
 
 A checkpoint has the items `params`, `optimizer`, `ema` (if the run keeps one), `data` (the position in the data),
-`config`, and `progress` (the step and a digest of every array).
+`config`, and `progress` (the step, a digest of every array, and a digest of the other items and of itself).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -83,6 +84,7 @@ class Checkpoints:
         trees = {name: tree for name, tree in trees.items() if tree is not None}
         progress = dict(step=step, digests={name: digests(tree) for name, tree in trees.items()})
         progress["items"] = [*trees, "data", "config"]
+        progress["records"] = record_digest(data, config, progress)
         records = dict(data=data, config=config, progress=progress)
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
         items |= {name: ocp.args.JsonSave(record) for name, record in records.items()}
@@ -184,6 +186,7 @@ class Checkpoints:
                 arguments = ocp.checkpoint_utils.construct_restore_args(structs)
                 trees[name] = reader.restore(folder / name, item=structs, restore_args=arguments)
         data, config = (_record(folder / name / "metadata") for name in ("data", "config"))
+        check_records(step, data, config, progress)
         return Restored(step, trees, data, config), progress.get("digests", {})
 
     def _set_aside(self, step: int) -> Path:
@@ -229,6 +232,24 @@ def _named(tree: Any) -> dict[str, Any]:
     """Return the leaves of a tree by their names with dots."""
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in flat}
+
+
+def record_digest(data: Any, config: Any, progress: dict[str, Any]) -> str:
+    """Return a digest of the position in the data, the configuration, and the progress without this digest."""
+    others = {name: value for name, value in progress.items() if name != "records"}
+    return hashlib.sha256(json.dumps([data, config, others], sort_keys=True).encode()).hexdigest()
+
+
+def check_records(step: int, data: Any, config: Any, progress: dict[str, Any]) -> None:
+    """Raise ValueError unless the records are those of this step, as they were saved.
+
+    Checkpoints from before these digests, and those of `convert`, have none; only their steps are compared.
+    """
+    if "records" in progress and progress["records"] != record_digest(data, config, progress):
+        raise ValueError("data, config or progress is not what was saved")
+    for name, record in (("progress", progress), ("data", data)):
+        if record is not None and record["step"] != step:
+            raise ValueError(f"{name} is of step {record['step']}")
 
 
 def complete_steps(directory: Path) -> list[int]:

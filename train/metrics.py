@@ -31,7 +31,8 @@ class Metrics(contextlib.AbstractContextManager):
     """Prints and writes what the steps report. Processes other than 0 do neither.
 
     On a terminal a single progress line is updated; elsewhere a plain line is printed for each line of
-    `metrics.jsonl`. Lines that an interrupted run wrote after `first_step` are removed, so that no step is there twice.
+    `metrics.jsonl`. Lines of steps after `first_step`, which an interrupted run wrote, and damaged lines are removed, so
+    that no step is there twice.
 
     Args:
         output_dir: folder of the run; created if it does not exist.
@@ -72,7 +73,7 @@ class Metrics(contextlib.AbstractContextManager):
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         lines, skipped = folder / "metrics.jsonl", folder / "skipped.tsv"
-        _keep_lines(lines, lambda line: json.loads(line)["step"] <= first_step)
+        _keep_lines(lines, lambda line: (_step(line) or math.inf) <= first_step)
         _keep_lines(skipped, lambda line: self.skipped_names.add(line.split("\t")[0]) or True)
         if config.tensorboard:
             self._board = _summary_writer(folder / "tensorboard", first_step)
@@ -194,6 +195,15 @@ def _summary_writer(folder: Path, first_step: int) -> Any:
         ) from error
     suffix = f".{first_step:08d}"  # a run that restarts within the same second writes another file
     return tensorboard.SummaryWriter(str(folder), purge_step=first_step + 1, filename_suffix=suffix)
+
+
+def _step(line: str) -> int | None:
+    """Return the step of a line of `metrics.jsonl`; None if the line is damaged."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def _keep_lines(path: Path, keep: Callable[[str], Any]) -> None:

@@ -19,7 +19,7 @@ from anyup_core.preprocessing import normalize
 from anyup_jax import AnyUp, upsample
 from train.config import Config, Size
 from train.data.images import read_crop
-from train.data.sources import shipped
+from train.data.sources import printable, shipped
 from train.encoders import FrozenEncoder
 
 Photograph = tuple[str, UInt8[np.ndarray, "Hc Wc 3"]]
@@ -56,7 +56,7 @@ def held_out(config: Config) -> list[Photograph]:
             crop = _centre_crop(path, config)
         except (OSError, ValueError):
             continue
-        photographs.append((path.relative_to(root).as_posix() + note, crop))
+        photographs.append((printable(path.relative_to(root).as_posix()) + note, crop))
         if len(photographs) == count:
             break
     if not photographs:

@@ -54,14 +54,14 @@ class Files:
         return len(self.paths)
 
     def name(self, index: int) -> str:
-        return self.paths[index]
+        return printable(self.paths[index])
 
     def open(self, index: int) -> IO[bytes]:
         return (self.root / self.paths[index]).open("rb")
 
     @functools.cached_property
     def digest(self) -> str:
-        return hashlib.sha1("\n".join(self.paths).encode()).hexdigest()
+        return hashlib.sha1("\n".join(self.paths).encode(errors="surrogateescape")).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +84,11 @@ class TFDS:
     @property
     def digest(self) -> str:
         return hashlib.sha1(f"{self.title} {len(self)}".encode()).hexdigest()
+
+
+def printable(name: str) -> str:
+    """Return a file name as any terminal and file can hold it: bytes that are not UTF-8 appear as \\udcff and so on."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def open_source(config: DatasetConfig, say: Callable[[str], None] = print) -> Source:
