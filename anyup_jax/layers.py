@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +111,9 @@ class GroupNorm(nnx.Module):
         return scale[:, None, None], (self.bias[...] - mean * scale)[:, None, None]
 
 
-Pool = Callable[[Float[Array, "B H W D"]], Any]  # returns an average over a grid, or a dictionary of several
+Grid = tuple[int, int]
+Pooled = Float[Array, "B _ _ _"] | dict[Grid, Float[Array, "B _ _ _"]]  # averages over a grid of cells, or over several
+Pool = Callable[[Float[Array, "B H W D"]], Pooled]
 
 
 def pooling(size: tuple[int, int] | None) -> Pool | None:
@@ -145,7 +146,7 @@ class ResBlock(nnx.Module):
         pool: Pool | None = None,
         buffer: Float[Array, "B H W outputs"] | None = None,
         rows: Rows = ALL_ROWS,
-    ) -> tuple[Float[Array, "B h w outputs"], Float[Array, "B H W outputs"]]:
+    ) -> tuple[Pooled, Float[Array, "B H W outputs"]]:
         """Do the same in the memory of `buffer`, a map that is read by nobody else; return the next such map as well.
 
         XLA has no uninitialised memory: without a buffer it copies x to have a map to write into. Where `pool` returns
@@ -181,7 +182,7 @@ class ConvEncoder(nnx.Module):
         pool: Pool | None = None,
         buffer: Float[Array, "B H W outputs"] | None = None,
         rows: Rows = ALL_ROWS,
-    ) -> tuple[Float[Array, "B h w outputs"], Float[Array, "B H W outputs"]]:
+    ) -> tuple[Pooled, Float[Array, "B H W outputs"]]:
         x, buffer = self.block1.forward_into(self.conv(x, rows), buffer=buffer, rows=rows)
         return self.block2.forward_into(x, pool, buffer, rows)
 
