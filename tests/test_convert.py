@@ -430,8 +430,8 @@ import anyup_torch
 models = [anyup_torch.from_pretrained(path, num_heads=2) for path in sys.argv[1:]]
 averaged = anyup_torch.from_pretrained(sys.argv[-1], num_heads=2, ema=True)
 for model in models:
-    print(float(model.rope.freqs.sum()))
-print(float(averaged.rope.freqs.sum()))
+    print(float(model.rope.freqs.detach().sum()))
+print(float(averaged.rope.freqs.detach().sum()))
 """
 
 
