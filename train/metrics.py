@@ -31,8 +31,8 @@ class Metrics(contextlib.AbstractContextManager):
     """Prints and writes what the steps report. Processes other than 0 do neither.
 
     On a terminal a single progress line is updated; elsewhere a plain line is printed for each line of
-    `metrics.jsonl`. Lines of steps after `first_step`, which an interrupted run wrote, and damaged lines are removed, so
-    that no step is there twice.
+    `metrics.jsonl`. Lines of steps after `first_step`, which an interrupted run wrote, are removed, so that no step is
+    there twice, and so are damaged lines.
 
     Args:
         output_dir: folder of the run; created if it does not exist.
