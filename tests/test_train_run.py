@@ -185,6 +185,7 @@ def test_an_encoder_of_timm_and_a_trace_and_a_picture(tmp_path: Path) -> None:
     [
         (["dataset=folder", "dataset.root=nowhere"], FileNotFoundError, "dataset.root=nowhere"),
         (["dataset.crop_size=2048"], ValueError, "dataset.crop_size=(2048, 2048)"),
+        (["batch_size=2000000000"], ValueError, "batch_size=2000000000"),
         (["dataset.crop_size=60"], ValueError, "dataset.crop_size=(60, 60)"),
         (["encoders.lite0.name=efficientnet_lite9"], ValueError, "efficientnet_lite9"),
         (["mesh.data=3"], ValueError, "mesh.data=3"),

@@ -18,7 +18,7 @@ import anyup_jax
 from anyup_core.settings import to_dict
 from anyup_jax.encoders.encoder import Encoder
 from anyup_jax.model import AnyUp
-from train import encoders, pictures, sharding
+from train import encoders, pictures, program, sharding
 from train.checkpoint import Checkpoints
 from train.config import Config
 from train.data import ARRAYS, Batches, open_source
@@ -43,6 +43,7 @@ def run(config: Config, *, dry: bool = False) -> int:
     sharding.join(config.mesh)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, config.optimizer.accumulate, mesh)
+    sharding.check_memory(program.batch_shapes(config), config.batch_size, jax.process_count())
     for name, encoder in config.encoders.items():
         if (patch := encoder.stride()) is not None:
             encoders.check_sizes(name, patch, config)
