@@ -24,7 +24,7 @@ from train.config import Config
 from train.data import ARRAYS, Batches, open_source
 from train.data.sources import Source
 from train.metrics import Metrics
-from train.output_dir import check_output, write_config
+from train.output_dir import check_output, locked, write_config
 from train.profile import Trace
 from train.state import TrainState, from_trees, init_state, state_specs, to_trees
 from train.step import Step, StepPlan, StepSizes, make_step
@@ -55,9 +55,10 @@ def run(config: Config, *, dry: bool = False) -> int:
 
         dry_run.show(config, mesh, source)
         return 0
-    if jax.process_index() == 0:
-        write_config(output, config)
-    return Run(config, mesh, source, output).train()
+    with locked(output) if jax.process_index() == 0 else contextlib.nullcontext():
+        if jax.process_index() == 0:
+            write_config(output, config)
+        return Run(config, mesh, source, output).train()
 
 
 class StepResult(NamedTuple):
