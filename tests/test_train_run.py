@@ -142,6 +142,8 @@ def test_a_disk_that_is_full_loses_nothing(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 74, run.stdout + run.stderr[-3000:]
+    assert run.stderr == ""
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
     message = " ".join(run.stdout.split()).partition("error: ")[2]
     assert "checkpoint of step 2" in message
     assert "step 1 is intact" in message
