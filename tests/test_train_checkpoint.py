@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -94,6 +95,22 @@ def test_damage_is_reported_and_moved_away(item: str, kind: Callable, tmp_path: 
     checkpoints.save(2, state(2), DATA | dict(step=2), CONFIG)
     checkpoints.close()
     assert checkpoints.restore(state(1)).step == 2
+
+
+def test_a_save_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Files may not grow beyond a limit, which for a program looks like a full disk."""
+    checkpoints, limits = saved(tmp_path, steps=1), resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = state(2) | dict(params={"a": jnp.asarray(np.random.default_rng(0).standard_normal(9000, np.float32))})
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+        checkpoints.save(2, large, DATA | dict(step=2), CONFIG)
+        with pytest.raises(OSError, match=r"step 2 .*step 1 "):
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    checkpoints.close()
+    assert saved(tmp_path, steps=0).restore(state(1)).step == 1
 
 
 @pytest.mark.parametrize("item", ["data", "config", "progress"])

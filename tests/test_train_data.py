@@ -357,6 +357,13 @@ def test_a_name_that_is_not_utf8(root: Path) -> None:
     other.close()
 
 
+def test_a_pipe_in_place_of_a_photograph_is_skipped(root: Path, source: Files) -> None:
+    (root / "a" / "4.png").unlink()
+    os.mkfifo(root / "a" / "4.png")
+    skipped = [pair for batch in take(3, source, config()) for pair in batch["skipped"]]
+    assert {name for name, _ in skipped} == {"a/4.png"}
+
+
 def test_nothing_but_bad_files_ends_the_run(root: Path, source: Files) -> None:
     for path in root.glob("*/*"):
         path.write_bytes(b"no image")

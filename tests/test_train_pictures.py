@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -46,6 +47,15 @@ def test_a_folder_of_ones_own(tmp_path):
     log = LogConfig(pictures=3, pictures_root=root)
     found = pictures.held_out(settings(log=log, kind="folder", root="elsewhere"))
     assert [(name, crop[0, 0, 0]) for name, crop in found] == [("a/1.png", 0), ("a/3.png", 1), ("b/1.png", 2)]
+
+
+def test_loops_of_links_and_pipes_are_left_out(tmp_path):
+    root = folder(tmp_path, "a/1.png", "b/2.png")
+    Path(root, "a/loop").symlink_to(root)
+    Path(root, "b/loop").symlink_to(".")
+    os.mkfifo(Path(root, "a/0.png"))
+    photographs = pictures.held_out(settings(log=LogConfig(pictures=9, pictures_root=root)))
+    assert [name for name, _ in photographs] == ["a/1.png", "b/2.png"]
 
 
 def test_the_folder_val_beside_the_data_set(tmp_path):

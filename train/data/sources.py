@@ -57,7 +57,10 @@ class Files:
         return printable(self.paths[index])
 
     def open(self, index: int) -> IO[bytes]:
-        return (self.root / self.paths[index]).open("rb")
+        path = self.root / self.paths[index]
+        if path.exists() and not path.is_file():  # opening a pipe or a device could wait for ever
+            raise OSError(f"{self.name(index)} is not a regular file.")
+        return path.open("rb")
 
     @functools.cached_property
     def digest(self) -> str:
