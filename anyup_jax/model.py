@@ -23,7 +23,7 @@ from anyup_jax.layers import Conv, ConvEncoder, FeatureUnification, Linear, ResB
 from anyup_jax.pooling import adaptive_average_pool
 from anyup_jax.row_shards import ALL_ROWS, Rows, Size
 
-Map = tuple[
+Map = tuple[Float[Array, "B _ _ D"], Float[Array | np.ndarray, "B _ _ _"]]  # keys of a feature map; what is averaged
     Float[Array, "B _ _ D"], Float[Array | np.ndarray, "B _ _ _"]
 ]  # keys of a feature map, and what is averaged
 
