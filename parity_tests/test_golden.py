@@ -91,7 +91,7 @@ def stages(framework: str) -> dict[str, np.ndarray]:
             guide = net.rope(encoded)
             query, key = pool(net.query_encoder(guide), size), pool(net.key_encoder(guide), cells)
             unified = net.key_features_encoder[0](torch.nn.functional.normalize(features, dim=1))
-            arrays_of_stages = (
+            found = (
                 encoded,
                 guide,
                 query,
@@ -100,7 +100,7 @@ def stages(framework: str) -> dict[str, np.ndarray]:
                 net.key_features_encoder(features),
                 net.combine(key, features),
             )
-        results = dict(zip(STAGES, (tensor.numpy() for tensor in arrays_of_stages)))
+        results = dict(zip(STAGES, (tensor.numpy() for tensor in found)))
     else:
         image, features = jnp.asarray(last(given["image"])), jnp.asarray(last(given["features"]))
         encoded = net.image_encoder(image)
@@ -109,8 +109,8 @@ def stages(framework: str) -> dict[str, np.ndarray]:
         unified = net.key_features_encoder.unify(features / jnp.linalg.norm(features, axis=-1, keepdims=True))
         described = net.key_features_encoder(features)
         combined = net.aggregation(jnp.concatenate([key, described], -1))
-        arrays_of_stages = (encoded, guide, query, key, unified, described, combined)
-        results = dict(zip(STAGES, map(first, arrays_of_stages)))
+        found = (encoded, guide, query, key, unified, described, combined)
+        results = dict(zip(STAGES, map(first, found)))
     return results | {name: results[name][:, :, ::4, ::4] for name in ("image_encoder", "guide")}
 
 
