@@ -49,6 +49,13 @@ def test_round_trip(tmp_path: Path) -> None:
     assert (restored.data, restored.config) == (DATA | dict(step=3), CONFIG)
 
 
+def test_what_is_not_asked_for_is_not_read(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, steps=1)
+    restored = checkpoints.restore(state(1) | dict(ema=None))
+    checkpoints.close()
+    assert restored.trees.keys() == {"params", "optimizer"}
+
+
 def test_an_empty_folder_has_nothing(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "checkpoints", 1).restore(state(1)) is None
 
