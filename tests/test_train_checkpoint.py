@@ -49,6 +49,13 @@ def test_round_trip(tmp_path: Path) -> None:
     assert (restored.data, restored.config) == (DATA | dict(step=3), CONFIG)
 
 
+def test_what_is_not_asked_for_is_not_read(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, steps=1)
+    restored = checkpoints.restore(state(1) | dict(ema=None))
+    checkpoints.close()
+    assert restored.trees.keys() == {"params", "optimizer"}
+
+
 def test_an_empty_folder_has_nothing(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "checkpoints", 1).restore(state(1)) is None
 
@@ -146,7 +153,7 @@ def test_a_checkpoint_without_a_digest_of_its_records_must_have_the_right_step(i
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # Orbax drops the reads beside a failed one
 def test_a_flipped_bit_in_any_file_never_gives_other_numbers(tmp_path: Path) -> None:
-    """Some bits are of no use to anybody; every other one is found."""
+    """Some bits are of no use to anybody; every other one is damage."""
     saved(tmp_path / "whole").close()
     files = [x.relative_to(tmp_path / "whole") for x in (tmp_path / "whole/checkpoints/3").rglob("*") if x.is_file()]
     steps = []
@@ -201,9 +208,9 @@ def test_digests_notice_every_small_change() -> None:
     changed[0][3] = np.nextafter(x[3], 9)
     changed[1][[3, 4]] *= -1
     changed[2][[3, 4]] = x[[4, 3]]
-    found = [digests({"x": array})["x"] for array in [x, *changed, x.copy()]]
-    assert len(set(found)) == 4
-    assert found[0] == found[4]
+    numbers = [digests({"x": array})["x"] for array in [x, *changed, x.copy()]]
+    assert len(set(numbers)) == 4
+    assert numbers[0] == numbers[4]
 
 
 LAYOUT = """

@@ -77,8 +77,7 @@ def to_trees(state: TrainState) -> Trees:
 
 def from_trees(state: TrainState, step: int, trees: Trees, mesh: Mesh) -> TrainState:
     """Return the state after `step` steps with the arrays of a checkpoint; the inverse of `to_trees`."""
-    params, optimizer, ema = (trees[name] for name in ("params", "optimizer", "ema"))
-    moments = state.optimizer
+    params, optimizer, moments = trees["params"], trees["optimizer"], state.optimizer
     return dataclasses.replace(
         state,
         step=sharding.place(np.int32(step), PartitionSpec(), mesh),
@@ -87,7 +86,7 @@ def from_trees(state: TrainState, step: int, trees: Trees, mesh: Mesh) -> TrainS
         optimizer=optim.Moments(
             optimizer["count"], _filled(moments.mu, optimizer["mu"]), _filled(moments.nu, optimizer["nu"])
         ),
-        ema=None if state.ema is None else _filled(state.ema, ema),
+        ema=None if state.ema is None else _filled(state.ema, trees["ema"]),
     )
 
 

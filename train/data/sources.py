@@ -31,16 +31,13 @@ class Source(Protocol):
     def __len__(self) -> int: ...
     def name(self, index: int) -> str:
         """Return the name of a photograph in messages."""
-        ...
 
     def open(self, index: int) -> IO[bytes]:
         """Open the file of a photograph. Raises OSError if that fails."""
-        ...
 
     @property
     def digest(self) -> str:
         """A digest of the photographs' names and order."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
