@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,8 +112,7 @@ class GroupNorm(nnx.Module):
         return scale[:, None, None], (self.bias[...] - mean * scale)[:, None, None]
 
 
-Grid = tuple[int, int]
-Pooled = Float[Array, "B _ _ _"] | dict[Grid, Float[Array, "B _ _ _"]]  # averages over a grid of cells, or over several
+Pooled = Any  # averages over a grid of cells, (B, h, w, D), or a dictionary of several by their sizes
 Pool = Callable[[Float[Array, "B H W D"]], Pooled]
 
 
