@@ -171,8 +171,8 @@ class AnyUp(nnx.Module):
         guide = after(guide, keys)
         shapes = {size: (size[0] // rows.count, size[1]) for size in sizes}
         if set(shapes.values()) == {guide.shape[1:3]}:  # nothing to average: the last block stays in its memory
-            queries = dict.fromkeys(shapes, self.query_encoder.forward_into(guide, None, buffer, rows)[0])
-            return ImageCode(keys, queries, rows)
+            query: Array = self.query_encoder.forward_into(guide, None, buffer, rows)[0]
+            return ImageCode(keys, dict.fromkeys(shapes, query), rows)
         queries, _ = self.query_encoder.forward_into(
             guide, lambda x: {size: adaptive_average_pool(x, shape) for size, shape in shapes.items()}, buffer, rows
         )

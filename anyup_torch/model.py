@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from anyup_torch.attention import check_backend, window_attention
 from anyup_torch.image_code import ImageCode, Map, Size
 from anyup_torch.layers import ConvEncoder, FeatureUnification, ResBlock, RMSNorm, RoPE
 
-host_window: Callable[..., AxisWindow] = torch.compiler.disable(axis_window)  # exact only in numpy, so it is not traced
+host_window: Any = torch.compiler.disable(axis_window)  # exact only in numpy, so it is not traced
 
 
 class FeatureEncoder(nn.Sequential):
