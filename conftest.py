@@ -8,6 +8,8 @@ from pathlib import Path
 import jaxtyping
 import pytest
 
+import tests.annotations  # noqa: F401 - by which pyproject.toml checks annotations
+
 # for processes that tests start in other folders: `train`, `convert` and `evaluation` are not installed
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(
     os.pathsep

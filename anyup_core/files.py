@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -36,7 +37,7 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
 
 
 @contextlib.contextmanager
-def open_image(file: str | os.PathLike | IO[bytes], name: str | os.PathLike) -> Iterator[Image.Image]:
+def open_image(file: str | os.PathLike | IO[bytes] | io.BytesIO, name: str | os.PathLike) -> Iterator[Image.Image]:
     """Give an image file, or one in memory, as Pillow opens it; errors, those of the block too, call it `name`.
 
     Raises:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -23,7 +24,7 @@ from anyup_jax.layers import Conv, ConvEncoder, FeatureUnification, Linear, ResB
 from anyup_jax.pooling import adaptive_average_pool
 from anyup_jax.row_shards import ALL_ROWS, Rows, Size
 
-Map = tuple[Float[Array, "B _ _ D"], Float[Array, "B _ _ _"]]  # keys of a feature map, and what is averaged
+Map = tuple[Float[Array, "B _ _ D"], Float[Array | np.ndarray, "B _ _ _"]]  # keys of a feature map; what is averaged
 
 
 class FeatureEncoder(nnx.Module):
@@ -67,9 +68,9 @@ class CrossAttention(nnx.Module):
     ) -> list[Float[Array, "B _ Wo _"]]:
         """Return one output a map; `windows` holds the rows' and the columns' window of each map."""
         query = self.project_query(query, rows)
-        options = dict(num_heads=self.num_heads, backend=backend, q_chunk_size=q_chunk_size, strip=rows.index())
+        attend = functools.partial(window_attention, num_heads=self.num_heads, backend=backend, strip=rows.index())
         return [
-            window_attention(query, self.project_key(key), values, *window, **options)
+            attend(query, self.project_key(key), jnp.asarray(values), *window, q_chunk_size=q_chunk_size)
             for (key, values), window in zip(maps, windows)
         ]
 
@@ -143,7 +144,7 @@ class AnyUp(nnx.Module):
 
         `size` is that of the whole output.
         """
-        code = self.encode_image(image, [features.shape[1:3] for features, _ in maps], [size], rows)
+        code = self.encode_image(image, [grid_of(features) for features, _ in maps], [size], rows)
         pairs = [(self.describe(code, features), features if values is None else values) for features, values in maps]
         return self.decode(code, pairs, size, q_chunk_size)
 
@@ -170,7 +171,7 @@ class AnyUp(nnx.Module):
         guide = after(guide, keys)
         shapes = {size: (size[0] // rows.count, size[1]) for size in sizes}
         if set(shapes.values()) == {guide.shape[1:3]}:  # nothing to average: the last block stays in its memory
-            query, _ = self.query_encoder.forward_into(guide, None, buffer, rows)
+            query: Array = self.query_encoder.forward_into(guide, None, buffer, rows)[0]
             return ImageCode(keys, dict.fromkeys(shapes, query), rows)
         queries, _ = self.query_encoder.forward_into(
             guide, lambda x: {size: adaptive_average_pool(x, shape) for size, shape in shapes.items()}, buffer, rows
@@ -193,7 +194,7 @@ class AnyUp(nnx.Module):
         Raises:
             ValueError: if the image was not encoded for the grid (h, w).
         """
-        key = code.key(features.shape[1:3])
+        key = code.key(grid_of(features))
         if described is None:
             described = self.key_features_encoder(jnp.asarray(features))
         return self.aggregation(jnp.concatenate([key, described], -1))
@@ -212,10 +213,14 @@ class AnyUp(nnx.Module):
         Raises:
             ValueError: if the image was not encoded for the size, or keys and values differ in batch or grid.
         """
-        maps = [(key, jnp.asarray(values)) for key, values in maps]
-        windows = [code.rows.windows(self.config, size, key.shape[1:3]) for key, _ in maps]
-        options = dict(backend=self.config.backend, q_chunk_size=q_chunk_size, rows=code.rows)
-        return self.cross_decode(code.query(size), maps, windows, **options)
+        windows = [code.rows.windows(self.config, size, grid_of(key)) for key, _ in maps]
+        backend, rows = self.config.backend, code.rows
+        return self.cross_decode(code.query(size), maps, windows, backend=backend, q_chunk_size=q_chunk_size, rows=rows)
+
+
+def grid_of(maps: Array | np.ndarray) -> Size:
+    """Return the height and width of NHWC maps."""
+    return maps.shape[1], maps.shape[2]
 
 
 def after(guide: Float[Array, "B H W D"], keys: dict[Size, Float[Array, "B _ _ D"]]) -> Float[Array, "B H W D"]:
@@ -297,10 +302,10 @@ def compiled(
     return nnx.merge(graph, state).attend(image, maps, output_size, q_chunk_size)
 
 
-def check_finite(**arrays: Float[Array, ...] | None) -> None:
+def check_finite(**arrays: Float[Array | np.ndarray, ...] | None) -> None:
     """Raise ValueError naming the first array that holds NaN or infinity, TypeError inside a traced function."""
     for name, array in arrays.items():
-        if isinstance(array, jax.core.Tracer):
+        if isinstance(array, Tracer):
             raise TypeError(
                 "check=True reads the values of its inputs, which jit and grad do not have; check before calling them."
             )

@@ -43,7 +43,7 @@ def build(checkpoint: Checkpoint, *, dtype: DTypeLike = jnp.float32, **overrides
     # shapes first and the weights after, so that no initial parameters are drawn
     graph, state = nnx.split(nnx.eval_shape(lambda: AnyUp(config, rngs=nnx.Rngs(0), dtype=dtype)))
     filled = [
-        (path, variable.replace(jnp.array(parameters.pop(".".join(path)), jnp.float32)))
+        (path, variable.replace(jnp.array(parameters.pop(".".join(map(str, path))), jnp.float32)))
         for path, variable in nnx.to_flat_state(state)
     ]
     assert not parameters, f"the table has more than the model: {', '.join(parameters)}"

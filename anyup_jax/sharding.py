@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
@@ -29,7 +29,9 @@ def place(maps: Sequence, sharding: NamedSharding) -> Sequence:
     return jax.device_put(maps, NamedSharding(sharding.mesh, P(sharding.spec[0])))
 
 
-def check(config: AnyUpConfig, image: tuple[int, ...], output_size: tuple[int, int], mesh: Mesh, spec: P) -> None:
+def check(
+    config: AnyUpConfig, image: tuple[int, ...], output_size: tuple[int, int], mesh: Mesh | AbstractMesh, spec: P
+) -> None:
     """Raise ValueError if an image of this shape, or its output, cannot be cut into equal shards."""
     count = _size(mesh, spec[1])
     if any(axis is not None for axis in spec[2:]):
@@ -68,7 +70,7 @@ def compiled(
     return shards(state, image, maps)
 
 
-def _size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+def _size(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
     names = (axes,) if isinstance(axes, str) else axes or ()
     size = 1
     for name in names:

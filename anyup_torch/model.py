@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ from anyup_torch.attention import check_backend, window_attention
 from anyup_torch.image_code import ImageCode, Map, Size
 from anyup_torch.layers import ConvEncoder, FeatureUnification, ResBlock, RMSNorm, RoPE
 
-host_window = torch.compiler.disable(axis_window)  # exact only in numpy, so it is not traced
+host_window: Any = torch.compiler.disable(axis_window)  # exact only in numpy, so it is not traced
 
 
 class FeatureEncoder(nn.Sequential):
@@ -71,10 +73,12 @@ class CrossAttention(nn.Module):
     ) -> list[Float[Tensor, "B _ Ho Wo"]]:
         """Return one output a map; `windows` holds the rows' and the columns' window of each map."""
         query = self.cross_attn.project_query(self.conv2d(query).permute(0, 2, 3, 1))
-        options = dict(num_heads=self.num_heads, backend=backend, q_chunk_size=q_chunk_size)
+        attend = functools.partial(window_attention, num_heads=self.num_heads, backend=backend)
         outputs = []
         for (key, values), window in zip(maps, windows):
-            output = window_attention(query, self.project_key(key), values.permute(0, 2, 3, 1), *window, **options)
+            output = attend(
+                query, self.project_key(key), values.permute(0, 2, 3, 1), *window, q_chunk_size=q_chunk_size
+            )
             outputs.append(output.permute(0, 3, 1, 2))
         return outputs
 
@@ -145,7 +149,7 @@ class AnyUp(nn.Module):
         self, image: Tensor, features: Sequence[Tensor], values: Sequence[Tensor], size: Size, q_chunk_size: int | None
     ) -> list[Tensor]:
         """Upsample several feature maps of one image; the inputs have been checked."""
-        grids = [tuple(maps.shape[2:]) for maps in features]
+        grids = [grid_of(maps) for maps in features]
         for grid in grids:
             self.windows(size, grid)  # refuses windows without keys before the work begins
         if streaming.possible(self, image, *features, *values):
@@ -175,7 +179,7 @@ class AnyUp(nn.Module):
         Raises:
             ValueError: if the image was not encoded for the grid (h, w).
         """
-        key = code.key(tuple(features.shape[2:]))
+        key = code.key(grid_of(features))
         return self.aggregation(torch.cat([key, self.key_features_encoder(features)], 1))
 
     def decode(
@@ -200,7 +204,7 @@ class AnyUp(nn.Module):
         tensors = [tensor for pair in maps for tensor in pair]
         if maps and streaming.possible(self, *tensors, *code.queries.values()):
             return streaming.decode(self, code, maps, size, q_chunk_size)
-        windows = [self.windows(size, key.shape[2:]) for key, _ in maps]
+        windows = [self.windows(size, grid_of(key)) for key, _ in maps]
         options = dict(backend=self.config.backend, q_chunk_size=q_chunk_size)
         return self.cross_decode(code.query(size), maps, windows, **options)
 
@@ -225,6 +229,11 @@ class AnyUp(nn.Module):
         pyplot.imshow(visualize.attention_picture(upsample, *features.shape[2:]))
         pyplot.axis("off")
         pyplot.show()
+
+
+def grid_of(maps: Tensor) -> Size:
+    """Return the height and width of NCHW maps."""
+    return maps.shape[2], maps.shape[3]
 
 
 def pool(x: Float[Tensor, "B D H W"], sizes: Sequence[Size]) -> dict[Size, Float[Tensor, "B D _ _"]]:

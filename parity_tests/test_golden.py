@@ -103,8 +103,8 @@ def stages(framework: str) -> dict[str, np.ndarray]:
         unified = net.key_features_encoder.unify(features / jnp.linalg.norm(features, axis=-1, keepdims=True))
         described = net.key_features_encoder(features)
         combined = net.aggregation(jnp.concatenate([key, described], -1))
-        arrays_of_stages = (encoded, guide, query, key, unified, described, combined)
-        results = dict(zip(STAGES, map(first, arrays_of_stages)))
+        found = (encoded, guide, query, key, unified, described, combined)
+        results = dict(zip(STAGES, map(first, found)))
     return results | {name: results[name][:, :, ::4, ::4] for name in ("image_encoder", "guide")}
 
 

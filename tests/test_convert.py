@@ -430,8 +430,8 @@ import anyup_torch
 models = [anyup_torch.from_pretrained(path, num_heads=2) for path in sys.argv[1:]]
 averaged = anyup_torch.from_pretrained(sys.argv[-1], num_heads=2, ema=True)
 for model in models:
-    print(float(model.rope.freqs.sum()))
-print(float(averaged.rope.freqs.sum()))
+    print(float(model.rope.freqs.detach().sum()))
+print(float(averaged.rope.freqs.detach().sum()))
 """
 
 
@@ -442,7 +442,8 @@ def test_the_torch_model_loads_every_format_without_jax(tmp_path):
     params = nested({name: jax.numpy.asarray(array) for name, array in checkpoint.flax().items()})
     saved = Checkpoints(tmp_path / "run" / "checkpoints", keep=1)
     average = jax.tree.map(lambda x: 2 * x, params)
-    saved.save(5, params, {"count": jax.numpy.int32(5)}, average, {"step": 5}, {"model": {"num_heads": 2}})
+    trees = {"params": params, "optimizer": {"count": jax.numpy.int32(5)}, "ema": average}
+    saved.save(5, trees, {"step": 5}, {"model": {"num_heads": 2}})
     saved.close()
     command = [sys.executable, "-W", "error", "-c", WITHOUT_JAX, *paths, str(tmp_path / "run")]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)

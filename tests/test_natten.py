@@ -1,4 +1,4 @@
-"""The package NATTEN itself against `dense` and the published outputs, through its CPU backend."""
+"""How the package NATTEN is called, and its outputs against the published ones; `test_torch_attention.py` has more."""
 
 from __future__ import annotations
 
@@ -9,84 +9,28 @@ import torch
 import anyup_torch
 from anyup_core.geometry import axis_window
 from anyup_torch.attention import natten, window_attention
+from anyup_torch.attention.natten import installed
 from parity_tests import tolerances
 from parity_tests.golden import CASES, GOLDEN, needs_golden
+from tests.test_torch_attention import inputs
 
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-
-#        query size, key size, E, batch, heads, K, ratio
-SHAPES = {
-    "square": ((16, 16), (4, 4), 5, 1, 4, 32, 0.3),
-    "chunks_of_values": ((12, 18), (4, 6), 40, 2, 2, 16, 0.3),
-    "keys_several_times": ((13, 17), (5, 6), 5, 1, 2, 16, 0.3),
-    "odd_head": ((8, 10), (4, 5), 5, 1, 3, 20, 0.2),
-    "kernel_larger_than_a_phase": ((5, 9), (2, 2), 3, 1, 2, 8, 0.4),
-    "one_row_of_cells": ((6, 20), (1, 5), 3, 1, 2, 8, 0.2),
-    "one_cell": ((6, 7), (1, 1), 3, 1, 2, 8, 0.2),
-    "every_key": ((9, 9), (3, 3), 5, 1, 2, 32, 0.0),
-    "no_dilation": ((7, 9), (5, 7), 3, 1, 1, 8, 0.2),
-}
+TOLERANCE = 2e-6
+needs_natten = pytest.mark.skipif(not installed(), reason="natten is not installed")
 
 
-def inputs(name: str, dtype: torch.dtype = torch.float32):
-    size, keys, channels, batch, heads, head_dim, ratio = SHAPES[name]
-    generator = torch.Generator().manual_seed(0)
-    tensors = [
-        torch.randn(batch, *shape, depth, generator=generator).to(dtype)
-        for shape, depth in ((size, heads * head_dim), (keys, heads * head_dim), (keys, channels))
-    ]
-    return tensors, [axis_window(q, k, ratio, "natten") for q, k in zip(size, keys)], heads
-
-
-@pytest.mark.parametrize("chunk", [None, 1, 7, 10**9])
-@pytest.mark.parametrize("name", SHAPES)
-def test_equals_dense(name: str, chunk: int | None) -> None:
-    tensors, windows, heads = inputs(name)
-    expected = window_attention(*tensors, *windows, num_heads=heads, backend="dense")
-    output = window_attention(*tensors, *windows, num_heads=heads, backend="natten", q_chunk_size=chunk)
-    torch.testing.assert_close(output, expected, rtol=0, atol=TOLERANCE[torch.float32])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision(dtype: torch.dtype) -> None:
-    tensors, windows, heads = inputs("square", dtype)
-    expected = window_attention(*(x.float() for x in tensors), *windows, num_heads=heads, backend="dense")
-    output = window_attention(*tensors, *windows, num_heads=heads, backend="natten")
-    assert output.dtype == dtype
-    torch.testing.assert_close(output.float(), expected, rtol=0, atol=TOLERANCE[dtype])
-
-
-def test_values_of_another_type() -> None:
-    (query, key, values), windows, heads = inputs("square")
-    expected = window_attention(query, key, values, *windows, num_heads=heads, backend="dense")
-    half = values.bfloat16()
-    output = window_attention(query, key, half, *windows, num_heads=heads, backend="natten")
-    assert output.dtype == torch.bfloat16
-    torch.testing.assert_close(output.float(), expected, rtol=0, atol=TOLERANCE[torch.bfloat16])
-
-
-def test_gradients() -> None:
-    tensors, windows, heads = inputs("keys_several_times")
-    found = []
-    for backend in ("natten", "dense"):
-        leaves = [x.clone().requires_grad_() for x in tensors]
-        window_attention(*leaves, *windows, num_heads=heads, backend=backend).square().sum().backward()
-        found.append([x.grad for x in leaves])
-    for ours, theirs in zip(*found):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
+@needs_natten
 def test_na2d_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     """One undilated call for every phase and every chunk of values on a CPU."""
     import natten as package
 
     calls, real = [], package.na2d
     monkeypatch.setattr(package, "na2d", lambda *a, **k: calls.append((a[0].shape, k["kernel_size"])) or real(*a, **k))
-    tensors, windows, heads = inputs("chunks_of_values")
-    window_attention(*tensors, *windows, num_heads=heads, backend="natten")
+    tensors, windows, options = inputs("chunks_of_values", "natten")
+    window_attention(*tensors, *windows, backend="natten", **options)
     assert calls == [((2, 4, 6, 2, 16), (3, 5))] * (9 * 3)
 
 
+@needs_natten
 def test_one_dilated_call_for_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """What CUDA would be asked for: all phases at once, values padded to 8 and seen once by every head."""
     import natten as package
@@ -100,14 +44,15 @@ def test_one_dilated_call_for_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(package, "na2d", compute)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    tensors, windows, heads = inputs("keys_several_times")
-    output = natten(*tensors, *windows, num_heads=heads)
+    tensors, windows, options = inputs("prime_sizes", "natten")
+    output = natten(*tensors, *windows, **options)
     monkeypatch.undo()
-    assert calls == [((1, 13, 17, heads, 8), 0, (2, 2), None)]
-    expected = window_attention(*tensors, *windows, num_heads=heads, backend="dense")
-    torch.testing.assert_close(output, expected, rtol=0, atol=TOLERANCE[torch.float32])
+    assert calls == [((1, 13, 17, 2, 8), 0, (2, 2), None)]
+    expected = window_attention(*tensors, *windows, backend="dense", **options)
+    torch.testing.assert_close(output, expected, rtol=0, atol=TOLERANCE)
 
 
+@needs_natten
 @needs_golden
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.get("variant") == "natten"])
 def test_published_outputs(name: str) -> None:
@@ -121,6 +66,7 @@ def test_published_outputs(name: str) -> None:
     assert (output - arrays["output"]).abs().max() <= tolerances.OUTPUT
 
 
+@needs_natten
 def test_other_windows_are_refused_before_any_work() -> None:
     with pytest.raises(ValueError, match=r'backend="natten" computes window="natten" only, got window=\'paper\''):
         anyup_torch.AnyUp(anyup_torch.AnyUpConfig(backend="natten"))

@@ -112,6 +112,25 @@ def test_file_names_of_any_bytes(tmp_path):
     assert rows == read_index(tmp_path / "size_index.tsv") == [Row(f"a/{name}", 0, 4, 3, 3)]
 
 
+def test_every_real_folder_is_visited_once(root, tmp_path):
+    (root / "ant/loop").symlink_to(".")
+    (root / "ant/other").symlink_to(root / "bee")
+    (root / "bee/loop").symlink_to(root)
+    (root / "gnu").symlink_to(root / "ant")  # a class without images
+    save(tmp_path / "elsewhere/7.png", 7, 7)
+    (root / "dog/linked").symlink_to(tmp_path / "elsewhere")
+    assert build(root, None, 1, print) == [*ROWS, Row("dog/linked/7.png", 3, 7, 7, 7)]
+
+
+def test_pipes_and_devices_are_unreadable(root):
+    os.mkfifo(root / "bee/pipe.png")
+    (root / "bee/zero.png").symlink_to("/dev/zero")
+    rows = build(root, None, 1, print)
+    assert [row for row in rows if row not in ROWS] == [
+        Row("bee/pipe.png", 1, -1, -1, -1), Row("bee/zero.png", 1, -1, -1, -1)
+    ]  # fmt: skip
+
+
 def test_goes_on_after_an_interruption(root, tmp_path, monkeypatch):
     out = tmp_path / "index.tsv"
     partial = tmp_path / "index.tsv.partial"
@@ -162,12 +181,24 @@ def test_command(many):
     assert read_index(many / "size_index.tsv")[1] == Row("class0/12.png", 0, 13, 50, 13)
 
 
+WAITS_FOR_98 = """
+import time
+import PIL.Image
+def wait(file, open=PIL.Image.open):
+    time.sleep(60 * str(file).endswith("98.png"))
+    return open(file)
+PIL.Image.open = wait
+"""
+
+
 def test_a_killed_command_goes_on(many, tmp_path):
     """Its processes end with it, which closes the pipe that they share with it."""
-    os.mkfifo(many / "class2" / "98.png")  # opening it waits for ever: the run is killed while it measures
+    save(many / "class2" / "98.png", 5, 5)
+    (tmp_path / "sitecustomize.py").write_text(WAITS_FOR_98)
     out = tmp_path / "index.tsv"
     argv = [sys.executable, "-m", "train.size_index", str(many), "--workers", "2", "--out", str(out)]
-    run = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    run = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
     partial, deadline = tmp_path / "index.tsv.partial", time.monotonic() + 40
     while not (partial.exists() and partial.read_text().count("\n") > 64) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -18,6 +18,8 @@ from train.augment import OPERATIONS, augment
 
 COLOURS, GRAYSCALE, BLUR, COMPRESS, AUTOCONTRAST, EQUALIZE, SHARPEN, POSTERIZE, SOLARIZE, INVERT = range(10)
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # stand-ins for a Generator draw what a test names
+
 
 class Chosen:
     """A generator whose `uniform` and `choice` are given."""
@@ -116,8 +118,8 @@ def test_hue_against_its_definition(turns: float, image: np.ndarray) -> None:
     for pixel in pixels / 255:
         hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
         expected.append(colorsys.hsv_to_rgb((hue + turns) % 1, saturation, value))
-    found = np.asarray(module._shift_hue(Image.fromarray(pixels[None]), turns))[0]
-    assert np.abs(found - 255 * np.array(expected)).max() < 1.6
+    result = np.asarray(module._shift_hue(Image.fromarray(pixels[None]), turns))[0]
+    assert np.abs(result - 255 * np.array(expected)).max() < 1.6
 
 
 class Jitter(Chosen):
@@ -147,8 +149,8 @@ def test_each_part_of_the_colours_against_torchvision(place: int, image: np.ndar
     factors[place] = (1.15, 0.85, 1.25, -0.04, 1.1, 1.4, 0.6, 0.03)[place]
     happens = [place == 4 + part for part in range(4)]
     drawn = factors[:4] + [factor for factor, happen in zip(factors[4:], happens) if happen]
-    found = apply(COLOURS, image, Jitter([0, 1, 2, 3], drawn, [*happens, False], True))
-    assert apart(found, PARTS[place % 4](tensor(image), factors[place])) <= 3
+    result = apply(COLOURS, image, Jitter([0, 1, 2, 3], drawn, [*happens, False], True))
+    assert apart(result, PARTS[place % 4](tensor(image), factors[place])) <= 3
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]])
@@ -161,9 +163,9 @@ def test_colours_against_torchvision(order: list[int], first: bool, image: np.nd
     for part, amount in [*((part, amounts[part]) for part in order), *distortion]:
         expected = PARTS[part](expected, amount)
     factors = [*(amounts[part] for part in order), *(amount for _, amount in distortion)]
-    found = apply(COLOURS, image, Jitter(order, factors, [True] * 5, first))
-    assert apart(found, expected[[2, 0, 1]]) <= 12  # eight roundings, which contrast and saturation enlarge
-    assert np.abs(found.astype(int) - expected[[2, 0, 1]].permute(1, 2, 0).numpy()).mean() < 2
+    result = apply(COLOURS, image, Jitter(order, factors, [True] * 5, first))
+    assert apart(result, expected[[2, 0, 1]]) <= 12  # eight roundings, which contrast and saturation enlarge
+    assert np.abs(result.astype(int) - expected[[2, 0, 1]].permute(1, 2, 0).numpy()).mean() < 2
     still = apply(COLOURS, image, Jitter([0, 1, 2, 3], [1.0, 1.0, 1.0, 0.0], [False] * 5, first))
     assert np.array_equal(still, image)
 

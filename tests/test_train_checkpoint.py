@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,13 @@ def test_round_trip(tmp_path: Path) -> None:
     assert restored.step == 3
     assert equal(restored.trees, state(3))
     assert (restored.data, restored.config) == (DATA | dict(step=3), CONFIG)
+
+
+def test_what_is_not_asked_for_is_not_read(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, steps=1)
+    restored = checkpoints.restore(state(1) | dict(ema=None))
+    checkpoints.close()
+    assert restored.trees.keys() == {"params", "optimizer"}
 
 
 def test_an_empty_folder_has_nothing(tmp_path: Path) -> None:
@@ -96,6 +104,22 @@ def test_damage_is_reported_and_moved_away(item: str, kind: Callable, tmp_path: 
     assert checkpoints.restore(state(1)).step == 2
 
 
+def test_a_save_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Files may not grow beyond a limit, which for a program looks like a full disk."""
+    checkpoints, limits = saved(tmp_path, steps=1), resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = state(2) | dict(params={"a": jnp.asarray(np.random.default_rng(0).standard_normal(9000, np.float32))})
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+        checkpoints.save(2, large, DATA | dict(step=2), CONFIG)
+        with pytest.raises(OSError, match=r"step 2 .*step 1 "):
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    checkpoints.close()
+    assert saved(tmp_path, steps=0).restore(state(1)).step == 1
+
+
 @pytest.mark.parametrize("item", ["data", "config", "progress"])
 @pytest.mark.parametrize("field", ["step", "digest", "images", "digests", "items", "model"])
 def test_a_changed_record_is_damage(item: str, field: str, tmp_path: Path) -> None:
@@ -129,7 +153,7 @@ def test_a_checkpoint_without_a_digest_of_its_records_must_have_the_right_step(i
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # Orbax drops the reads beside a failed one
 def test_a_flipped_bit_in_any_file_never_gives_other_numbers(tmp_path: Path) -> None:
-    """Some bits are of no use to anybody; every other one is found."""
+    """Some bits are of no use to anybody; every other one is damage."""
     saved(tmp_path / "whole").close()
     files = [x.relative_to(tmp_path / "whole") for x in (tmp_path / "whole/checkpoints/3").rglob("*") if x.is_file()]
     steps = []
@@ -184,9 +208,9 @@ def test_digests_notice_every_small_change() -> None:
     changed[0][3] = np.nextafter(x[3], 9)
     changed[1][[3, 4]] *= -1
     changed[2][[3, 4]] = x[[4, 3]]
-    found = [digests({"x": array})["x"] for array in [x, *changed, x.copy()]]
-    assert len(set(found)) == 4
-    assert found[0] == found[4]
+    numbers = [digests({"x": array})["x"] for array in [x, *changed, x.copy()]]
+    assert len(set(numbers)) == 4
+    assert numbers[0] == numbers[4]
 
 
 LAYOUT = """

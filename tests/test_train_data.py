@@ -93,8 +93,8 @@ def test_exif_orientation(orientation: int, undo: Transpose | None) -> None:
     turned = image if undo is None else image.transpose(undo)
     assert np.array_equal(crop(encoded(turned, exif=exif), (40, 70)), np.asarray(image))
     large = turned.resize((6 * turned.width, 6 * turned.height))
-    found = crop(encoded(large, "JPEG", quality=95, exif=exif), (40, 70))  # of which a half is decoded
-    assert np.abs(found.astype(int) - np.asarray(image)).mean() < 3
+    decoded = crop(encoded(large, "JPEG", quality=95, exif=exif), (40, 70))  # of which a half is decoded
+    assert np.abs(decoded.astype(int) - np.asarray(image)).mean() < 3
 
 
 def test_what_cannot_be_used() -> None:
@@ -149,9 +149,9 @@ def root(tmp_path: Path) -> Path:
 
 def take(count: int, source: Any, settings: Config, *share: int, start: int = 0) -> list[dict[str, Any]]:
     batches = Batches(source, settings, *share, start=start)
-    found = list(itertools.islice(batches, count))
+    taken = list(itertools.islice(batches, count))
     batches.close()
-    return found
+    return taken
 
 
 def same(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> bool:
@@ -326,12 +326,12 @@ def test_a_bad_file_gives_way_to_the_next(root: Path) -> None:
     (root / "a" / "6.png").unlink()
     photograph(20, 50).save(root / "a" / "8.png")
     source = Files(root, [*(f"a/{n}.png" for n in (0, 2, 4, 6, 8)), *(f"b/{n}.png" for n in (1, 3, 5, 7, 9))])
-    found = take(5, source, config())
-    assert same(found, take(5, source, config()))
-    names = [name for batch in found for name in batch["name"]]
+    taken = take(5, source, config())
+    assert same(taken, take(5, source, config()))
+    names = [name for batch in taken for name in batch["name"]]
     for epoch in (names[:10], names[10:]):
         assert epoch.count("b/1.png") == 4
-    skipped = [pair for batch in found for pair in batch["skipped"]]
+    skipped = [pair for batch in taken for pair in batch["skipped"]]
     assert [name for name, _ in skipped].count("a/8.png") == 6
     reasons = dict(skipped)
     assert reasons.keys() == {"a/4.png", "a/6.png", "a/8.png"}
@@ -355,6 +355,13 @@ def test_a_name_that_is_not_utf8(root: Path) -> None:
     other = Batches(source, settings)
     other.set_state(state)
     other.close()
+
+
+def test_a_pipe_in_place_of_a_photograph_is_skipped(root: Path, source: Files) -> None:
+    (root / "a" / "4.png").unlink()
+    os.mkfifo(root / "a" / "4.png")
+    skipped = [pair for batch in take(3, source, config()) for pair in batch["skipped"]]
+    assert {name for name, _ in skipped} == {"a/4.png"}
 
 
 def test_nothing_but_bad_files_ends_the_run(root: Path, source: Files) -> None:

@@ -47,10 +47,10 @@ def accumulator(folder: Path):
 
 def test_each_nth_step_and_the_last_are_written(tmp_path):
     printed = run(tmp_path / "new" / "run", range(1, 8), every=3, total=7)
-    found = lines(tmp_path / "new" / "run")
-    assert [line["step"] for line in found] == [3, 6, 7]
-    assert [line["loss"] for line in found] == [2, 5, 7]  # means
-    assert all(line["images_per_second"] > 0 and line["memory_bytes"] > 1e6 and line["norm"] == 0.5 for line in found)
+    written = lines(tmp_path / "new" / "run")
+    assert [line["step"] for line in written] == [3, 6, 7]
+    assert [line["loss"] for line in written] == [2, 5, 7]  # means
+    assert all(line["images_per_second"] > 0 and line["memory_bytes"] > 1e6 and line["norm"] == 0.5 for line in written)
     assert [line.split("  ")[:2] for line in printed.splitlines()] == [
         [f"step {step}/7", f"loss {loss}.0000"] for step, loss in ((3, 2), (6, 5), (7, 7))
     ]

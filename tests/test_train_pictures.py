@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -34,9 +35,9 @@ def folder(root: Path, *names: str, size: tuple[int, int] = (100, 80)) -> str:
 
 @pytest.mark.parametrize("dataset", [{}, {"kind": "tfds", "name": "imagenet2012"}])
 def test_photographs_that_scikit_image_ships(dataset):
-    found = pictures.held_out(settings(**dataset))
-    assert [name for name, _ in found] == ["chelsea.png", "coffee.png"]
-    assert all(crop.shape == (64, 96, 3) and crop.dtype == np.uint8 and crop.std() > 10 for _, crop in found)
+    photographs = pictures.held_out(settings(**dataset))
+    assert [name for name, _ in photographs] == ["chelsea.png", "coffee.png"]
+    assert all(crop.shape == (64, 96, 3) and crop.dtype == np.uint8 and crop.std() > 10 for _, crop in photographs)
 
 
 def test_a_folder_of_ones_own(tmp_path):
@@ -44,14 +45,23 @@ def test_a_folder_of_ones_own(tmp_path):
     Path(root, "a/2.jpg").write_bytes(b"no image")
     Path(root, "notes.txt").write_text("no image either")
     log = LogConfig(pictures=3, pictures_root=root)
-    found = pictures.held_out(settings(log=log, kind="folder", root="elsewhere"))
-    assert [(name, crop[0, 0, 0]) for name, crop in found] == [("a/1.png", 0), ("a/3.png", 1), ("b/1.png", 2)]
+    photographs = pictures.held_out(settings(log=log, kind="folder", root="elsewhere"))
+    assert [(name, crop[0, 0, 0]) for name, crop in photographs] == [("a/1.png", 0), ("a/3.png", 1), ("b/1.png", 2)]
+
+
+def test_loops_of_links_and_pipes_are_left_out(tmp_path):
+    root = folder(tmp_path, "a/1.png", "b/2.png")
+    Path(root, "a/loop").symlink_to(root)
+    Path(root, "b/loop").symlink_to(".")
+    os.mkfifo(Path(root, "a/0.png"))
+    photographs = pictures.held_out(settings(log=LogConfig(pictures=9, pictures_root=root)))
+    assert [name for name, _ in photographs] == ["a/1.png", "b/2.png"]
 
 
 def test_the_folder_val_beside_the_data_set(tmp_path):
     root = folder(tmp_path / "train", "a/1.png", "a/2.png", "b/3.png")
-    found = pictures.held_out(settings(kind="folder", root=root))
-    assert [name for name, _ in found] == ["b/3.png (trained on)", "a/2.png (trained on)"]
+    photographs = pictures.held_out(settings(kind="folder", root=root))
+    assert [name for name, _ in photographs] == ["b/3.png (trained on)", "a/2.png (trained on)"]
     folder(tmp_path / "val", "a/9.png")
     assert [name for name, _ in pictures.held_out(settings(kind="folder", root=root))] == ["a/9.png"]
 

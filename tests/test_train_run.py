@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from tests.training import command, configured, environment, losses, metrics, sa
 from train import config as settings
 from train import loop
 from train.data.sources import SHIPPED
+from train.output_dir import HOLDER, check_output, locked
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +142,8 @@ def test_a_disk_that_is_full_loses_nothing(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 74, run.stdout + run.stderr[-3000:]
+    assert run.stderr == ""
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
     message = " ".join(run.stdout.split()).partition("error: ")[2]
     assert "checkpoint of step 2" in message
     assert "step 1 is intact" in message
@@ -185,6 +190,7 @@ def test_an_encoder_of_timm_and_a_trace_and_a_picture(tmp_path: Path) -> None:
     [
         (["dataset=folder", "dataset.root=nowhere"], FileNotFoundError, "dataset.root=nowhere"),
         (["dataset.crop_size=2048"], ValueError, "dataset.crop_size=(2048, 2048)"),
+        (["batch_size=2000000000"], ValueError, "batch_size=2000000000"),
         (["dataset.crop_size=60"], ValueError, "dataset.crop_size=(60, 60)"),
         (["encoders.lite0.name=efficientnet_lite9"], ValueError, "efficientnet_lite9"),
         (["mesh.data=3"], ValueError, "mesh.data=3"),
@@ -203,6 +209,31 @@ def test_impossible_runs_are_refused(
     assert [path.name for path in tmp_path.rglob("*")] == ["taken", "thesis.txt"]
 
 
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    """The second is refused while the first holds the folder, and starts once the first was killed."""
+    (tmp_path / "run").mkdir()
+    words = [sys.executable, "-c", HOLDS, str(tmp_path / "run")]
+    with subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "locked\n"
+        named = rf"output_dir=.*process {holder.pid} on host {socket.gethostname()}"
+        with pytest.raises(FileExistsError, match=named), locked(tmp_path / "run"):
+            pass
+        holder.kill()
+    with locked(tmp_path / "run"):
+        assert str(os.getpid()) in (tmp_path / "run" / HOLDER).read_text()
+    check_output(tmp_path / "run", configured())
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from train.output_dir import locked
+with locked(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
 def test_a_refusal_is_one_sentence(tmp_path: Path) -> None:
     run = train(tmp_path, "mesh.data=3", status=2)
     assert run.stderr.startswith("error: mesh.data=3 ")
@@ -212,7 +243,7 @@ def test_a_refusal_is_one_sentence(tmp_path: Path) -> None:
 def test_cfg_and_dry_run(tmp_path: Path) -> None:
     shown = train(tmp_path, "--cfg", "job").stdout
     assert yaml.safe_load(shown)["model"]["qk_dim"] == 16
-    dry = train(tmp_path, "--dry-run").stdout
+    dry = train(tmp_path, "--dry-run", "max_steps=4", *OPTIONS).stdout  # the step of the fixture `whole`, compiled once
     named = {words[0]: " ".join(words[1:]) for line in dry.splitlines() if (words := line.split())}
     assert {"parameters", "devices", "data", "memory", "batch"} <= named.keys()
     assert named["devices"].startswith("1 x cpu in 1 processes")

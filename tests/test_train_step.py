@@ -22,7 +22,7 @@ from anyup_jax.model import AnyUp
 from tests.training import environment
 from train import encoders, optim, sharding
 from train.config import Config, DatasetConfig, EncoderConfig, FeaturesConfig, LossConfig, MeshConfig, OptimizerConfig
-from train.state import init_state, state_specs
+from train.state import from_trees, init_state, state_specs, to_trees
 from train.step import StepPlan, StepSizes, draw_channels, loss_of, make_step, updated
 
 SIZES = StepSizes(8, (32, 32), *[(16, 16)] * 4)
@@ -136,6 +136,17 @@ def test_an_update_that_is_not_finite_is_not_made(fault: dict[str, Any]) -> None
     assert int(after.step) == int(after.optimizer.count) == 0
     assert largest_difference(after.params, before.params) == 0
     assert largest_difference(after.optimizer, before.optimizer) == 0
+
+
+@pytest.mark.parametrize("decay", [None, 0.5])
+def test_the_state_through_the_trees_of_a_checkpoint(decay: float | None) -> None:
+    before, after, _ = advanced(OptimizerConfig(ema_decay=decay))
+    trees = {name: tree for name, tree in to_trees(after).items() if tree is not None}
+    assert ("ema" in trees) == (decay is not None)
+    assert trees["params"].keys() == {*nnx.to_pure_dict(after.params), *nnx.to_pure_dict(after.unused)}
+    restored = from_trees(before, 1, trees, sharding.make_mesh(MeshConfig()))
+    assert jax.tree.structure(restored) == jax.tree.structure(after)
+    assert largest_difference(restored, after) == 0
 
 
 def test_what_is_not_finite_changes_nothing_and_stays_so() -> None:

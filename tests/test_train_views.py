@@ -62,9 +62,9 @@ def test_no_region_is_enlarged() -> None:
 
 def test_photographs_are_enlarged_as_far_as_is_allowed() -> None:
     file, pixels = photograph()  # 120 x 200
-    found = read_crop(file, "x", (240, 300), max_enlargement=2.0)
+    enlarged = read_crop(file, "x", (240, 300), max_enlargement=2.0)
     expected = np.asarray(Image.fromarray(pixels).resize((400, 240), Image.Resampling.BILINEAR))[:, 50:350]
-    assert np.abs(found.astype(int) - expected).max() <= 1
+    assert np.abs(enlarged.astype(int) - expected).max() <= 1
     for factor in (1.0, 1.9):
         with pytest.raises(TooSmall, match=r"^x .*120x200.* dataset.crop_size=240x300"):
             read_crop(photograph()[0], "x", (240, 300), max_enlargement=factor)

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -107,10 +108,12 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _save_errors(self) -> Iterator[None]:
-        """Turn whatever a failed save raises into one OSError."""
+        """Turn whatever a failed save raises into one OSError, and remove what it wrote, which may fill the disk."""
         try:
             yield
         except Exception as error:
+            for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
             step, self.saving = self.saving, None
             kept = [number for number in complete_steps(self.directory) if number != step]
             intact = f"that of step {kept[-1]} is intact" if kept else "there is none before it"

@@ -15,13 +15,15 @@ from anyup_core.settings import require
 from anyup_jax.encoders.settings import EncoderConfig
 
 Size = tuple[int, int]
+GREATEST = 2**31 - 1  # of whole numbers, which arrays of int32 hold
 
 
 def at_least(config: Any, group: str, **least: int) -> None:
-    """Raise ValueError that names a setting of a group, unless each is None or at least this number."""
+    """Raise ValueError that names a setting of a group, unless each is None or between this number and GREATEST."""
     for name, number in least.items():
         value = getattr(config, name)
-        require(value is None or value >= number, group + name, value, f"give at least {number}")
+        valid = value is None or number <= value <= GREATEST
+        require(valid, group + name, value, f"give at least {number} and at most {GREATEST}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,8 @@ class DatasetConfig:
                  "name a TFDS data set, dataset.name=imagenet2012")  # fmt: skip
         for field in ("crop_size", "img_size", "guidance_size"):
             size = getattr(self, field)
-            require(size is None or min(size) >= 1, f"dataset.{field}", size, "give positive sizes")
+            valid = size is None or 1 <= min(size) <= max(size) <= GREATEST
+            require(valid, f"dataset.{field}", size, f"give sizes from 1 to {GREATEST}")
         fits = all(view <= crop for view, crop in zip(self.img_size, self.crop_size))
         require(fits, "dataset.img_size", self.img_size, f"it must fit into dataset.crop_size={self.crop_size}")
         at_least(self, "dataset.", num_local_crops=1, workers=0, threads=1, prefetch=1)
@@ -312,7 +315,8 @@ class Config:
 
     def __post_init__(self) -> None:
         require(len(self.encoders) >= 1, "encoders", dict(self.encoders), "name at least one encoder")
-        at_least(self, "", batch_size=1, max_steps=1, seed=0)
+        at_least(self, "", batch_size=1, max_steps=1)
+        require(0 <= self.seed < 2**63, "seed", self.seed, "give a whole number of at least 0 and below 2**63")
         require(self.batch_size % self.optimizer.accumulate == 0, "optimizer.accumulate", self.optimizer.accumulate,
                  f"it must divide batch_size={self.batch_size}")  # fmt: skip
         warmup, steps = self.optimizer.warmup_steps, self.max_steps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +18,13 @@ import anyup_jax
 from anyup_core.settings import to_dict
 from anyup_jax.encoders.encoder import Encoder
 from anyup_jax.model import AnyUp
-from train import encoders, pictures, sharding
+from train import encoders, pictures, program, sharding
 from train.checkpoint import Checkpoints
 from train.config import Config
 from train.data import ARRAYS, Batches, open_source
 from train.data.sources import Source
 from train.metrics import Metrics
-from train.output_dir import check_output, write_config
+from train.output_dir import check_output, locked, write_config
 from train.profile import Trace
 from train.state import TrainState, from_trees, init_state, state_specs, to_trees
 from train.step import Step, StepPlan, StepSizes, make_step
@@ -43,6 +43,7 @@ def run(config: Config, *, dry: bool = False) -> int:
     sharding.join(config.mesh)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, config.optimizer.accumulate, mesh)
+    sharding.check_memory(program.batch_shapes(config), config.batch_size, jax.process_count())
     for name, encoder in config.encoders.items():
         if (patch := encoder.stride()) is not None:
             encoders.check_sizes(name, patch, config)
@@ -54,9 +55,10 @@ def run(config: Config, *, dry: bool = False) -> int:
 
         dry_run.show(config, mesh, source)
         return 0
-    if jax.process_index() == 0:
-        write_config(output, config)
-    return Run(config, mesh, source, output).train()
+    with locked(output) if jax.process_index() == 0 else contextlib.nullcontext():
+        if jax.process_index() == 0:
+            write_config(output, config)
+        return Run(config, mesh, source, output).train()
 
 
 class StepResult(NamedTuple):
@@ -96,9 +98,9 @@ class Run:
         return (graph, specs), sharding.place(state, specs, self.mesh)
 
     def train(self) -> int:
-        """Do all steps that are left and return the exit status."""
+        """Do all steps that are left and return the exit status, NOT_WRITTEN if a file cannot be written."""
         config, process, processes = self.config, jax.process_index(), jax.process_count()
-        with contextlib.ExitStack() as opened:
+        with one_write_error() as failed, contextlib.ExitStack() as opened:
             saver = Checkpoints(self.output / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_period)
             self.saver = opened.enter_context(contextlib.closing(saver))
             asked_to_stop = opened.enter_context(stop_requests())
@@ -117,11 +119,9 @@ class Run:
                     batches.set_state(restored.data)
             for message in messages:
                 metrics.say(message)
-            try:
+            with one_write_error(failed):
                 return self.loop(first, trace, asked_to_stop)
-            except OSError as error:
-                metrics.say(f"error: {error}")
-                return NOT_WRITTEN
+        return NOT_WRITTEN
 
     def loop(self, first: int, trace: Trace, asked_to_stop: Callable[[int], bool]) -> int:
         """Do the steps after `first`. A step's metrics are read while the next one runs, so no device waits for it."""
@@ -208,6 +208,18 @@ class Run:
             path = self.output / "pictures" / f"step_{number:08d}{ending}.png"
             picture = pictures.draw(path, model, encoder, self.held_out, self.config.dataset.img_size, step=number)
             self.metrics.image(number, f"upsampled{ending}", picture)
+
+
+@contextlib.contextmanager
+def one_write_error(printed: list[OSError] | None = None) -> Iterator[list[OSError]]:
+    """End a block at an OSError and print it, unless one is in the list already: closing what failed may fail again."""
+    printed = [] if printed is None else printed
+    try:
+        yield printed
+    except OSError as error:
+        if not printed:
+            print("error:", " ".join(str(error).split()), flush=True)
+        printed.append(error)
 
 
 def initial_model(config: Config) -> AnyUp:

@@ -1,14 +1,21 @@
-"""The folder of a run: what it may hold before the run starts, and the configuration that is kept in it."""
+"""The folder of a run: what it may hold before the run starts, its lock, and the configuration kept in it."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
+from filelock import FileLock, Timeout
 
 from anyup_core.files import replacing
 from anyup_core.settings import from_dict, to_dict
 from train.config import Config, differences
+
+LOCK, HOLDER = ".lock", ".lock-holder"
 
 
 def check_output(output: Path, config: Config) -> None:
@@ -20,7 +27,9 @@ def check_output(output: Path, config: Config) -> None:
     """
     saved = output / "config.yaml"
     if not saved.is_file():
-        if output.is_file() or (output.is_dir() and any(path.name != "checkpoints" for path in output.iterdir())):
+        if output.is_file() or (
+            output.is_dir() and {path.name for path in output.iterdir()} - {"checkpoints", LOCK, HOLDER}
+        ):
             raise FileExistsError(f"output_dir={output} holds something that is no training run; name another folder.")
         return
     before = from_dict(Config, yaml.safe_load(saved.read_text()))  # settings that came later get their defaults
@@ -31,8 +40,35 @@ def check_output(output: Path, config: Config) -> None:
         )
 
 
-def write_config(output: Path, config: Config) -> None:
-    """Write the configuration to `config.yaml`; the folder is created if it does not exist."""
+@contextlib.contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Hold the folder, which is created if it does not exist, for this run; the lock ends with the process.
+
+    Raises:
+        FileExistsError: if another run holds it; the message names its host and process.
+    """
     output.mkdir(parents=True, exist_ok=True)
-    with replacing(output / "config.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    holder = output / HOLDER  # the lock's own file is emptied by whoever tries to take it
+    lock = FileLock(output / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        by = holder.read_text().strip() if holder.is_file() else "another process"
+        raise FileExistsError(
+            f"output_dir={output} is in use by {by}; wait for that run to end, or name another output_dir."
+        ) from None
+    try:
+        holder.write_text(f"process {os.getpid()} on host {socket.gethostname()}\n")
+        yield
+    finally:
+        lock.release()
+
+
+def write_config(output: Path, config: Config) -> None:
+    """Write the configuration to `config.yaml`, unless it holds this one already."""
+    text = yaml.safe_dump(to_dict(config), sort_keys=False)
+    path = output / "config.yaml"
+    if path.is_file() and path.read_text() == text:
+        return
+    with replacing(path) as temporary:
+        temporary.write_text(text)

@@ -125,12 +125,17 @@ def _centre_crop(path: Path, config: Config) -> UInt8[np.ndarray, "Hc Wc 3"]:
     return read_crop(path, str(path), config.dataset.crop_size, max_enlargement=math.inf)
 
 
-def _files(folder: Path, reverse: bool) -> Iterator[Path]:
-    """Yield the image files below a folder by name; a subfolder is listed only when it is reached."""
+def _files(folder: Path, reverse: bool, outer: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Yield the image files below a folder by name; a subfolder is listed only when it is reached.
+
+    A link to one of the `outer` folders, which hold this one, is not followed.
+    """
+    outer |= {folder.resolve()}
     for path in sorted(folder.iterdir(), reverse=reverse):
         if path.is_dir():
-            yield from _files(path, reverse)
-        elif path.suffix.lower() in Image.registered_extensions():
+            if path.resolve() not in outer:
+                yield from _files(path, reverse, outer)
+        elif path.is_file() and path.suffix.lower() in Image.registered_extensions():
             yield path
 
 

@@ -29,13 +29,13 @@ def launch(settings: DictConfig) -> None:
     dry = bool(values.pop("dry_run", False))
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         values["output_dir"] = str(Path(values["output_dir"]) / str(HydraConfig.get().job.num))
-    logging.getLogger("absl").setLevel(logging.ERROR)  # warnings of Orbax
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax also raises the errors that it logs
     try:
         config = from_dict(Config, values)
         from train import loop  # imports jax, which an invalid configuration need not wait for
 
         status = loop.run(config, dry=dry)
-    except (ValueError, ImportError, FileNotFoundError, FileExistsError, ConnectionError, PermissionError) as error:
+    except (ValueError, ImportError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         status = IMPOSSIBLE
     if status:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,17 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> int:
             f"make it a multiple of {mesh.size * accumulate}."
         )
     return each
+
+
+def check_memory(batch: dict[str, jax.ShapeDtypeStruct], batch_size: int, processes: int) -> None:
+    """Raise ValueError if a process's share of a batch of these global shapes is larger than its machine's memory."""
+    needed = sum(math.prod(x.shape) * x.dtype.itemsize for x in batch.values()) // processes
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise ValueError(
+            f"batch_size={batch_size} takes {needed / 1e9:,.0f} GB for the photographs of one step, but the machine "
+            f"has {memory / 1e9:,.0f} GB of memory; make it smaller."
+        )
 
 
 def specs(tree: Any, kind: str, mesh: Mesh) -> Any:

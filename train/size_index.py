@@ -104,20 +104,41 @@ def build(root: Path, out: Path | None, workers: int, say: Callable[[str], None]
 
 
 def _list_images(root: Path) -> dict[str, int]:
-    """Return path -> class of every image, at any depth below its class folder."""
+    """Return path -> class of every image, at any depth below its class folder.
+
+    Every real folder is visited once, whatever links lead to it; its own path comes before that of a link. Folders that
+    may not be read are left out.
+    """
     if not root.is_dir():
         raise FileNotFoundError(f"ROOT={root} is no folder; {LAYOUT}.")
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    labels = {}
+    labels, visited = {}, {_identity(root)}
+    folders, links = [], []
     for label, name in enumerate(classes):
-        for folder, _, files in os.walk(root / name, followlinks=True):
-            below = Path(folder).relative_to(root)
-            labels |= {(below / file).as_posix(): label for file in files if file.lower().endswith(SUFFIXES)}
+        (links if (root / name).is_symlink() else folders).append((label, name))
+    while folders or links:
+        label, folder = (folders or links).pop(0)
+        if (identity := _identity(root / folder)) in visited:
+            continue
+        visited.add(identity)
+        with contextlib.suppress(PermissionError):
+            for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
+                path = f"{folder}/{entry.name}"
+                if entry.is_dir():
+                    (links if entry.is_symlink() else folders).append((label, path))
+                elif entry.name.lower().endswith(SUFFIXES):
+                    labels[path] = label
     if not labels:
         raise FileNotFoundError(f"ROOT={root} holds no images in subfolders; {LAYOUT}.")
     if broken := [path for path in labels if "\n" in path or "\r" in path]:
         raise ValueError(f"{broken[0]!r} in {root} has a line break in its name; rename it.")
     return dict(sorted(labels.items()))
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """Return what a folder and all links to it have in common: device and inode."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _resume(partial: Path, root: Path) -> list[Row]:
@@ -156,6 +177,8 @@ def _start_worker() -> None:
 
 
 def _measure(path: str) -> Size:
+    if not os.path.isfile(path):  # opening a pipe or a device could wait for ever
+        return -1, -1
     try:
         with warnings.catch_warnings(action="ignore"), open_image(path, path) as image:
             return upright_size(image)

@@ -153,14 +153,9 @@ def loss_of(
 def updated(
     config: Config, state: TrainState, gradients: Any, norm: Float[Array, ""], metrics: Metrics
 ) -> tuple[TrainState, Metrics]:
-    """Return the state after AdamW and the average, or as it was if loss or gradient are not finite; and the metrics.
+    """Return the state after a step of AdamW and of the average, and the metrics.
 
-    Args:
-        config: the run.
-        state: before the step.
-        gradients: of the parameters, averaged over all devices.
-        norm: of the whole gradient.
-        metrics: the loss and its terms.
+    The state stays as it is unless loss and gradient norm are finite, in this step and in all before it.
     """
     rate = optim.schedule(config.optimizer, config.max_steps)(state.step)
     params, moments = optim.update(config.optimizer, rate, gradients, norm, state.optimizer, state.params)

@@ -110,10 +110,13 @@ _DAMAGE = (
 )
 
 
-class _Reader(pickle._Unpickler):
+_Unpickler: Any = pickle._Unpickler  # whose parts the type stubs do not know
+
+
+class _Reader(_Unpickler):
     """Python's unpickler without imports, calls of anything but the table's, and attributes."""
 
-    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch = dict(_Unpickler.dispatch)
 
     def __init__(self, file: Any, constructors: Mapping[str, Any], persistent: Callable[[Any], Any]):
         super().__init__(file, encoding="latin1")
@@ -193,7 +196,7 @@ def _replace(opcode: str, instruction: Callable[[_Reader], None]) -> None:
 
 def _check_keys(opcode: str, keys: Callable[[list[Any]], list[Any]]) -> None:
     """Have an instruction check what it hashes, given what is on the stack, down to the last mark."""
-    original = pickle._Unpickler.dispatch[getattr(pickle, opcode)[0]]
+    original = _Unpickler.dispatch[getattr(pickle, opcode)[0]]
 
     def instruction(reader: _Reader) -> None:
         reader.keys(keys(reader.stack))

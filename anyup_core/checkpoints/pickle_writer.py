@@ -37,7 +37,10 @@ def tensors(value: Any, path: str = "") -> dict[str, np.ndarray]:
     return arrays
 
 
-class _Writer(pickle._Pickler):
+_Pickler: Any = pickle._Pickler  # whose parts the type stubs do not know
+
+
+class _Writer(_Pickler):
     """Python's pickler, which calls PyTorch's functions by name: the C form imports what it names."""
 
     def __init__(self, file: io.BytesIO, store: Callable[[np.ndarray], tuple[int, str]]):

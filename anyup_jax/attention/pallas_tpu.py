@@ -51,9 +51,9 @@ class KernelTables:
     """
 
     row_start: Int[Array, " down"]
-    row_bias: Float[Array, "down size span"]
+    row_bias: Float[Array, "down rows row_span"]
     col_start: Int[Array, " across"]
-    col_bias: Float[Array, "across size span"]
+    col_bias: Float[Array, "across cols col_span"]
     width: int = dataclasses.field(metadata=dict(static=True))
     channels: int = dataclasses.field(metadata=dict(static=True))
 

@@ -6,8 +6,8 @@ query does not see of that slice is masked.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from anyup_core.geometry import AxisTiles, AxisWindow, plan_tiles
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TileTables:
+class TileTables(NamedTuple):
     """Where the tiles along one axis and their slices of keys begin, and what the queries see: `AxisTiles` as arrays.
 
     Attributes:

@@ -31,11 +31,13 @@ def run(
 
     from anyup_jax.model import compiled
 
-    arrays = [np.asarray(array)[None] for array in (normalize(image), features, values)]
+    image, features, values = (np.asarray(array)[None] for array in (normalize(image), features, values))
+    graph, state = nnx.split(model)
+    inputs = image, [(features, values)]
     start = time.perf_counter()
-    program = compiled.lower(*nnx.split(model), *arrays, tuple(output_size), q_chunk_size).compile()
+    program = compiled.lower(graph, state, *inputs, tuple(output_size), q_chunk_size).compile()
     middle = time.perf_counter()
-    output = jax.block_until_ready(program(*nnx.split(model)[1:], *arrays))
+    (output,) = jax.block_until_ready(program(state, *inputs))
     times = f"compiled in {middle - start:.2f} s, ran in {time.perf_counter() - middle:.2f} s"
     return np.asarray(output[0], np.float32), times
 

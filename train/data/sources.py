@@ -31,16 +31,13 @@ class Source(Protocol):
     def __len__(self) -> int: ...
     def name(self, index: int) -> str:
         """Return the name of a photograph in messages."""
-        ...
 
-    def open(self, index: int) -> IO[bytes]:
+    def open(self, index: int) -> IO[bytes] | io.BytesIO:
         """Open the file of a photograph. Raises OSError if that fails."""
-        ...
 
     @property
     def digest(self) -> str:
         """A digest of the photographs' names and order."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +53,11 @@ class Files:
     def name(self, index: int) -> str:
         return printable(self.paths[index])
 
-    def open(self, index: int) -> IO[bytes]:
-        return (self.root / self.paths[index]).open("rb")
+    def open(self, index: int) -> IO[bytes] | io.BytesIO:
+        path = self.root / self.paths[index]
+        if path.exists() and not path.is_file():  # opening a pipe or a device could wait for ever
+            raise OSError(f"{self.name(index)} is not a regular file.")
+        return path.open("rb")
 
     @functools.cached_property
     def digest(self) -> str:
@@ -78,7 +78,7 @@ class TFDS:
     def name(self, index: int) -> str:
         return f"{self.title}#{index}"
 
-    def open(self, index: int) -> IO[bytes]:
+    def open(self, index: int) -> IO[bytes] | io.BytesIO:
         return io.BytesIO(self.data[index][self.feature])
 
     @property
