@@ -204,7 +204,7 @@ def test_an_error_is_one_line_and_status_2(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["upsample", "{image}", "--out", "{folder}/out.txt"], "the output can be .npy, .npz, .safetensors, .zarr"),
+        (["upsample", "{image}", "--out", "{folder}/out.txt"], "the output can be .npz, .safetensors, .npy, .zarr"),
         (["upsample", "{image}", "--out", "{folder}/absent/out.npy"], "does not exist; create it first"),
         (["upsample", "{text}", "--out", "{folder}/out.npy"], "text.png is not an image"),
         (
