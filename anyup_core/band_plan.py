@@ -8,8 +8,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from anyup_core import geometry
+from anyup_core.checks import is_whole
 from anyup_core.config import AnyUpConfig
 from anyup_core.geometry import AxisWindow, axis_window
+from anyup_core.settings import require
 
 BAND = 1 << 26  # numbers in a band of the output, where the caller does not say how many rows it has
 
@@ -33,23 +35,15 @@ def plan_bands(
     Raises:
         ValueError: if `rows` is no positive whole number, or a window holds no key.
     """
-    if rows is not None and (not hasattr(rows, "__index__") or isinstance(rows, bool) or rows < 1):
-        raise ValueError(f"rows={rows!r} must be a whole number of at least 1, or None for bands of a moderate size.")
+    positive = rows is None or (is_whole(rows) and rows >= 1)
+    require(positive, "rows", rows, "give a whole number of at least 1, or None for bands of a moderate size")
     for n, m in zip(size, cells):
         axis_window(n, m, config.window_ratio, config.window)  # it refuses
-    rows = rows_of_band(size, cells, channels) if rows is None else int(rows)
-    return Plan(size, cells, min(rows, size[0]), None if q_chunk_size is None else int(q_chunk_size))
-
-
-def rows_of_band(size: tuple[int, int], cells: tuple[int, int], channels: int) -> int:
-    """Return how many rows of `channels` numbers a position make a band of BAND numbers.
-
-    Whole numbers of cells, or a power of two within a cell, so that tiles of a good size fit into it.
-    """
-    rows, cell = max(1, BAND // (size[1] * channels)), max(1, size[0] // cells[0])
-    if rows >= size[0]:
-        return size[0]
-    return rows // cell * cell if rows >= cell else 1 << (rows.bit_length() - 1)
+    if rows is None:
+        rows, cell = max(1, BAND // (size[1] * channels)), max(1, size[0] // cells[0])
+        if rows < size[0]:  # whole cells, or a power of two within a cell, so that tiles of a good size fit into it
+            rows = rows // cell * cell if rows >= cell else 1 << (rows.bit_length() - 1)
+    return Plan(size, cells, min(int(rows), size[0]), None if q_chunk_size is None else int(q_chunk_size))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from anyup_core.config import AnyUpConfig
+from anyup_core.settings import require
 
 ORDERS = {"NHWC": (0, 2, 3, 1), "NCHW": (0, 3, 1, 2)}  # how to transpose the other order into this one
 
@@ -39,36 +40,25 @@ def check_inputs(
                 f"{name} has shape {tuple(array.shape)}; it must have four axes, {layout}, none of them empty."
             )
         if "float" not in str(array.dtype):
-            hint = (
-                "divide by 255 and apply the ImageNet mean and standard deviation" if name == "image" else "convert it"
-            )
+            hint = "divide by 255, apply the ImageNet mean and standard deviation" if name == "image" else "convert it"
             raise TypeError(f"{name} holds {array.dtype}; it must hold floating-point numbers: {hint} first.")
     shape, cells = tuple(image.shape), tuple(features.shape)
     if shape[channels] != config.input_dim:
-        hint = ""
-        if shape[1 if layout == "NHWC" else 3] == config.input_dim:
-            hint = f" The channels seem to be on another axis: transpose by {ORDERS[layout]}."
-        raise ValueError(f"image has shape {shape}; {layout} with {config.input_dim} channels is expected.{hint}")
+        raise ValueError(f"image has shape {shape}; {expected_axes(layout, shape, config.input_dim)}")
     if shape[0] != cells[0]:
-        raise ValueError(
-            f"image {shape} and features {cells} differ in the batch size; give one feature map per image."
-        )
+        raise ValueError(f"image {shape}, features {cells} differ in the batch size; give one feature map per image.")
     if _looks_transposed(cells, shape[height] / shape[width], layout):
         raise ValueError(
             f"features of shape {cells} do not have the proportions of the image {shape}, but would with the channels "
             f"on another axis; {layout} is expected: transpose by {ORDERS[layout]}."
         )
-    if values is not None:
-        expected = [values.shape[axis] if axis == channels else cells[axis] for axis in range(4)]
-        if tuple(values.shape) != tuple(expected):
-            raise ValueError(
-                f"values {tuple(values.shape)} must share batch, height and width with the features {cells}; "
-                "only the channels may differ."
-            )
-    if q_chunk_size is not None and (not _whole(q_chunk_size) or q_chunk_size < 1):
+    if values is not None and any(values.shape[axis] != cells[axis] for axis in range(4) if axis != channels):
         raise ValueError(
-            f"q_chunk_size={q_chunk_size!r} must be a whole number of at least 1, or None to let the backend choose."
+            f"values {tuple(values.shape)} must share batch, height and width with the features {cells}; "
+            "only the channels may differ."
         )
+    positive = q_chunk_size is None or (is_whole(q_chunk_size) and q_chunk_size >= 1)
+    require(positive, "q_chunk_size", q_chunk_size, "give a whole number of at least 1, or None: the backend chooses")
     return _size(output_size, (shape[height], shape[width]))
 
 
@@ -86,17 +76,17 @@ def check_maps(
     Raises:
         ValueError, TypeError: as `check_inputs`, naming the map; and unless both are lists of one length, not empty.
     """
+    values = [None] * len(features) if values is None and isinstance(features, list | tuple) else values
     for name, maps in (("features", features), ("values", values)):
-        if not isinstance(maps, (list, tuple)) and not (name == "values" and maps is None):
+        if not isinstance(maps, list | tuple):
             raise TypeError(f"{name} is a {type(maps).__name__}; give a list with one entry for each feature map.")
     if not features:
         raise ValueError("features is an empty list; give at least one feature map.")
-    if values is not None and len(values) != len(features):
+    if len(values) != len(features):
         raise ValueError(f"values has {len(values)} entries for {len(features)} feature maps; give one for each map.")
-    for index, maps in enumerate(features):
+    for index, maps in enumerate(zip(features, values)):
         try:
-            chosen = None if values is None else values[index]
-            size = check_inputs(config, layout, image, maps, output_size, q_chunk_size, chosen)
+            size = check_inputs(config, layout, image, maps[0], output_size, q_chunk_size, maps[1])
         except (TypeError, ValueError) as error:
             raise type(error)(f"Feature map {index}: {error}") from None
     return size
@@ -105,21 +95,26 @@ def check_maps(
 def _size(output_size: Sequence[int] | None, default: tuple[int, int]) -> tuple[int, int]:
     if output_size is None:
         return default
-    if not isinstance(output_size, Sequence) or len(output_size) != 2 or not all(map(_whole, output_size)):
+    if not isinstance(output_size, Sequence) or len(output_size) != 2 or not all(map(is_whole, output_size)):
         raise TypeError(f"output_size={output_size!r} must be two whole numbers, height and width.")
     if min(output_size) < 1:
         raise ValueError(f"output_size={tuple(output_size)} must be at least 1 x 1; leave it out for the image's size.")
     return int(output_size[0]), int(output_size[1])
 
 
-def _whole(number: Any) -> bool:
+def expected_axes(layout: str, shape: tuple[int, ...], channels: int) -> str:
+    """Return what an image must be, and how to transpose one of this shape that has its channels on another axis."""
+    other = len(shape) == 4 and shape[4 - layout.index("C")] == channels
+    hint = f" The channels seem to be on another axis: transpose by {ORDERS[layout]}." if other else ""
+    return f"{layout} with {channels} channels is expected.{hint}"
+
+
+def is_whole(number: Any) -> bool:
     return hasattr(number, "__index__") and not isinstance(number, bool)
 
 
 def _looks_transposed(shape: tuple[int, ...], aspect: float, layout: str) -> bool:
     """Whether a map is far from the image's height / width, but close to it when read in the other axis order."""
-    here, there = (
-        (shape[1] / shape[2], shape[2] / shape[3]) if layout == "NHWC" else (shape[2] / shape[3], shape[1] / shape[2])
-    )
-    off, other = (max(ratio / aspect, aspect / ratio) for ratio in (here, there))
+    first, last = (max(ratio / aspect, aspect / ratio) for ratio in (shape[1] / shape[2], shape[2] / shape[3]))
+    off, other = (first, last) if layout == "NHWC" else (last, first)
     return off >= 4 and other <= 1.1

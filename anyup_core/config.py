@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
+
+from anyup_core.settings import require
 
 NORM_GROUPS = 8  # groups of every GroupNorm
 WINDOWS = ("paper", "natten")
@@ -44,27 +47,20 @@ class AnyUpConfig:
 
     def __post_init__(self) -> None:
         for name in ("input_dim", "qk_dim", "kernel_size", "kernel_size_lfu", "num_heads", "filters"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{_field(name)}={value!r} must be a positive integer.")
-        for name in ("kernel_size", "kernel_size_lfu"):
-            if getattr(self, name) % 2 == 0:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} must be odd, so that a pixel is the centre of its patch."
+            value, field = getattr(self, name), "lfu_dim" if name == "filters" else name
+            positive = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            require(positive, field, value, "it must be a positive integer")
+            if name in ("kernel_size", "kernel_size_lfu"):
+                require(value % 2, field, value, "it must be odd, so that a pixel is the centre of its patch")
+            if name in ("qk_dim", "filters"):
+                require(
+                    value % NORM_GROUPS == 0, field, value, f"it must be a multiple of the {NORM_GROUPS} norm groups"
                 )
-        for name in ("qk_dim", "filters"):
-            if getattr(self, name) % NORM_GROUPS:
-                raise ValueError(
-                    f"{_field(name)}={getattr(self, name)} must be a multiple of the {NORM_GROUPS} norm groups."
-                )
-        if self.qk_dim % self.num_heads:
-            raise ValueError(f"qk_dim={self.qk_dim} must be a multiple of num_heads={self.num_heads}.")
-        if not isinstance(self.window_ratio, int | float) or not -float("inf") < self.window_ratio < float("inf"):
-            raise ValueError(
-                f"window_ratio={self.window_ratio!r} must be a finite number; 0 lets a query see every key."
-            )
-        if self.window not in WINDOWS:
-            raise ValueError(f"window={self.window!r} is unknown; choose one of {', '.join(WINDOWS)}.")
+        heads = f"it must be a multiple of num_heads={self.num_heads}"
+        require(self.qk_dim % self.num_heads == 0, "qk_dim", self.qk_dim, heads)
+        finite = isinstance(self.window_ratio, int | float) and math.isfinite(self.window_ratio)
+        require(finite, "window_ratio", self.window_ratio, "it must be a finite number; 0 lets a query see every key")
+        require(self.window in WINDOWS, "window", self.window, f"choose one of {', '.join(WINDOWS)}")
 
     @property
     def filters(self) -> int:
@@ -93,7 +89,3 @@ class AnyUpConfig:
         if isinstance(text, Path):
             text = text.read_text()
         return cls().replace(**json.loads(text))
-
-
-def _field(name: str) -> str:
-    return "lfu_dim" if name == "filters" else name

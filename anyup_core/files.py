@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,8 +17,8 @@ from PIL import Image, ImageOps
 
 from anyup_core.replacement import replacing
 
-ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors")
-Append = Callable[[int, Float[np.ndarray, "rows W C"]], Any]
+ARRAY_SUFFIXES = (".npz", ".safetensors")  # written at once, with their metadata
+PlacedBands = Iterator[tuple[int, Float[np.ndarray, "_ W C"]]]
 BAND_SUFFIXES = (".npy", ".zarr")  # written band by band, so they may be larger than memory
 ZARR_CHUNK = 1 << 22  # numbers in a chunk of a Zarr array, about
 
@@ -36,7 +37,7 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
 
 
 @contextlib.contextmanager
-def open_image(file: str | os.PathLike | IO[bytes], name: str | os.PathLike) -> Iterator[Image.Image]:
+def open_image(file: str | os.PathLike | IO[bytes] | io.BytesIO, name: str | os.PathLike) -> Iterator[Image.Image]:
     """Give an image file, or one in memory, as Pillow opens it; errors, those of the block too, call it `name`.
 
     Raises:
@@ -129,7 +130,6 @@ def write_features(
 ) -> None:
     """Write a feature map; the suffix says how.
 
-    - .npy: the array alone, (H, W, C).
     - .npz: `features`, `image_size` (height, width) and `metadata`, a JSON object as a string.
     - .safetensors: the tensor `features`, and the metadata, each value as JSON, in the header.
 
@@ -142,9 +142,7 @@ def write_features(
     path = Path(path)
     features = np.ascontiguousarray(features, dtype)
     with replacing(path) as temporary:
-        if path.suffix == ".npy":
-            np.save(temporary, features)
-        elif path.suffix == ".npz":
+        if path.suffix == ".npz":
             image_size = np.array(metadata["image_size"], np.int64)
             np.savez(temporary, features=features, image_size=image_size, metadata=np.array(json.dumps(metadata)))
         else:
@@ -155,7 +153,7 @@ def write_features(
 
 def write_bands(
     path: str | os.PathLike,
-    bands: Iterable[Float[np.ndarray, "rows W C"]],
+    bands: Iterable[Float[np.ndarray, "_ _ _"]],
     shape: tuple[int, int, int],
     metadata: dict[str, Any],
     dtype: str = "float32",
@@ -183,39 +181,40 @@ def write_bands(
             f"{path} of shape {tuple(shape)} in {dtype} takes {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are "
             "free there; write float16, choose another disk or a smaller output size."
         )
+    write = _write_npy if path.suffix == ".npy" else _write_zarr
     with replacing(path) as temporary:
-        write = _npy_writer if path.suffix == ".npy" else _zarr_writer
-        first = 0
-        with write(temporary, shape, np.dtype(dtype), metadata) as append:
-            for band in bands:
-                if band.shape[1:] != tuple(shape[1:]) or first + len(band) > shape[0]:
-                    raise ValueError(f"A band of shape {band.shape} after {first} rows does not fit into {shape}.")
-                append(first, np.ascontiguousarray(band, dtype))
-                first += len(band)
-        if first != shape[0]:
-            raise ValueError(f"The bands ended after {first} of {shape[0]} rows.")
+        write(temporary, _placed(bands, shape, dtype), shape, np.dtype(dtype), metadata)
 
 
-@contextlib.contextmanager
-def _npy_writer(path: Path, shape: tuple[int, ...], dtype: np.dtype, metadata: dict[str, Any]) -> Iterator[Append]:
+def _placed(bands: Iterable[Float[np.ndarray, "_ _ _"]], shape: tuple[int, ...], dtype: str) -> PlacedBands:
+    """Yield each band with the number of its first row."""
+    first = 0
+    for band in bands:
+        if band.shape[1:] != tuple(shape[1:]) or first + len(band) > shape[0]:
+            raise ValueError(f"A band of shape {band.shape} after {first} rows does not fit into {shape}.")
+        yield first, np.ascontiguousarray(band, dtype)
+        first += len(band)
+    if first != shape[0]:
+        raise ValueError(f"The bands ended after {first} of {shape[0]} rows.")
+
+
+def _write_npy(path: Path, bands: PlacedBands, shape: tuple[int, ...], dtype: np.dtype, metadata: Any) -> None:
     header = dict(descr=np.lib.format.dtype_to_descr(dtype), fortran_order=False, shape=tuple(shape))
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
-        yield lambda first, band: file.write(band.data)
+        for _, band in bands:
+            file.write(band.data)
 
 
-@contextlib.contextmanager
-def _zarr_writer(path: Path, shape: tuple[int, ...], dtype: np.dtype, metadata: dict[str, Any]) -> Iterator[Append]:
+def _write_zarr(path: Path, bands: PlacedBands, shape: tuple[int, ...], dtype: np.dtype, metadata: Any) -> None:
     """Chunks hold rows that the bands fill in turn, so that a chunk is read again only where a band ends within it."""
     import tensorstore
 
-    store, height = None, shape[0]
-
-    def append(first: int, band: Float[np.ndarray, "rows W C"]) -> None:
-        nonlocal store
+    store = None
+    for first, band in bands:
         try:
             if store is None:
-                rows, cols = min(len(band), height), max(1, min(shape[1], ZARR_CHUNK // (len(band) * shape[2])))
+                rows, cols = min(len(band), shape[0]), max(1, min(shape[1], ZARR_CHUNK // (len(band) * shape[2])))
                 layout = dict(shape=list(shape), chunks=[rows, cols, shape[2]], dtype=dtype.str, compressor=None)
                 spec = dict(driver="zarr", kvstore=dict(driver="file", path=f"{path}/"), metadata=layout)
                 store = tensorstore.open(spec, create=True).result()
@@ -223,5 +222,3 @@ def _zarr_writer(path: Path, shape: tuple[int, ...], dtype: np.dtype, metadata: 
             store[first : first + len(band)].write(band).result()
         except ValueError as error:  # tensorstore's way to report a full disk
             raise OSError(f"{path.name} could not be written: {error}") from error
-
-    yield append

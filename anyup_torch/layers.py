@@ -111,10 +111,12 @@ class FeatureUnification(nn.Module):
         step = max(1, block // (channels * filters))
         blocks = torch.arange(positions, device=features.device).split(step)
         if torch.is_grad_enabled() and (self.basis.requires_grad or features.requires_grad):
-            unified = [checkpoint(describe, index, use_reentrant=False) for index in blocks]
-        else:
-            unified = [describe(index) for index in blocks]
-        return torch.cat(unified).to(features.dtype).reshape(batch, height, width, filters).permute(0, 3, 1, 2)
+            unified = torch.cat([checkpoint(describe, index, use_reentrant=False) for index in blocks])
+        else:  # results that are kept one by one between large blocks that are freed leave holes in the heap
+            unified = features.new_empty(positions, filters, dtype=torch.float32)
+            for index, result in zip(blocks, unified.split(step)):
+                result.copy_(describe(index))
+        return unified.to(features.dtype).reshape(batch, height, width, filters).permute(0, 3, 1, 2)
 
 
 UNIFICATION_BLOCK = 1 << 19  # responses held at once by the feature unification: what stays in the cache

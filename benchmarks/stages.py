@@ -96,7 +96,7 @@ def torch_stages(job: Job) -> dict[str, Callable[[], object]]:
             x = streaming.Pixels.around(guide.normal_())
             x.count(guide, torch.empty_like(guide))
             x = stream.apply(blocks[1], x)
-            _ = stream.pool(blocks[2], x, shape, cells) if pool else stream.apply(blocks[2], x)
+            _ = stream.pool(blocks[2], x, shape, [cells]) if pool else stream.apply(blocks[2], x)
 
         return run
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from anyup_core.settings import require
 from anyup_jax.encoders.settings import EncoderConfig
+from train.config import at_least
 
 Size = tuple[int, int]
 GEOMETRY = ("depth", "normals")  # tasks
@@ -92,12 +93,7 @@ class ProbeConfig:
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, "probe.learning_rate", self.learning_rate, "give a positive rate")
-        require(self.weight_decay >= 0, "probe.weight_decay", self.weight_decay, "give 0 or more")
-        require(self.epochs >= 1, "probe.epochs", self.epochs, "give at least 1")
-        require(self.batch_size >= 1, "probe.batch_size", self.batch_size, "give at least 1")
-        require(self.warmup_epochs >= 0, "probe.warmup_epochs", self.warmup_epochs, "give 0 or more")
-        require(self.pixel_stride >= 1, "probe.pixel_stride", self.pixel_stride, "give at least 1")
-        require(self.repeats >= 1, "probe.repeats", self.repeats, "train at least 1")
+        at_least(self, "probe.", weight_decay=0, epochs=1, batch_size=1, warmup_epochs=0, pixel_stride=1, repeats=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,10 +151,7 @@ class Config:
         unknown = [name for name in self.methods if name not in METHODS]
         require(not unknown, "methods", list(self.methods), f"choose of {', '.join(METHODS)}")
         require(len(set(self.methods)) == len(self.methods) > 0, "methods", list(self.methods), "name each once")
-        require(self.high_resolution >= 2, "high_resolution", self.high_resolution, "give at least 2")
-        require(self.limit is None or self.limit >= 1, "limit", self.limit, "give at least 1, or null for all")
-        require(self.seed >= 0, "seed", self.seed, "give a whole number of at least 0")
-        require(self.pictures >= 0, "pictures", self.pictures, "give 0 or more")
+        at_least(self, "", high_resolution=2, limit=1, seed=0, pictures=0)
         enlarged = self.task == "fidelity" and "high_resolution" in self.methods
         require(not enlarged, "methods", list(self.methods), "fidelity compares the others with high_resolution")
         labelled = self.task == "segmentation"
@@ -171,8 +164,9 @@ class Config:
         probe, task = self.probe, self.task
         require(self.dataset.kind == "nyu", "dataset.kind", self.dataset.kind, f"{task} needs nyu")
         require(not probe.flip, "probe.flip", True, f"{task} does not mirror; give probe=geometry")
-        require(probe.pixel_stride == 1, "probe.pixel_stride", probe.pixel_stride, f"{task} uses all pixels")
-        require(probe.repeats == 1, "probe.repeats", probe.repeats, f"{task} trains one probe")
+        for name in ("pixel_stride", "repeats"):
+            value = getattr(probe, name)
+            require(value == 1, f"probe.{name}", value, f"{task} trains one probe on all pixels; give 1")
         layers = {name: len(encoder.layer) for name, encoder in self.encoders.items()}
         possible = probe.head == "linear" or set(layers.values()) <= {1, LEVELS}
         require(possible, "encoders", layers, f"probe.head=dpt takes 1 layer or {LEVELS}")

@@ -48,5 +48,4 @@ def scores(
     for image in images:
         low, high = encode(encoder, image[None]), encode(encoder, image[None], factor)
         cosines.append(compare(jnp.asarray(image[None], jnp.float32) / 255, low, high))
-    mean = np.mean(jax.device_get(cosines), axis=0)
-    return dict(cosine_high=float(mean[0]), cosine_down=float(mean[1]))
+    return dict(zip(("cosine_high", "cosine_down"), np.mean(jax.device_get(cosines), axis=0).tolist()))

@@ -1,10 +1,13 @@
-"""Heads that predict depth and surface normals from frozen features, as in Probe3D (El Banani et al., 2024).
+"""Heads that predict depth and normals from frozen features, and their losses, as in Probe3D (El Banani et al., 2024).
 
 A head's output becomes depth or normals at the size of the target: depth is interpolated bilinearly after the bins are
 averaged, the raw normals bicubically before they are scaled to unit length. The published heads upsample low-resolution
 features; features that are upsampled already need no more, so the caller gives the size of the output.
 
 Parameters are float32; `dtype` is the type of the computation. The outputs are float32 for every `dtype`.
+
+Every mean of a loss is over the valid pixels of the whole batch. If there are none, the losses and their gradients are
+0. Other pixels have no influence, whatever values they have, NaN included.
 """
 
 from __future__ import annotations
@@ -17,44 +20,48 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from anyup_jax.layers import convolve, uniform
+from anyup_jax import layers
 from evaluation.config import LEVELS, Size
-from evaluation.methods import axis_weights
+from evaluation.methods import resize
 
 BINS, NEAR, FAR = 256, 1e-3, 10.0  # the depths that a pixel chooses among, in metres
 FLOOR = 0.1  # added to the weight of every bin
 LEAST_KAPPA = 0.01
-DEPTH_OUTPUTS, NORMAL_OUTPUTS = BINS, 4
+OUTPUTS = dict(depth=BINS, normals=4)  # channels of the heads
+SHIFT = 1e-3  # metres, added before logarithms
+VARIANCE_FOCUS = 0.85
+SCALE_INVARIANT_WEIGHT, GRADIENT_WEIGHT = 10.0, 0.5
+STRIDES = 1, 2, 4, 6
+STEP = 2  # pixels between the two that a gradient compares
+COSINE_LIMIT = 1 - 1e-4
 
-Maps = Float[Array, "B h w _"] | Sequence[Float[Array, "B h w _"]]
+Map = Float[Array, "B H W channels"]
 
 
 class Linear(nnx.Module):
     """Bilinear upsampling, then one 3 x 3 convolution, zeros around the image.
 
     Args:
-        channels: of the features; of several maps, the sum or one number for each.
-        outputs: `DEPTH_OUTPUTS` or `NORMAL_OUTPUTS`.
+        channels: of each map.
+        outputs: channels of the output, of `OUTPUTS`.
         dtype: type of the computation.
         rngs: for the initial weights.
     """
 
-    def __init__(self, channels: int | Sequence[int], outputs: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
-        self.conv = Conv(int(np.sum(channels)), outputs, 3, dtype=dtype, rngs=rngs)
+    def __init__(self, channels: Sequence[int], outputs: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        self.conv = Conv(sum(channels), outputs, 3, dtype=dtype, rngs=rngs)
 
-    def __call__(self, features: Maps, size: Size | None = None) -> Float[Array, "B Ho Wo outputs"]:
+    def __call__(self, features: Sequence[Float[Array, "B h w _"]], size: Size) -> Float[Array, "B Ho Wo outputs"]:
         """Return the raw prediction.
 
         Args:
-            features: one map, or the maps of several layers, all of one size, which are concatenated.
-            size: height and width of the output; None for four times those of the features, as published. Features of
-                this size are not resized.
+            features: the maps of one layer or of several, all of one size, which are concatenated.
+            size: height and width of the output; published are four times those of the features. Features of this
+                size are not resized.
         """
-        joined = jnp.concatenate(_listed(features), -1)
-        height, width = joined.shape[1:3]
-        return self.conv(resize(joined, size or (4 * height, 4 * width), "bilinear")).astype(jnp.float32)
+        return self.conv(resize(jnp.concatenate(features, -1), size, "bilinear")).astype(jnp.float32)
 
 
 class DPT(nnx.Module):
@@ -65,63 +72,43 @@ class DPT(nnx.Module):
     Probe3D: no normalisation, nearest upsampling throughout).
 
     Args:
-        channels: of the features, one number for all four maps or one for each.
-        outputs: `DEPTH_OUTPUTS` or `NORMAL_OUTPUTS`.
+        channels: of each of the four maps, or of the one that is used four times.
+        outputs: channels of the output, of `OUTPUTS`.
         hidden: channels between the first and the last convolution.
         dtype: type of the computation.
         rngs: for the initial weights.
     """
 
     def __init__(
-        self,
-        channels: int | Sequence[int],
-        outputs: int,
-        *,
-        hidden: int = 512,
-        dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
+        self, channels: Sequence[int], outputs: int, *,
+        hidden: int = 512, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs,
+    ):  # fmt: skip
         options = dict(dtype=dtype, rngs=rngs)
         self.project = nnx.List([Conv(n, hidden, 1, **options) for n in np.broadcast_to(channels, LEVELS).tolist()])
         self.fuse = nnx.List([Fusion(hidden, last=level == LEVELS - 1, **options) for level in range(LEVELS)])
         self.conv1 = Conv(hidden, hidden, 3, **options)
         self.conv2 = Conv(hidden, outputs, 3, **options)
 
-    def __call__(self, features: Maps, size: Size | None = None) -> Float[Array, "B Ho Wo outputs"]:
+    def __call__(self, features: Sequence[Float[Array, "B h w _"]], size: Size) -> Float[Array, "B Ho Wo outputs"]:
         """Return the raw prediction.
 
         Args:
             features: four maps of one size, from the first layer to the last, or one that is used four times.
-            size: height and width of the output; None for 16 times those of the features, as published. No stage
-                exceeds it and the last one reaches it: features of this size are not resized, and 16 times the size of
-                the features is the same as None.
+            size: height and width of the output; published are 16 times those of the features. No stage exceeds it and
+                the last one reaches it: features of this size are not resized.
 
         Raises:
             ValueError: for any other number of maps.
         """
-        maps = _listed(features)
-        maps = maps * LEVELS if len(maps) == 1 else maps
-        if len(maps) != LEVELS:
-            raise ValueError(f"The DPT head takes 1 or {LEVELS} feature maps, got {len(maps)}.")
-        cells = maps[0].shape[1:3]
-        first, second, third = (tuple(times * n for n in cells) for times in (2, 8, 16))
-        if size is not None:
-            first, second, third = _at_most(first, size), _at_most(second, size), size
-
-        maps = [resize(project(x), first, "nearest") for project, x in zip(self.project, maps)]
+        if len(features) not in (1, LEVELS):
+            raise ValueError(f"The DPT head takes 1 or {LEVELS} feature maps, got {len(features)}.")
+        first, second = (tuple(min(times * n, m) for n, m in zip(features[0].shape[1:3], size)) for times in (2, 8))
         fused = None
-        for fuse, x in reversed(list(zip(self.fuse, maps))):
-            fused = fuse(x, fused)
+        for level in reversed(range(LEVELS)):
+            x = resize(self.project[level](features[level % len(features)]), first, "nearest")
+            fused = self.fuse[level](x, fused)
         x = self.conv2(jax.nn.relu(self.conv1(resize(fused, second, "nearest"))))
-        return resize(x, third, "nearest").astype(jnp.float32)
-
-
-def _listed(features: Maps) -> list[Float[Array, "B h w _"]]:
-    return list(features) if isinstance(features, Sequence) else [features]
-
-
-def _at_most(size: Size, limit: Size) -> Size:
-    return min(size[0], limit[0]), min(size[1], limit[1])
+        return resize(x, size, "nearest").astype(jnp.float32)
 
 
 class Fusion(nnx.Module):
@@ -131,9 +118,7 @@ class Fusion(nnx.Module):
         self.block1 = None if last else Residual(channels, dtype=dtype, rngs=rngs)
         self.block2 = Residual(channels, dtype=dtype, rngs=rngs)
 
-    def __call__(
-        self, x: Float[Array, "B H W channels"], later: Float[Array, "B H W channels"] | None
-    ) -> Float[Array, "B H W channels"]:
+    def __call__(self, x: Map, later: Map | None) -> Map:
         return self.block2(x if self.block1 is None else self.block1(x) + later)
 
 
@@ -144,23 +129,19 @@ class Residual(nnx.Module):
         self.conv1 = Conv(channels, channels, 3, dtype=dtype, rngs=rngs)
         self.conv2 = Conv(channels, channels, 3, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B H W channels"]) -> Float[Array, "B H W channels"]:
+    def __call__(self, x: Map) -> Map:
         return x + jax.nn.relu(self.conv2(jax.nn.relu(self.conv1(x))))
 
 
-class Conv(nnx.Module):
+class Conv(layers.Conv):
     """k x k convolution with a bias, zeros around the image, initialised as PyTorch does. Kernel (k, k, in, out)."""
 
     def __init__(self, inputs: int, outputs: int, kernel_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        bound = (inputs * kernel_size**2) ** -0.5
-        self.kernel = nnx.Param(uniform(rngs, (kernel_size, kernel_size, inputs, outputs), bound))
-        self.bias = nnx.Param(uniform(rngs, (outputs,), bound))
-        self.dtype = dtype
+        super().__init__(inputs, outputs, kernel_size, padding="zeros", dtype=dtype, rngs=rngs)
+        self.bias = nnx.Param(layers.uniform(rngs, (outputs,), (inputs * kernel_size**2) ** -0.5))
 
     def __call__(self, x: Float[Array, "B H W inputs"]) -> Float[Array, "B H W outputs"]:
-        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
-        half = kernel.shape[0] // 2
-        return convolve(x.astype(self.dtype), kernel, ((half, half), (half, half))) + bias
+        return super().__call__(x) + self.bias[...].astype(self.dtype)
 
 
 def depth_of(logits: Float[Array, "B H W bins"], size: Size | None = None) -> Float[Array, "B Ho Wo"]:
@@ -199,15 +180,63 @@ def unit(x: Float[Array, "... C"]) -> Float[Array, "... C"]:
     return x * lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-16))
 
 
-def resize(x: Float[Array, "B H W C"], size: Size, kernel: str) -> Float[Array, "B Ho Wo C"]:
-    """Interpolate as PyTorch does without aligned corners and antialiasing; the map itself where the size is its own.
+def depth_loss(
+    prediction: Float[Array, "B H W"], target: Float[Array, "B H W"], valid: Bool[Array, "B H W"]
+) -> Float[Array, ""]:
+    """Return 10 sqrt(mean(g^2) - 0.85 mean(g)^2) + 0.5 L, with g = log(prediction + 0.001) - log(target + 0.001).
+
+    L is the log-gradient loss (MegaDepth, Li & Snavely, 2018, as DINOv2 has it): of every 1st, 2nd, 4th and 6th row and
+    column, the sum of |g(i) - g(i + 2)| along rows and along columns where both are valid, divided by the number of
+    valid pixels there. Until November 2025 Probe3D's code took these differences and strides along the axes of batch
+    and channels; here they run along rows and columns, as in its correction.
 
     Args:
-        x: the map.
-        size: height and width of the result.
-        kernel: "nearest", "bilinear" or "bicubic", see `evaluation.methods.axis_weights`.
+        prediction, target: depth in metres, at least 0 where valid.
+        valid: pixels that count; in the protocol those with 0 < target <= 10.
     """
-    if x.shape[1:3] == tuple(size):
-        return x
-    rows, cols = (jnp.asarray(axis_weights(kernel, n, m), x.dtype) for n, m in zip(x.shape[1:3], size))
-    return jnp.einsum("Hh,bhwc,Ww->bHWc", rows, x, cols, precision=lax.Precision.HIGHEST)
+    safe = (jnp.where(valid, depth, 1) for depth in (prediction, target))
+    predicted, true = (jnp.log(depth + SHIFT) for depth in safe)
+    g = predicted - true
+    square = _mean(jnp.square(g), valid) - VARIANCE_FOCUS * jnp.square(_mean(g, valid))
+    positive = square > 0  # the root has no gradient at 0, the value of a perfect prediction
+    scale_invariant = jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
+    gradients = jnp.zeros(())
+    for stride in STRIDES:
+        level, mask = g[:, ::stride, ::stride], valid[:, ::stride, ::stride]
+        down = _absolute(level[:, :-STEP] - level[:, STEP:]) * (mask[:, :-STEP] & mask[:, STEP:])
+        right = _absolute(level[:, :, :-STEP] - level[:, :, STEP:]) * (mask[:, :, :-STEP] & mask[:, :, STEP:])
+        gradients += (down.sum() + right.sum()) / jnp.maximum(mask.sum(), 1)
+    return SCALE_INVARIANT_WEIGHT * scale_invariant + GRADIENT_WEIGHT * gradients
+
+
+def _absolute(x: Float[Array, ...]) -> Float[Array, ...]:
+    return x * jnp.sign(x)  # its gradient at 0 is 0, that of jnp.abs is 1
+
+
+def normal_loss(
+    normals: Float[Array, "B H W 3"],
+    kappa: Float[Array, "B H W"],
+    target: Float[Array, "B H W 3"],
+    valid: Bool[Array, "B H W"],
+) -> Float[Array, ""]:
+    """Return the mean of ln(1 + exp(-kappa pi)) - ln(kappa^2 + 1) + kappa theta, theta being the angle between normals.
+
+    It is the negative log-likelihood of the angular von Mises-Fisher distribution (Bae et al., 2021) without its
+    constant. As in Probe3D the cosine is clipped to +-(1 - 1e-4): within 0.81 degrees of the truth, and of its
+    opposite, the loss does not depend on the direction.
+
+    Args:
+        normals: of unit length where valid, and `kappa` positive, as `normals_of` returns them.
+        kappa: concentration.
+        target: of any length; the angle to a zero vector counts as 90 degrees.
+        valid: pixels that count.
+    """
+    normals, target = (jnp.where(valid[..., None], x, 0) for x in (normals, target))
+    kappa = jnp.where(valid, kappa, 1)
+    cosine = (normals * unit(target)).sum(-1)
+    angle = jnp.arccos(jnp.clip(cosine, -COSINE_LIMIT, COSINE_LIMIT))
+    return _mean(jax.nn.softplus(-kappa * jnp.pi) - jnp.log1p(jnp.square(kappa)) + kappa * angle, valid)
+
+
+def _mean(x: Float[Array, "B H W"], valid: Bool[Array, "B H W"]) -> Float[Array, ""]:
+    return jnp.where(valid, x, 0).sum() / jnp.maximum(valid.sum(), 1)

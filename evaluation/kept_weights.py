@@ -13,9 +13,9 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Shaped
 
-from anyup_core.geometry import AxisWindow
+from anyup_core.geometry import AxisTiles, tile_axis
 from evaluation.config import Size
 from evaluation.methods import Guide, Method
 
@@ -23,94 +23,50 @@ TILE = 16  # positions along an edge of a tile, at most
 
 
 @dataclasses.dataclass(frozen=True)
-class AxisPlan:
-    """The tiles along one axis.
-
-    Attributes:
-        tile: positions of a tile; divides the number of positions.
-        span: cells of a tile's rectangle, which is the number of colours.
-        cells: (tiles, span) cell of every colour.
-    """
-
-    tile: int
-    span: int
-    cells: Int[np.ndarray, "tiles span"]
-
-    @classmethod
-    def of(cls, window: AxisWindow) -> AxisPlan:
-        """Plan the tiles of windows along one axis."""
-        seen = window.count > 0
-        first = window.start + seen.argmax(1)
-        last = window.start + window.count.shape[1] - seen[:, ::-1].argmax(1)
-        tile = next(n for n in range(min(TILE, window.queries), 0, -1) if window.queries % n == 0)
-        first, last = first.reshape(-1, tile).min(1), last.reshape(-1, tile).max(1)
-        span = int((last - first).max())
-        start = np.minimum(first, window.keys - span)
-        cells = start[:, None] + (np.arange(span) - start[:, None]) % span
-        return cls(tile, span, cells.astype(np.int32))
-
-
-@dataclasses.dataclass(frozen=True)
 class Plan:
-    """The tiles of an output."""
+    """The tiles of an output, along rows and columns. A tile has as many colours as its rectangle has cells."""
 
-    rows: AxisPlan
-    cols: AxisPlan
+    rows: AxisTiles
+    cols: AxisTiles
 
     @classmethod
     def of(cls, method: Method, cells: Size, size: Size) -> Plan | None:
         """Plan the tiles of a method; None for one that does the same to every image."""
         windows = method.windows(cells, size)
-        return None if windows is None else cls(*map(AxisPlan.of, windows))
+        if windows is None:
+            return None
+        tiles = (next(n for n in range(min(TILE, side), 0, -1) if side % n == 0) for side in size)
+        return cls(*map(tile_axis, windows, tiles))
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Tiles along the axes."""
-        return len(self.rows.cells), len(self.cols.cells)
-
-    @property
-    def colours(self) -> int:
-        return self.rows.span * self.cols.span
-
-    @property
-    def positions(self) -> int:
-        """Positions in a tile."""
-        return self.rows.tile * self.cols.tile
-
-    def pick(self, values: Shaped[Array | np.ndarray, "B H W E"]) -> Shaped[Array | np.ndarray, "B tiles positions E"]:
+    def pick(
+        self, values: Shaped[Array | np.ndarray, "B H W *rest"]
+    ) -> Shaped[Array | np.ndarray, "B tiles positions *rest"]:
         """Cut a map of the output's size into tiles."""
-        return rearrange(values, "b (i y) (j x) e -> b (i j) (y x) e", y=self.rows.tile, x=self.cols.tile)
+        return rearrange(values, "b (i y) (j x) ... -> b (i j) (y x) ...", y=self.rows.size, x=self.cols.size)
 
     def untile(
-        self, tiles: Shaped[Array | np.ndarray, "B tiles positions E"], size: Size
-    ) -> Shaped[Array | np.ndarray, "B H W E"]:
+        self, tiles: Shaped[Array | np.ndarray, "B tiles positions *rest"], size: Size
+    ) -> Shaped[Array | np.ndarray, "B H W *rest"]:
         """Put tiles together again."""
-        rows = self.rows.tile
-        return rearrange(tiles, "b (i j) (y x) e -> b (i y) (j x) e", i=size[0] // rows, y=rows)
+        rows = self.rows.size
+        return rearrange(tiles, "b (i j) (y x) ... -> b (i y) (j x) ...", i=size[0] // rows, y=rows)
 
 
 def extract(
-    method: Method,
-    plans: Mapping[str, Plan | None],
-    image: Guide,
-    maps: Mapping[str, Float[Array, "B h w C"]],
-    size: Size,
+    method: Method, plans: Mapping[str, Plan], image: Guide, maps: Mapping[str, Float[Array, "B h w C"]], size: Size
 ) -> dict[str, Float[Array, "B tiles positions colours"]]:
     """Return a method's weights for a batch of images: how much each position of a tile takes of each of its cells.
 
     Args:
         method: the method.
-        plans: for each encoder the tiles; None for a method that does the same to every image.
+        plans: the tiles for each encoder.
         image: with values in [0, 1]; the labels for a method that is guided by them.
         maps: the features of each encoder.
         size: of the output.
     """
-    planned = {name: plan for name, plan in plans.items() if plan is not None}
-    if not planned:
-        return {}
-    coloured = {name: (maps[name], _colour(plan, maps[name])) for name, plan in planned.items()}
+    coloured = {name: (maps[name], _colour(plan, maps[name])) for name, plan in plans.items()}
     outputs = method.upsample_many(image, coloured, size)
-    return {name: planned[name].pick(output) for name, output in outputs.items()}
+    return {name: plan.pick(outputs[name]) for name, plan in plans.items()}
 
 
 def _colour(plan: Plan, features: Float[Array, "B h w C"]) -> Float[Array, "B h w colours"]:
@@ -126,6 +82,7 @@ def apply(
     plan: Plan, weights: Float[Array, "B tiles positions colours"], values: Float[Array, "B h w E"]
 ) -> Float[Array, "B tiles positions E"]:
     """Average values with a method's kept weights; these may hold any choice of the positions of each tile."""
-    rows, cols = jnp.asarray(plan.rows.cells), jnp.asarray(plan.cols.cells)
+    starts = ((axis.start[:, None], axis.span) for axis in (plan.rows, plan.cols))
+    rows, cols = (start + (np.arange(span) - start) % span for start, span in starts)  # the cell of every colour
     seen = rearrange(values[:, rows][:, :, :, cols], "b i y j x e -> b (i j) (y x) e")
     return jnp.einsum("btpk,btke->btpe", weights.astype(jnp.float32), seen, precision="highest")

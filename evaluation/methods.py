@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -37,26 +37,22 @@ class Method(Protocol):
     """
 
     name: str
-    enlarge: int
-    guided_by: ClassVar[str]
+    enlarge: int = 1
+    guided_by: str = "image"
 
     def __call__(
-        self,
-        image: Guide,
-        features: Float[Array, "B h w C"],
-        size: Size,
-        values: Float[Array, "B h w E"] | None = None,
+        self, image: Guide, features: Float[Array, "B h w C"], size: Size, values: Float[Array, "B h w E"] | None = None
     ) -> Float[Array, "B Ho Wo E"]:
         """Return the features, or `values` instead of them, at another size; the image has values in [0, 1]."""
         ...
 
     def upsample_many(self, image: Guide, maps: Maps, size: Size) -> dict[str, Float[Array, "B Ho Wo E"]]:
-        """Do the same for several pairs of features and values of one image."""
+        """Return the output for each of several pairs of features and values of one image, by its name."""
         return {name: self(image, features, size, values) for name, (features, values) in maps.items()}
 
     def windows(self, cells: Size, size: Size) -> tuple[AxisWindow, AxisWindow] | None:
-        """Which cells an output position averages; None where that does not depend on the image."""
-        ...
+        """Return which cells an output position averages; None where the weights do not depend on the image."""
+        return None
 
 
 def create(name: str, config: Config) -> Method:
@@ -67,17 +63,26 @@ def create(name: str, config: Config) -> Method:
     """
     if name == "anyup":
         settings = config.anyup
-        options: dict[str, Any] = {} if settings.window is None else dict(window=settings.window)
-        if settings.ema:
-            options["ema"] = True
+        options = {key: value for key, value in dict(window=settings.window, ema=settings.ema).items() if value}
         return Upsampler(anyup_jax.from_pretrained(settings.weights, dtype=jnp.dtype(settings.dtype), **options))
-    if name == "joint_bilateral":
-        return JointBilateral()
-    if name == "label_guided":
-        return LabelGuided()
     if name == "high_resolution":
         return Interpolation(name, "bilinear", config.high_resolution)
-    return Interpolation(name, name)
+    guided = {method.name: method for method in (JointBilateral(), LabelGuided())}
+    return guided.get(name) or Interpolation(name, name)
+
+
+def resize(x: Float[Array, "B H W C"], size: Size, kernel: str) -> Float[Array, "B Ho Wo C"]:
+    """Interpolate as PyTorch does without aligned corners and antialiasing; the map itself where the size is its own.
+
+    Args:
+        x: the map.
+        size: height and width of the result.
+        kernel: "nearest", "bilinear" or "bicubic", see `anyup_core.resample.axis_weights`.
+    """
+    if x.shape[1:3] == tuple(size):
+        return x
+    rows, cols = (jnp.asarray(axis_weights(kernel, n, m), x.dtype) for n, m in zip(x.shape[1:3], size))
+    return jnp.einsum("Hh,bhwc,Ww->bHWc", rows, x, cols, precision="highest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,15 +96,9 @@ class Interpolation(Method):
     name: str
     kernel: str
     enlarge: int = 1
-    guided_by: ClassVar[str] = "image"
 
     def __call__(self, image, features, size, values=None):
-        values = features if values is None else values
-        rows, cols = (jnp.asarray(axis_weights(self.kernel, n, m)) for n, m in zip(values.shape[1:3], size))
-        return jnp.einsum("Hh,bhwc,Ww->bHWc", rows, values, cols, precision="highest")
-
-    def windows(self, cells: Size, size: Size) -> None:
-        return None
+        return resize(features if values is None else values, size, self.kernel)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +114,7 @@ class JointBilateral(Method):
         range: standard deviation of the difference of colours in [0, 1].
     """
 
-    name: str = "joint_bilateral"
-    enlarge: int = 1
-    guided_by: ClassVar[str] = "image"
+    name: ClassVar[str] = "joint_bilateral"
     radius: int = 2
     spatial: float = 1.0
     range: float = 0.1
@@ -125,10 +122,8 @@ class JointBilateral(Method):
     def __call__(self, image, features, size, values=None):
         values = features if values is None else values
         cells = values.shape[1:3]
-        guide = image if image.shape[1:3] == size else jax.image.resize(
-            image, (len(image), *size, 3), "bilinear", antialias=True
-        )  # fmt: skip
-        coarse = jax.image.resize(image, (len(image), *cells, 3), "bilinear", antialias=True)
+        shapes = ((len(image), *side, 3) for side in (size, cells))
+        guide, coarse = (jax.image.resize(image, shape, "bilinear", antialias=True) for shape in shapes)
         rows, cols = ((np.arange(n) + 0.5) * m / n - 0.5 for n, m in zip(size, cells))
 
         def weigh(i, j):
@@ -139,14 +134,14 @@ class JointBilateral(Method):
         return _average(values, self.windows(cells, size), weigh, least=1e-30)
 
     def windows(self, cells: Size, size: Size) -> tuple[AxisWindow, AxisWindow]:
-        """Cells within the radius, moved inwards at the edges."""
-        return tuple(self._axis(n, m) for n, m in zip(size, cells))
+        """Return the cells within the radius, moved inwards at the edges."""
 
-    def _axis(self, size: int, cells: int) -> AxisWindow:
-        span = min(2 * self.radius + 1, cells)
-        nearest = np.floor((np.arange(size) + 0.5) * cells / size).astype(np.int32)
-        start = (nearest - self.radius).clip(0, cells - span).astype(np.int32)
-        return AxisWindow(cells, start, np.ones((size, span), np.int32))
+        def axis(n: int, m: int) -> AxisWindow:
+            span = min(2 * self.radius + 1, m)
+            nearest = np.floor((np.arange(n) + 0.5) * m / n).astype(np.int32)
+            return AxisWindow(m, (nearest - self.radius).clip(0, m - span), np.ones((n, span), np.int32))
+
+        return axis(size[0], cells[0]), axis(size[1], cells[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,10 +155,9 @@ class LabelGuided(Method):
         window_ratio: of the window, as in `AnyUpConfig`.
     """
 
-    name: str = "label_guided"
-    enlarge: int = 1
-    window_ratio: float = 0.1
+    name: ClassVar[str] = "label_guided"
     guided_by: ClassVar[str] = "labels"
+    window_ratio: float = 0.1
 
     def __call__(self, image, features, size, values=None):
         if image.shape[1:3] != size:
@@ -219,10 +213,8 @@ def _average(
 class Upsampler(Method):
     """AnyUp."""
 
+    name: ClassVar[str] = "anyup"
     model: anyup_jax.AnyUp
-    name: str = "anyup"
-    enlarge: int = 1
-    guided_by: ClassVar[str] = "image"
 
     def __call__(self, image, features, size, values=None):
         return anyup_jax.upsample(self.model, self._guidance(image), features, size, values=values)

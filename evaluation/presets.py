@@ -32,16 +32,17 @@ PROBES: dict[str, dict[str, Any]] = {
         weight_decay=0.01, schedule="warmup_cosine", epochs=10, batch_size=8, flip=False, class_token=True, augment=True
     ),
 }
-NYU = dict(encoders="dinov2_s_unnormed", probe_group="geometry", dataset=dict(kind="nyu", size=[224, 224]))
-EXPERIMENTS: dict[str, dict[str, Any]] = {
-    "cutouts": dict(encoders="efficientnet_lite", dataset=dict(kind="folder"), probe=dict(pixel_stride=2)),
-    "voc": dict(encoders="dinov2_s", dataset=dict(kind="voc")),
-    "ade20k": dict(encoders="dinov2_s", dataset=dict(kind="ade20k")),
-    "cityscapes": dict(encoders="dinov2_s", dataset=dict(kind="cityscapes")),
-    "cocostuff27": dict(encoders="dinov2_s", dataset=dict(kind="cocostuff27"), probe=dict(epochs=5)),
-    "nyu_depth": dict(task="depth", **NYU),
-    "nyu_normals": dict(task="normals", **NYU),
+NYU = dict(kind="nyu", size=[224, 224])
+EXPERIMENTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "cutouts": ("efficientnet_lite", "segmentation", dict(dataset=dict(kind="folder"), probe=dict(pixel_stride=2))),
+    "voc": ("dinov2_s", "segmentation", dict(dataset=dict(kind="voc"))),
+    "ade20k": ("dinov2_s", "segmentation", dict(dataset=dict(kind="ade20k"))),
+    "cityscapes": ("dinov2_s", "segmentation", dict(dataset=dict(kind="cityscapes"))),
+    "cocostuff27": ("dinov2_s", "segmentation", dict(dataset=dict(kind="cocostuff27"), probe=dict(epochs=5))),
+    "nyu_depth": ("dinov2_s_unnormed", "geometry", dict(task="depth", dataset=NYU)),
+    "nyu_normals": ("dinov2_s_unnormed", "geometry", dict(task="normals", dataset=NYU)),
 }
+"""Name of a preset -> the encoders and the probe that it chooses, and the settings that it changes."""
 
 
 def register() -> None:
@@ -51,11 +52,9 @@ def register() -> None:
         store(name=name, group="encoders", node={k: defaults(EncoderConfig, **v) for k, v in members.items()})
     for name, changes in PROBES.items():
         store(name=name, group="probe", node=defaults(ProbeConfig, **changes))
-    for name, changes in EXPERIMENTS.items():
-        rest = {key: value for key, value in changes.items() if key not in ("encoders", "probe_group")}
-        probe = changes.get("probe_group", "segmentation")
-        choices = [{"override /encoders": changes["encoders"]}, {"override /probe": probe}, "_self_"]
-        store(name=name, group="experiment", package="_global_", node={"defaults": choices, **rest})
+    for name, (encoders, probe, changes) in EXPERIMENTS.items():
+        choices = [{"override /encoders": encoders}, {"override /probe": probe}, "_self_"]
+        store(name=name, group="experiment", package="_global_", node={"defaults": choices, **changes})
     rest = defaults(Config, dataset=defaults(DatasetConfig), anyup=defaults(UpsamplerConfig))
     choices = [{"encoders": "lite0"}, {"probe": "segmentation"}, *QUIET, "_self_"]
     store(name=NAME, node={"defaults": choices, **{k: v for k, v in rest.items() if k != "probe"}, "hydra": HYDRA})

@@ -6,14 +6,12 @@ No run of this project has reproduced them. Sources: AnyUp, arXiv 2510.12764v2, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from evaluation.config import Config, EncoderConfig
 
 DINOV2_S = "vit_small_patch14_dinov2"
-ANYUP, UPLIFT = "AnyUp, tab. {}", "UPLiFT"
-SIZES = {"segmentation": (448, 448), "depth": (224, 224), "normals": (224, 224)}
 
 
 class Figure(NamedTuple):
@@ -30,59 +28,41 @@ class Figure(NamedTuple):
     source: str
 
 
-SEGMENTATION = {  # method -> mIoU and accuracy on COCO-Stuff, VOC and ADE20k, percent; AnyUp's table 2
-    "bilinear": (59.48, 79.32, 81.43, 95.38, 40.54, 74.12),
-    "FeatUp": (61.95, 81.14, 83.37, 96.04, 42.19, 75.57),
-    "LoftUp": (62.15, 81.32, 83.69, 96.11, 42.02, 75.72),
-    "JAFAR": (61.82, 81.07, 84.36, 96.22, 42.06, 75.48),
-    "AnyUp": (62.16, 81.37, 84.00, 96.19, 42.43, 75.85),
-}
-COLUMNS = {"cocostuff27": 0, "voc": 2, "ade20k": 4}
-INDEPENDENT = {  # method -> mIoU on COCO-Stuff, VOC, ADE20k and Cityscapes, percent; UPLiFT's table
-    "bilinear": (59.41, 81.62, 40.43, 59.71),
-    "FeatUp": (61.77, 83.52, 42.07, 60.50),
-    "LoftUp": (62.19, 84.63, 42.16, 62.09),
-    "JAFAR": (61.71, 84.38, 41.96, 61.89),
-    "AnyUp": (62.08, 84.33, 42.25, 61.33),
-}
-DATASETS = ("cocostuff27", "voc", "ade20k", "cityscapes")
-NORMALS = {  # method -> RMSE in degrees and shares below 11.25, 22.5 and 30 degrees; AnyUp's table 3
-    "bilinear": (32.70, 0.26, 0.53, 0.66),
-    "FeatUp": (32.69, 0.25, 0.53, 0.66),
-    "LoftUp": (33.94, 0.26, 0.51, 0.64),
-    "JAFAR": (31.54, 0.28, 0.56, 0.68),
-    "AnyUp": (31.17, 0.29, 0.57, 0.69),
-}
-DEPTH = {  # method -> RMSE in metres and delta 1, absolute and aligned; AnyUp's table 3
-    "bilinear": (0.4925, 0.8081, 0.3582, 0.9112),
-    "FeatUp": (0.4816, 0.8156, 0.3413, 0.9193),
-    "LoftUp": (0.4847, 0.8127, 0.3478, 0.9166),
-    "JAFAR": (0.4906, 0.8052, 0.3481, 0.9180),
-    "AnyUp": (0.4755, 0.8216, 0.3378, 0.9233),
+METHODS = ("bilinear", "FeatUp", "LoftUp", "JAFAR", "AnyUp")  # the columns of the tables
+ANYUP: dict[str, dict[str, tuple[float, ...]]] = {
+    "cocostuff27": dict(
+        mIoU=(0.5948, 0.6195, 0.6215, 0.6182, 0.6216), accuracy=(0.7932, 0.8114, 0.8132, 0.8107, 0.8137)
+    ),
+    "voc": dict(mIoU=(0.8143, 0.8337, 0.8369, 0.8436, 0.8400), accuracy=(0.9538, 0.9604, 0.9611, 0.9622, 0.9619)),
+    "ade20k": dict(mIoU=(0.4054, 0.4219, 0.4202, 0.4206, 0.4243), accuracy=(0.7412, 0.7557, 0.7572, 0.7548, 0.7585)),
+    "depth": dict(
+        rmse=(0.4925, 0.4816, 0.4847, 0.4906, 0.4755), d1=(0.8081, 0.8156, 0.8127, 0.8052, 0.8216),
+        aligned_rmse=(0.3582, 0.3413, 0.3478, 0.3481, 0.3378), aligned_d1=(0.9112, 0.9193, 0.9166, 0.9180, 0.9233),
+    ),
+    "normals": {
+        "rmse": (32.70, 32.69, 33.94, 31.54, 31.17), "11.25": (0.26, 0.25, 0.26, 0.28, 0.29),
+        "22.5": (0.53, 0.53, 0.51, 0.56, 0.57), "30": (0.66, 0.66, 0.64, 0.68, 0.69),
+    },
+}  # fmt: skip
+UPLIFT: dict[str, dict[str, tuple[float, ...]]] = {
+    "cocostuff27": dict(mIoU=(0.5941, 0.6177, 0.6219, 0.6171, 0.6208)),
+    "voc": dict(mIoU=(0.8162, 0.8352, 0.8463, 0.8438, 0.8433)),
+    "ade20k": dict(mIoU=(0.4043, 0.4207, 0.4216, 0.4196, 0.4225)),
+    "cityscapes": dict(mIoU=(0.5971, 0.6050, 0.6209, 0.6189, 0.6133)),
 }
 
 
 def figures(config: Config, encoder: EncoderConfig) -> list[Figure]:
-    """Return what was published for the task, data and image size of an evaluation and one of its encoders."""
+    """Return the published scores for the task, data and image size of an evaluation and one of its encoders."""
+    segmentation = config.task == "segmentation"
     same = encoder.name.partition(".")[0].removeprefix("timm:") == DINOV2_S and encoder.layer in ((-1,), (11,))
-    same = same and encoder.norm == (config.task == "segmentation")  # Probe3D uses the features before the norm
-    if not same or config.limit is not None or config.dataset.size != SIZES.get(config.task):
+    same = same and encoder.norm == segmentation  # Probe3D uses the features before the norm
+    if not same or config.limit is not None or config.dataset.size != ((448, 448) if segmentation else (224, 224)):
         return []
-    return list(_rows(config.task, config.dataset.kind))
-
-
-def _rows(task: str, kind: str) -> Iterator[Figure]:
-    if task == "depth":
-        for method, row in DEPTH.items():
-            yield Figure(method, dict(zip(("rmse", "d1", "aligned_rmse", "aligned_d1"), row)), ANYUP.format(3))
-    elif task == "normals":
-        for method, row in NORMALS.items():
-            yield Figure(method, dict(zip(("rmse", "11.25", "22.5", "30"), row)), ANYUP.format(3))
-    else:
-        for method, row in SEGMENTATION.items():
-            if kind in COLUMNS:
-                miou, accuracy = row[COLUMNS[kind] : COLUMNS[kind] + 2]
-                yield Figure(method, dict(mIoU=miou / 100, accuracy=accuracy / 100), ANYUP.format(2))
-        for method, row in INDEPENDENT.items():
-            if kind in DATASETS:
-                yield Figure(method, dict(mIoU=row[DATASETS.index(kind)] / 100), UPLIFT)
+    rows = config.dataset.kind if segmentation else config.task
+    return [
+        Figure(method, {name: values[column] for name, values in tables[rows].items()}, source)
+        for source, tables in ((f"AnyUp, tab. {2 if segmentation else 3}", ANYUP), ("UPLiFT", UPLIFT))
+        for column, method in enumerate(METHODS)
+        if rows in tables
+    ]

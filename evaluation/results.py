@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,8 @@ from anyup_core.files import replacing
 from anyup_core.settings import changes
 from evaluation.config import Config
 from evaluation.published import figures
+
+FILE = "result.json"  # of an encoder and a method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,18 +41,13 @@ class Result:
     settings: Mapping[str, Any]
 
 
-def path_of(folder: Path, encoder: str, method: str) -> Path:
-    """Return the file of the result of an encoder and a method."""
-    return folder / encoder / method / "result.json"
-
-
-def load(folder: Path, encoder: str, method: str, settings: Mapping[str, Any]) -> Result | None:
-    """Return a result of an earlier run; None if there is none.
+def load(folder: Path, settings: Mapping[str, Any]) -> Result | None:
+    """Return a result of an earlier run from its folder; None if there is none.
 
     Raises:
         ValueError: if the file is no result, or was written with other settings; the message lists them.
     """
-    path = path_of(folder, encoder, method)
+    path = folder / FILE
     if not path.is_file():
         return None
     try:
@@ -68,10 +64,9 @@ def load(folder: Path, encoder: str, method: str, settings: Mapping[str, Any]) -
 
 
 def save(folder: Path, result: Result) -> None:
-    """Write a result."""
-    path = path_of(folder, result.encoder, result.method)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, json.dumps(dataclasses.asdict(result), indent=1))
+    """Write a result into its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / FILE, json.dumps(dataclasses.asdict(result), indent=1))
 
 
 def write_tables(folder: Path, results: Sequence[Result]) -> None:
@@ -80,7 +75,7 @@ def write_tables(folder: Path, results: Sequence[Result]) -> None:
     head = ["encoder", "stride", "method", *names]
     rows = [[r.encoder, r.stride, r.method, *texts_of(r.scores, names)] for r in results]
     _write(folder / "results.json", json.dumps([dataclasses.asdict(result) for result in results], indent=1))
-    _write(folder / "results.csv", _csv([head, *rows]))
+    _write_csv(folder / "results.csv", [head, *rows])
     _write(folder / "results.md", markdown(head, rows))
     classes = [
         [result.encoder, result.method, *row]
@@ -89,7 +84,7 @@ def write_tables(folder: Path, results: Sequence[Result]) -> None:
         for row in zip(*(result.details[name] for name in ("class_names", "iou", "band_iou")))
     ]
     if classes:
-        _write(folder / "classes.csv", _csv([["encoder", "method", "class", "IoU", "band_IoU"], *classes]))
+        _write_csv(folder / "classes.csv", [["encoder", "method", "class", "IoU", "band_IoU"], *classes])
 
 
 def markdown(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
@@ -124,10 +119,9 @@ def texts_of(scores: Mapping[str, float], names: Sequence[str]) -> list[str]:
     return ["-" if math.isnan(value) else f"{value:.4f}" for value in values]
 
 
-def _csv(rows: Sequence[Sequence[Any]]) -> str:
-    file = io.StringIO()
-    csv.writer(file).writerows(rows)
-    return file.getvalue()
+def _write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
 
 
 def _write(path: Path, text: str) -> None:

@@ -7,9 +7,10 @@ fraction of the memory and time.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,10 @@ from einops import rearrange
 from jaxtyping import Array, Float, UInt8
 
 from evaluation.config import Config
-from evaluation.fitting import ProbeFile, Report, Training, epoch_order, fit
-from evaluation.frozen import Arrays, Split, Views
-from evaluation.metrics.segmentation import Confusion, boundary_band
-from evaluation.prefetch import prefetch
+from evaluation.data import Examples
+from evaluation.fitting import ProbeFile, fit, prefetch
+from evaluation.frozen import Arrays, Views
+from evaluation.metrics import Confusion, boundary_band
 
 BAND = 4  # pixels on either side of a label's edge
 
@@ -52,12 +53,13 @@ def cross_entropy(logits: Float[Array, "... K"], labels: UInt8[Array, ...], igno
 
 
 def probe_logits(views: Views, data: Arrays, heads: Head) -> Float[Array, "B ... N K"]:
-    """Return the logits of N stacked probes for a batch, which is upsampled once for all of them."""
-    logits = views.logits(data, rearrange(heads["weight"], "n c k -> c (n k)"))
+    """Return the logits of N stacked probes for a batch, applied at low resolution and upsampled at once."""
+    low = jnp.matmul(data["features"], rearrange(heads["weight"], "n c k -> c (n k)"), precision="highest")
+    logits = views.upsample(data, low)
     return rearrange(logits, "... (n k) -> ... n k", n=len(heads["bias"])) + heads["bias"]
 
 
-def train(views: Views, split: Split, channels: int, config: Config, file: ProbeFile, report: Report) -> Head:
+def train(views: Views, split: Examples, channels: int, config: Config, file: ProbeFile) -> Head:
     """Train `probe.repeats` probes and return them, stacked.
 
     They share the batches and nothing else: each is the probe that training it alone gives.
@@ -67,60 +69,40 @@ def train(views: Views, split: Split, channels: int, config: Config, file: Probe
         split: the training split.
         channels: of the features.
         config: the evaluation.
-        file, report: as in `fitting.Training`; the reported loss is the mean over the probes.
+        file: as in `fitting.fit`.
 
     Raises:
         ValueError: if the file is damaged or was written with other settings.
     """
-    probe, ignore = config.probe, split.examples.ignore
+    probe, ignore = config.probe, split.ignore
 
     def loss(heads, batch):
         data, labels = batch
         logits = probe_logits(views, data, heads)
         return sum(cross_entropy(logits[..., i, :], labels, ignore) for i in range(probe.repeats))
 
-    training = Training(
-        loss=loss,
-        order=functools.partial(epoch_order, len(split), probe, config.seed),
-        read=lambda selection: views.batch(*selection),
-        images=len(split),
-        probe=probe,
-        file=file,
-        report=lambda epoch, total: report(epoch, total / probe.repeats),
-    )
-    return fit(init_heads(channels, len(split.examples.classes), config), training)
+    heads = init_heads(channels, len(split.classes), config)
+    return fit(heads, loss, lambda _, *selection: views.batch(*selection), len(split), config, file)
 
 
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """The scores of probes on the validation split: means over the probes, each from 0 to 1.
+class Scores(NamedTuple):
+    """The scores of probes on the validation split, from 0 to 1.
 
     Attributes:
-        mean_iou, band_iou: mean over the classes that occur, of all pixels and of those within 4 pixels of an edge.
-        accuracy: share of the pixels that are right.
-        classes, band_classes: intersection over union of each class; None for one that does not occur.
-        mean_iou_std, band_iou_std: standard deviations over the probes.
+        means: over the probes: `mIoU` and `band_mIoU`, means over the classes that occur, of all pixels and of those
+            within 4 pixels of an edge; `accuracy`, the share of the pixels that are right.
+        deviations: standard deviations of the same scores.
+        classes: `iou` and `band_iou`, the means of the intersection over union of each class; None for a class that
+            does not occur.
     """
 
-    mean_iou: float
-    band_iou: float
-    accuracy: float
-    classes: tuple[float | None, ...]
-    band_classes: tuple[float | None, ...]
-    mean_iou_std: float
-    band_iou_std: float
-
-    @classmethod
-    def of(cls, confusions: Sequence[tuple[Confusion, Confusion]]) -> Scores:
-        """Return the scores of probes, given for each the counts of all pixels and of those near an edge."""
-        values = [(whole.mean_iou(), band.mean_iou(), whole.pixel_accuracy()) for whole, band in confusions]
-        rows = (np.mean([x.iou() for x in region], 0) for region in zip(*confusions))
-        classes = (tuple(None if np.isnan(x) else float(x) for x in row) for row in rows)
-        return cls(*map(float, np.mean(values, 0)), *classes, *map(float, np.std(values, 0)[:2]))
+    means: dict[str, float]
+    deviations: dict[str, float]
+    classes: dict[str, list[float | None]]
 
 
 def score(
-    views: Views, split: Split, heads: Mapping[str, Head], shown: Sequence[int] = ()
+    views: Views, split: Examples, heads: Mapping[str, Head], shown: Sequence[int] = ()
 ) -> tuple[dict[str, Scores], dict[str, UInt8[np.ndarray, "N H W"]]]:
     """Score probes on a whole split in one pass; every pixel counts the same.
 
@@ -134,7 +116,7 @@ def score(
         For every name the scores, means over its probes, and the classes that its first probe predicts of the images
         to be shown.
     """
-    classes, ignore = len(split.examples.classes), split.examples.ignore
+    classes, ignore = len(split.classes), split.ignore
     owners = [name for name, head in heads.items() for _ in head["bias"]]
     stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *heads.values())
     classify = jax.jit(lambda data: probe_logits(views, data, stacked).argmax(-1).astype(jnp.uint8))
@@ -149,5 +131,15 @@ def score(
             edges.add(prediction, label, band)
             if index in shown and number == owners.index(name):
                 pictures[name].append(prediction)
-    scores = {name: Scores.of([c for owner, c in zip(owners, counts) if owner == name]) for name in heads}
+    scores = {name: _scores([c for owner, c in zip(owners, counts) if owner == name]) for name in heads}
     return scores, {name: np.stack(images) for name, images in pictures.items() if images}
+
+
+def _scores(confusions: Sequence[tuple[Confusion, Confusion]]) -> Scores:
+    """Return the scores of probes, given for each the counts of all pixels and of those near an edge."""
+    names = "mIoU", "band_mIoU", "accuracy"
+    values = [(whole.mean_iou(), band.mean_iou(), whole.pixel_accuracy()) for whole, band in confusions]
+    means, deviations = (dict(zip(names, map(float, f(values, 0)))) for f in (np.mean, np.std))
+    rows = (np.mean([x.iou() for x in region], 0).tolist() for region in zip(*confusions))
+    classes = ([None if math.isnan(x) else x for x in row] for row in rows)
+    return Scores(means, deviations, dict(zip(("iou", "band_iou"), classes)))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Shaped, UInt8
 
-from anyup_core import figure
 from anyup_core.files import replacing
 
 FILE = "predictions.npy"  # of a method, beside its result
@@ -32,40 +31,10 @@ def write(folder: Path, predictions: Shaped[np.ndarray, "N H W *_"]) -> None:
         np.save(file, predictions)
 
 
-def count(folder: Path) -> int:
-    """Return how many predictions `write` has written for a method."""
+def read(folder: Path) -> Shaped[np.ndarray, "N H W *_"]:
+    """Return the predictions of a method as a view of the file; none if there is no file."""
     path = folder / FILE
-    return len(np.load(path, mmap_mode="r")) if path.is_file() else 0
-
-
-def draw(
-    path: Path,
-    images: Sequence[Example],
-    methods: Mapping[str, Path],
-    paint: Paint,
-    truth: str,
-    title: str,
-    subtitle: str,
-) -> None:
-    """Draw the sheet: a row for each image, which stands beside its truth and the predictions of every method.
-
-    Args:
-        path: the picture.
-        images: in the order of the predictions.
-        methods: name -> the folder of its predictions.
-        paint: draws the truth or a prediction.
-        truth: the title of the truth.
-        title, subtitle: above the pictures.
-
-    Raises:
-        ImportError: if matplotlib is not installed.
-    """
-    predictions = {name: np.load(folder / FILE) for name, folder in methods.items()}
-    panels: list[tuple[str, np.ndarray]] = []
-    for row, (name, image, target) in enumerate(images):
-        panels += [(name, image), (truth, paint(target))]
-        panels += [(method, paint(predicted[row])) for method, predicted in predictions.items()]
-    figure.draw_panels(path, panels, columns=2 + len(methods), title=title, subtitle=subtitle)
+    return np.load(path, mmap_mode="r") if path.is_file() else np.empty((0, 0, 0))
 
 
 def paint_classes(ignore: int) -> Paint:
@@ -93,3 +62,6 @@ def paint_normals(normals: Float[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W
     picture = (127.5 * (normals + 1)).clip(0, 255).astype(np.uint8)
     picture[~normals.any(-1)] = IGNORED
     return picture
+
+
+PAINT = dict(depth=paint_depth, normals=paint_normals)

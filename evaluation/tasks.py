@@ -7,7 +7,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,9 +20,9 @@ from anyup_jax.encoders.settings import check_cells
 from anyup_jax.encoders.timm_bridge import Bridge
 from evaluation import depth_normals, fidelity, methods, results, segmentation, sheet
 from evaluation.config import Config
-from evaluation.data import Scenes, open_nyu, open_segmentation
-from evaluation.fitting import ProbeFile, Report
-from evaluation.frozen import Live, Split, Views, keep
+from evaluation.data import Examples, Scenes, open_nyu, open_segmentation
+from evaluation.fitting import ProbeFile
+from evaluation.frozen import Live, Views, keep
 from evaluation.methods import Method
 from evaluation.results import Result
 
@@ -53,7 +53,7 @@ class Run:
         ValueError, OSError, ImportError: for what is impossible as configured.
     """
 
-    def __init__(self, config: Config, log: Log, splits: Mapping[str, Split | Scenes], shown: Sequence[int] = ()):
+    def __init__(self, config: Config, log: Log, splits: Mapping[str, Examples | Scenes], shown: Sequence[int] = ()):
         if shown:
             figure.load_figure_class()
         self.config, self.log, self.shown, self.folder = config, log, shown, Path(config.output_dir)
@@ -74,8 +74,8 @@ class Run:
         }
         self.results: dict[tuple[str, str], Result] = {}
         for (key, name), settings in self.settings.items():
-            result = results.load(self.folder, key, name, settings)
-            if result and (not shown or sheet.count(self.folder_of(key, name)) == len(shown)):
+            result = results.load(self.folder_of(key, name), settings)
+            if result and (not shown or len(sheet.read(self.folder_of(key, name))) == len(shown)):
                 self.results[key, name] = result
 
     def _settings(self, encoder: str, method: Method, contents: Mapping[str, str]) -> dict[str, Any]:
@@ -97,15 +97,12 @@ class Run:
 
     def folder_of(self, encoder: str, method: str) -> Path:
         """Return the folder with the result, the probe and the predictions of an encoder with a method."""
-        return results.path_of(self.folder, encoder, method).parent
+        return self.folder / encoder / method
 
     def probe_file(self, encoder: str, method: str) -> ProbeFile:
-        """Return the file of the probe of an encoder with a method."""
-        return ProbeFile(self.folder_of(encoder, method) / "probe.safetensors", self.settings[encoder, method])
-
-    def report(self, encoder: str, method: str) -> Report:
-        """Return what logs the epochs of a probe."""
-        return lambda epoch, loss: self.log(f"{encoder}, {method}: epoch {epoch}, loss {loss:.4f}")
+        """Return the file of the probe of an encoder with a method, which also logs its epochs."""
+        path, start = self.folder_of(encoder, method) / "probe.safetensors", f"{encoder}, {method}: "
+        return ProbeFile(path, self.settings[encoder, method], lambda line: self.log(start + line))
 
     def add(
         self,
@@ -114,25 +111,29 @@ class Run:
         scores: Mapping[str, float],
         summary: str,
         predictions: np.ndarray | None = None,
-        details: Mapping[str, Any] | None = None,
+        **details: Any,
     ) -> None:
-        """Write the scores of an encoder with a method and the predictions to be drawn, and log a summary."""
+        """Write the scores of an encoder with a method, details and the predictions to be drawn; log a summary."""
         if predictions is not None:
             sheet.write(self.folder_of(encoder, method), predictions)
         key = encoder, method
-        self.results[key] = Result(*key, self.encoders[encoder].stride, scores, details or {}, self.settings[key])
-        results.save(self.folder, self.results[key])
+        self.results[key] = Result(*key, self.encoders[encoder].stride, scores, details, self.settings[key])
+        results.save(self.folder_of(*key), self.results[key])
         self.log(f"{encoder}, {method}: {summary}")
 
     def draw(self, images: Sequence[sheet.Example], paint: sheet.Paint, truth: str) -> None:
-        """Draw the sheet of every encoder."""
+        """Draw the sheet of every encoder: a row for each image, its truth and the predictions of every method."""
         config = self.config
         weights = f" AnyUp weights: {Path(config.anyup.weights).name}." if "anyup" in config.methods else ""
         for key, encoder in config.encoders.items() if images else ():
-            folders = {name: self.folder_of(key, name) for name in config.methods}
+            predictions = {name: sheet.read(self.folder_of(key, name)) for name in config.methods}
+            panels: list[tuple[str, np.ndarray]] = []
+            for row, (name, image, target) in enumerate(images):
+                panels += [(name, image), (truth, paint(target))]
+                panels += [(method, paint(predicted[row])) for method, predicted in predictions.items()]
             subtitle = f"Encoder: {encoder.name}, layer {', '.join(map(str, encoder.layer))}.{weights}"
-            title = f"{key}: {config.task}"
-            sheet.draw(self.folder / key / "sheet.png", images, folders, paint, truth, title, subtitle)
+            options = dict(columns=2 + len(predictions), title=f"{key}: {config.task}", subtitle=subtitle)
+            figure.draw_panels(self.folder / key / "sheet.png", panels, **options)
 
     def finish(self) -> list[Result]:
         """Write the tables and return all results."""
@@ -143,82 +144,71 @@ class Run:
 
 def probe_segmentation(config: Config, log: Log) -> list[Result]:
     """Train and score linear probes for segmentation."""
-    probe = config.probe
-    train = _split(config, "train", mirrored=probe.flip, pixel_stride=probe.pixel_stride, seed=config.seed)
-    val = _split(config, "val")
+    probe, options = config.probe, dict(limit=config.limit, seed=config.seed)
+    options |= dict(mirrored=probe.flip, pixel_stride=probe.pixel_stride)
+    train = open_segmentation(config.dataset, "train", **options)
+    val = open_segmentation(config.dataset, "val", limit=config.limit)
     run = Run(config, log, dict(train=train, val=val), sheet.shown(len(val), config.pictures))
     for name in sorted(config.methods, key=lambda name: name != BORROWED):  # whose probes the others need
         encoders = run.missing(name)
         heads = {key: {} for key in encoders}
         if name != BORROWED and BORROWED in config.methods:
             for key, encoder in encoders.items():
-                initial = segmentation.init_heads(encoder.channels, len(train.examples.classes), config)
+                initial = segmentation.init_heads(encoder.channels, len(train.classes), config)
                 heads[key][BORROWED] = run.probe_file(key, BORROWED).load(initial, probe.epochs)
         views = [_views(run, split, name) for split in (train, val)] if encoders else []
         for key, encoder in encoders.items():
             started = time.perf_counter()
-            own = segmentation.train(
-                views[0][key], train, encoder.channels, config, run.probe_file(key, name), run.report(key, name)
-            )
+            own = segmentation.train(views[0][key], train, encoder.channels, config, run.probe_file(key, name))
             scores, predictions = segmentation.score(views[1][key], val, {name: own} | heads[key], run.shown)
-            best = scores[name]
-            table = dict(mIoU=best.mean_iou, band_mIoU=best.band_iou, accuracy=best.accuracy)
+            best, table = scores[name], dict(scores[name].means)
             if name != BORROWED in scores:
-                table[f"mIoU_{BORROWED}_probe"] = scores[BORROWED].mean_iou
-                table[f"band_{BORROWED}_probe"] = scores[BORROWED].band_iou
+                borrowed = scores[BORROWED].means
+                table[f"mIoU_{BORROWED}_probe"] = borrowed["mIoU"]
+                table[f"band_{BORROWED}_probe"] = borrowed["band_mIoU"]
             if probe.repeats > 1:
-                table |= dict(mIoU_std=best.mean_iou_std, band_mIoU_std=best.band_iou_std)
+                table |= {f"{score}_std": best.deviations[score] for score in ("mIoU", "band_mIoU")}
             table["seconds"] = time.perf_counter() - started
-            details = dict(class_names=val.examples.classes, iou=best.classes, band_iou=best.band_classes)
-            summary = f"mIoU {best.mean_iou:.4f}, band {best.band_iou:.4f}"
-            run.add(key, name, table, summary, predictions.get(name), details)
-    images = [(val.examples.name(i), *val.view(i, False)) for i in run.shown]
-    run.draw(images, sheet.paint_classes(val.examples.ignore), "label")
+            summary = f"mIoU {table['mIoU']:.4f}, band {table['band_mIoU']:.4f}"
+            run.add(key, name, table, summary, predictions.get(name), class_names=val.classes, **best.classes)
+    images = [(val.name(i), *val.read(i)) for i in run.shown]
+    run.draw(images, sheet.paint_classes(val.ignore), "label")
     return run.finish()
 
 
 def probe_geometry(config: Config, log: Log) -> list[Result]:
     """Train and score probes for depth or surface normals."""
-    kind = depth_normals.KINDS[config.task]
-    train, val = (dataclasses.replace(open_nyu(config.dataset, part), limit=config.limit) for part in ("train", "val"))
+    train, val = (open_nyu(config.dataset, part, config.limit) for part in ("train", "val"))
     run = Run(config, log, dict(train=train, val=val), sheet.shown(len(val), config.pictures))
     for name in config.methods:
         for key, encoder in run.missing(name).items():
             started = time.perf_counter()
             probe, head = depth_normals.Probe.create(encoder, run.methods[name], config)
-            head = depth_normals.train(probe, head, train, run.probe_file(key, name), run.report(key, name))
+            head = depth_normals.train(probe, head, train, run.probe_file(key, name))
             scores, predictions = depth_normals.score(probe, head, val, run.shown)
             scores["seconds"] = time.perf_counter() - started
             run.add(key, name, scores, f"RMSE {scores['rmse']:.4f}", predictions)
     scenes = [(val.name(i), val.read(i)) for i in run.shown]
-    run.draw([(name, scene.image, kind.truth(scene)) for name, scene in scenes], kind.paint, config.task)
+    images = [(name, scene.image, getattr(scene, config.task)) for name, scene in scenes]
+    run.draw(images, sheet.PAINT[config.task], config.task)
     return run.finish()
 
 
 def compare_features(config: Config, log: Log) -> list[Result]:
     """Score the fidelity of every method to every encoder on the validation split."""
-    val, factor = _split(config, "val"), config.high_resolution
+    val, factor = open_segmentation(config.dataset, "val", limit=config.limit), config.high_resolution
     run = Run(config, log, dict(val=val))
     for name, method in run.methods.items():
         for key, encoder in run.missing(name).items():
-            scores = fidelity.scores(encoder, method, (val.view(i, False)[0] for i in range(len(val))), factor)
+            scores = fidelity.scores(encoder, method, (val.read(i)[0] for i in range(len(val))), factor)
             run.add(key, name, scores, f"cosine {scores['cosine_high']:.4f} at {factor} times the size")
     return run.finish()
 
 
-TASKS = {
-    "segmentation": probe_segmentation,
-    "depth": probe_geometry,
-    "normals": probe_geometry,
-    "fidelity": compare_features,
-}
+TASKS = dict(segmentation=probe_segmentation, depth=probe_geometry, normals=probe_geometry, fidelity=compare_features)
 
 
-def _split(config: Config, part: Literal["train", "val"], **options: Any) -> Split:
-    return Split(open_segmentation(config.dataset, part), config.dataset.size, config.limit, **options)
-
-
-def _views(run: Run, split: Split, method: str) -> Mapping[str, Views]:
+def _views(run: Run, split: Examples, method: str) -> Mapping[str, Views]:
     """Return the views of a split for the encoders whose result with a method is not complete."""
     encoders, cache = run.missing(method), run.config.cache
     if cache is None:
@@ -229,7 +219,7 @@ def _views(run: Run, split: Split, method: str) -> Mapping[str, Views]:
 
 
 def digest(model: nnx.Module | Bridge) -> str:
-    """Return the same for the same weights."""
+    """Return a digest of the weights."""
     if isinstance(model, Bridge):
         arrays = [tensor.cpu().numpy() for tensor in model.encoder.state_dict().values()]
     else:

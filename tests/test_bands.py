@@ -158,7 +158,7 @@ def test_other_types_in_pytorch():
 @pytest.mark.parametrize(
     ("options", "error", "sentence"),
     [
-        (dict(rows=0), ValueError, "rows=0 must be a whole number of at least 1"),
+        (dict(rows=0), ValueError, "rows=0 "),
         (dict(rows=-3), ValueError, "rows=-3"),
         (dict(rows=2.5), ValueError, r"rows=2\.5"),
         (dict(rows=True), ValueError, "rows=True"),

@@ -15,14 +15,14 @@ from PIL import Image
 from safetensors import safe_open
 
 from anyup_jax.cli import main
+from tests.hidden import hide
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def command(*args: object) -> subprocess.CompletedProcess:
     """Run the command line where neither PyTorch nor timm is installed."""
-    absent = "import runpy, sys; sys.modules |= {'torch': None, 'timm': None}"
-    program = f"{absent}; runpy.run_module('anyup_jax', run_name='__main__')"
+    program = hide("torch", "timm") + "import runpy; runpy.run_module('anyup_jax', run_name='__main__')"
     argv = [sys.executable, "-c", program, *map(str, args)]
     return subprocess.run(argv, capture_output=True, text=True, check=False, cwd=ROOT)
 
@@ -204,7 +204,7 @@ def test_an_error_is_one_line_and_status_2(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["upsample", "{image}", "--out", "{folder}/out.txt"], "the output can be .npy, .npz, .safetensors, .zarr"),
+        (["upsample", "{image}", "--out", "{folder}/out.txt"], "the output can be .npz, .safetensors, .npy, .zarr"),
         (["upsample", "{image}", "--out", "{folder}/absent/out.npy"], "does not exist; create it first"),
         (["upsample", "{text}", "--out", "{folder}/out.npy"], "text.png is not an image"),
         (

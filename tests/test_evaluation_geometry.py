@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from flax import nnx
 
 from evaluation.config import ProbeConfig
-from evaluation.heads import BINS, DPT, Conv, Linear, depth_of, normals_of, resize
-from evaluation.losses import depth_loss, normal_loss
-from evaluation.schedules import schedule
+from evaluation.fitting import schedule
+from evaluation.heads import BINS, DPT, Conv, Linear, depth_loss, depth_of, normal_loss, normals_of
+from evaluation.methods import resize
 
 CHANNELS = 6
 Head = TypeVar("Head", Linear, DPT)
@@ -33,9 +33,9 @@ def nchw(x) -> torch.Tensor:
     return torch.from_numpy(np.array(x)).movedim(-1, 1)
 
 
-def close(found, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
-    found, expected = np.asarray(found), expected.detach().movedim(1, -1).numpy()
-    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+def close(actual, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    actual, expected = np.asarray(actual), expected.detach().movedim(1, -1).numpy()
+    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def conv(x: torch.Tensor, layer: Conv) -> torch.Tensor:
@@ -72,26 +72,26 @@ def apply(head, features, size):
 
 @pytest.fixture(scope="module")
 def dpt_head() -> DPT:
-    return filled(lambda rngs: DPT(CHANNELS, 5, hidden=4, rngs=rngs))
+    return filled(lambda rngs: DPT([CHANNELS], 5, hidden=4, rngs=rngs))
 
 
-@pytest.mark.parametrize(("count", "size"), [(2, None), (2, (3, 4)), (1, (7, 10))])
+@pytest.mark.parametrize(("count", "size"), [(2, (12, 16)), (2, (3, 4)), (1, (7, 10))])
 def test_linear_head(count, size):
     features = maps(count, CHANNELS // count)
     head = filled(lambda rngs: Linear([CHANNELS // count] * count, 5, rngs=rngs))
-    found = apply(head, features if count > 1 else features[0], size)
+    actual = apply(head, features, size)
     joined = torch.cat([nchw(x) for x in features], 1)
-    close(found, conv(F.interpolate(joined, size or (12, 16), mode="bilinear"), head.conv))
+    close(actual, conv(F.interpolate(joined, size, mode="bilinear"), head.conv))
 
 
 @pytest.mark.parametrize(
     ("count", "size", "factors"),
-    [(4, None, (2, 4, 2)), (1, (48, 64), (2, 4, 2)), (4, (6, 8), (2, 1, 1))],
+    [(4, (48, 64), (2, 4, 2)), (1, (48, 64), (2, 4, 2)), (4, (6, 8), (2, 1, 1))],
 )
 def test_dpt_head(dpt_head, count, size, factors):
     features = maps(count)
-    found = apply(dpt_head, features, size)
-    close(found, dpt(dpt_head, [nchw(x) for x in features * (4 // count)], factors))
+    actual = apply(dpt_head, features, size)
+    close(actual, dpt(dpt_head, [nchw(x) for x in features * (4 // count)], factors))
 
 
 def test_dpt_head_takes_levels_of_their_own_channels_and_one_or_four_of_them(dpt_head):
@@ -100,28 +100,30 @@ def test_dpt_head_takes_levels_of_their_own_channels_and_one_or_four_of_them(dpt
     assert nnx.eval_shape(lambda head, x: head(x, (5, 9)), head, levels).shape == (1, 5, 9, 7)
     assert head.conv1.kernel.shape == (3, 3, 512, 512)
     with pytest.raises(ValueError, match=r"\b4\b.*\b3\b"):
-        dpt_head([jnp.asarray(x) for x in maps(3)])
+        dpt_head([jnp.asarray(x) for x in maps(3)], (48, 64))
 
 
 @pytest.mark.parametrize("kind", [Linear, DPT])
 def test_heads_in_bfloat16_return_float32_and_have_float32_gradients(kind):
-    head = nnx.eval_shape(lambda: kind(CHANNELS, 5, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-    found, gradients = nnx.eval_shape(nnx.value_and_grad(lambda head, x: head(x).sum()), head, jnp.asarray(maps(1)[0]))
-    assert {x.dtype for x in jax.tree.leaves((found, gradients))} == {jnp.dtype("float32")}
+    head = nnx.eval_shape(lambda: kind([CHANNELS], 5, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    loss = nnx.value_and_grad(lambda head, x: head([x], (12, 16)).sum())
+    actual, gradients = nnx.eval_shape(loss, head, jnp.asarray(maps(1)[0]))
+    assert {x.dtype for x in jax.tree.leaves((actual, gradients))} == {jnp.dtype("float32")}
 
 
 def test_linear_head_and_its_gradient_in_bfloat16():
-    features, options = jnp.asarray(maps(1)[0]), dict(channels=CHANNELS, outputs=5)
+    features, options = jnp.asarray(maps(1)[0]), dict(channels=[CHANNELS], outputs=5)
     heads = [
         filled(lambda rngs, dtype=dtype: Linear(**options, dtype=dtype, rngs=rngs)) for dtype in ("f4", "bfloat16")
     ]
-    exact, rough = (nnx.jit(nnx.grad(lambda head: jnp.square(head(features)).sum()))(head) for head in heads)
+    gradient = nnx.jit(nnx.grad(lambda head: jnp.square(head([features], (12, 16))).sum()))
+    exact, rough = map(gradient, heads)
     for one, another in zip(jax.tree.leaves(exact), jax.tree.leaves(rough)):
         np.testing.assert_allclose(one, another, atol=0.06 * float(np.abs(one).max()))
 
 
 def test_heads_begin_like_those_of_torch():
-    fresh = jax.jit(lambda: nnx.state(Linear(10, BINS, rngs=nnx.Rngs(0))))().conv
+    fresh = jax.jit(lambda: nnx.state(Linear([10], BINS, rngs=nnx.Rngs(0))))().conv
     bound = 1 / math.sqrt(10 * 9)
     for values in np.asarray(fresh.kernel[...]), np.asarray(fresh.bias[...]):
         assert 0.95 * bound < np.abs(values).max() <= bound
@@ -149,8 +151,8 @@ def test_depth_of_bins_is_resized_after_it_is_averaged():
     logits = 3 * maps(1, BINS)[0]
     weights, bins = nchw(logits).relu() + 0.1, torch.linspace(0.001, 10, BINS)
     depth = torch.einsum("bkhw,k->bhw", weights, bins)[:, None] / weights.sum(1, keepdim=True)
-    found = jax.jit(depth_of, static_argnums=1)(logits, (7, 11))
-    close(found[..., None], F.interpolate(depth, (7, 11), mode="bilinear"))
+    actual = jax.jit(depth_of, static_argnums=1)(logits, (7, 11))
+    close(actual[..., None], F.interpolate(depth, (7, 11), mode="bilinear"))
 
 
 def test_normals_and_kappa_are_resized_before_they_are_scaled():
@@ -220,20 +222,20 @@ def test_depth_loss_by_hand():
     valid = np.zeros(SHAPE, bool)
     valid[0, :3, :3] = True
     everywhere = math.e * (target + 0.001) - 0.001
-    found, _ = depth_value_and_gradient(everywhere, target, valid)
-    assert float(found) == pytest.approx(10 * math.sqrt(0.15), rel=1e-5)
+    actual, _ = depth_value_and_gradient(everywhere, target, valid)
+    assert float(actual) == pytest.approx(10 * math.sqrt(0.15), rel=1e-5)
 
     corner = target.copy()
     corner[0, 0, 0] = everywhere[0, 0, 0]
     # g is 1 in the corner; it is compared with one pixel below and one to the right, at the first scale only
-    found, _ = depth_value_and_gradient(corner, target, valid)
-    assert float(found) == pytest.approx(10 * math.sqrt(1 / 9 - 0.85 / 81) + 0.5 * 2 / 9, rel=1e-5)
+    actual, _ = depth_value_and_gradient(corner, target, valid)
+    assert float(actual) == pytest.approx(10 * math.sqrt(1 / 9 - 0.85 / 81) + 0.5 * 2 / 9, rel=1e-5)
 
 
 def test_depth_loss_compares_no_images_with_each_other():
     target, g = np.ones(SHAPE, np.float32), np.array([0, 1, 5], np.float32)[:, None, None]
-    found, _ = depth_value_and_gradient(np.exp(g) * (target + 0.001) - 0.001, target, np.ones(SHAPE, bool))
-    assert float(found) == pytest.approx(10 * math.sqrt(26 / 3 - 0.85 * 4), rel=1e-5)
+    actual, _ = depth_value_and_gradient(np.exp(g) * (target + 0.001) - 0.001, target, np.ones(SHAPE, bool))
+    assert float(actual) == pytest.approx(10 * math.sqrt(26 / 3 - 0.85 * 4), rel=1e-5)
 
 
 def test_depth_loss_of_a_perfect_prediction_is_0_and_so_is_its_gradient():
@@ -277,8 +279,8 @@ def test_normal_loss_by_hand():
     prediction[..., 1], target[..., 2] = 1, 5
     kappa, valid = np.full(SHAPE, 2, np.float32), np.zeros(SHAPE, bool)
     valid[1, 2, 3] = True
-    found, _ = normal_value_and_gradients(prediction, kappa, target, valid)
-    assert float(found) == pytest.approx(math.log(1 + math.exp(-2 * math.pi)) - math.log(5) + math.pi, rel=1e-6)
+    actual, _ = normal_value_and_gradients(prediction, kappa, target, valid)
+    assert float(actual) == pytest.approx(math.log(1 + math.exp(-2 * math.pi)) - math.log(5) + math.pi, rel=1e-6)
 
 
 @pytest.mark.parametrize("other", [np.nan, np.inf, -5, 0])
@@ -295,8 +297,8 @@ def test_losses_ignore_what_is_not_valid(other):
         for one, another in zip(jax.tree.leaves(loss(*spoiled, valid)), expected):
             np.testing.assert_array_equal(one, another)
             assert np.isfinite(one).all()
-        for found in jax.tree.leaves(loss(*spoiled, np.zeros_like(valid))):
-            assert not np.asarray(found).any()
+        for actual in jax.tree.leaves(loss(*spoiled, np.zeros_like(valid))):
+            assert not np.asarray(actual).any()
 
 
 EPOCHS, STEPS = 6, 5
@@ -333,8 +335,8 @@ def torch_rates(name: str) -> list[float]:
 )
 def test_schedules(name):
     rate, expected = schedule(ProbeConfig(schedule=name, epochs=EPOCHS), STEPS), torch_rates(name)
-    found = jax.jit(jax.vmap(rate))(jnp.arange(EPOCHS * STEPS))
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-10)
+    actual = jax.jit(jax.vmap(rate))(jnp.arange(EPOCHS * STEPS))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-10)
     assert float(rate(7)) == pytest.approx(expected[7], rel=1e-5)
 
 

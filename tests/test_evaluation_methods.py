@@ -10,8 +10,7 @@ import torch
 from flax import nnx
 
 import anyup_jax
-from anyup_core.geometry import axis_window
-from evaluation.kept_weights import AxisPlan, Plan, apply, extract
+from evaluation.kept_weights import Plan, apply, extract
 from evaluation.methods import Interpolation, JointBilateral, LabelGuided, Upsampler
 
 RANDOM = np.random.default_rng(0)
@@ -108,13 +107,15 @@ def test_tiles_do_what_the_method_does(name: str, size: tuple[int, int]) -> None
     method = METHODS[name]
     plan = Plan.of(method, FEATURES.shape[1:3], size)
     tiles = extract(method, {"x": plan}, IMAGE, {"x": FEATURES}, size)["x"]
-    assert tiles.shape == (2, plan.grid[0] * plan.grid[1], plan.positions, plan.colours)
+    rows, cols = plan.rows, plan.cols
+    assert tiles.shape == (2, rows.runs * cols.runs, rows.size * cols.size, rows.span * cols.span)
     values = FEATURES[..., :5]
     assert far(plan.untile(apply(plan, tiles, values), size), method(IMAGE, FEATURES, size, values)) < 1e-5
 
 
 def test_tiles_are_small() -> None:
-    assert [AxisPlan.of(axis_window(448, cells, 0.1)).span for cells in (14, 28)] == [4, 7]
+    plan = Plan.of(METHODS["paper"], (14, 28), (448, 448))
+    assert (plan.rows.size, plan.rows.span, plan.cols.span) == (16, 4, 7)
     assert Plan.of(METHODS["bilinear"], (7, 6), (48, 64)) is None
 
 

@@ -11,10 +11,7 @@ from skimage.metrics import contingency_table, mean_squared_error
 from skimage.morphology import dilation, erosion
 from skimage.segmentation import find_boundaries
 
-from evaluation.metrics import average_over_images
-from evaluation.metrics.depth import depth_scores
-from evaluation.metrics.normals import normal_scores
-from evaluation.metrics.segmentation import Confusion, boundary_band
+from evaluation.metrics import Confusion, average_over_images, boundary_band, depth_scores, normal_scores
 
 ALL = np.ones((1, 4), bool)
 
@@ -25,32 +22,32 @@ def row(*values: float) -> np.ndarray:
 
 def test_depth_by_hand():
     valid = np.array([[True, True, True, False]])
-    found = depth_scores(row(1.2, 2.6, 2, np.nan), row(1, 2, 4, 0), valid, aligned=False)
-    assert found == pytest.approx(
+    actual = depth_scores(row(1.2, 2.6, 2, np.nan), row(1, 2, 4, 0), valid, aligned=False)
+    assert actual == pytest.approx(
         {"rmse": math.sqrt((0.2**2 + 0.6**2 + 2**2) / 3), "d1": 1 / 3, "d2": 2 / 3, "d3": 2 / 3}
     )
 
 
 def test_depth_ratios_are_below_the_thresholds_both_ways():
-    found = depth_scores(row(1.25, 1, 1.2, 1), row(1, 1.25, 1, 1.2), ALL, aligned=False)
-    assert (found["d1"], found["d2"]) == (0.5, 1)
-    found = depth_scores(row(0, -1, -2, 1), row(1, 1, 2, 1), ALL, aligned=False)  # not positive: outside
-    assert (found["d1"], found["d3"]) == (0.25, 0.25)
+    actual = depth_scores(row(1.25, 1, 1.2, 1), row(1, 1.25, 1, 1.2), ALL, aligned=False)
+    assert (actual["d1"], actual["d2"]) == (0.5, 1)
+    actual = depth_scores(row(0, -1, -2, 1), row(1, 1, 2, 1), ALL, aligned=False)  # not positive: outside
+    assert (actual["d1"], actual["d3"]) == (0.25, 0.25)
 
 
 def test_depth_against_another_library():
     random = np.random.default_rng(0)
     prediction, target = random.uniform(0.5, 9, (2, 30, 40))
-    found = depth_scores(prediction, target, np.ones((30, 40), bool), aligned=False)
-    assert found["rmse"] == pytest.approx(math.sqrt(mean_squared_error(prediction, target)))
+    actual = depth_scores(prediction, target, np.ones((30, 40), bool), aligned=False)
+    assert actual["rmse"] == pytest.approx(math.sqrt(mean_squared_error(prediction, target)))
     ratio = np.exp(np.abs(np.log(prediction) - np.log(target)))
-    assert [found["d1"], found["d2"], found["d3"]] == [float((ratio < 1.25**k).mean()) for k in (1, 2, 3)]
+    assert [actual["d1"], actual["d2"], actual["d3"]] == [float((ratio < 1.25**k).mean()) for k in (1, 2, 3)]
 
 
 def test_depth_is_aligned_by_scale_and_shift_of_the_valid_pixels():
     target = row(1, 2, 4, 7)
-    found = depth_scores((target - 3) / -2, target, ALL, aligned=True)
-    assert found == pytest.approx({"rmse": 0, "d1": 1, "d2": 1, "d3": 1}, abs=1e-12)
+    actual = depth_scores((target - 3) / -2, target, ALL, aligned=True)
+    assert actual == pytest.approx({"rmse": 0, "d1": 1, "d2": 1, "d3": 1}, abs=1e-12)
 
     random = np.random.default_rng(1)
     prediction, target = random.uniform(0.5, 9, (2, 20, 30))
@@ -62,9 +59,9 @@ def test_depth_is_aligned_by_scale_and_shift_of_the_valid_pixels():
 
 def test_depth_that_is_aligned_is_not_clipped():
     # least squares: 1.35 p - 0.525, that is -0.525, 0.825, 2.175 and 3.525
-    found = depth_scores(row(0, 1, 2, 3), row(0.5, 0.25, 0.25, 5), ALL, aligned=True)
+    actual = depth_scores(row(0, 1, 2, 3), row(0.5, 0.25, 0.25, 5), ALL, aligned=True)
     rmse = math.sqrt((1.025**2 + 0.575**2 + 1.925**2 + 1.475**2) / 4)
-    assert found == pytest.approx({"rmse": rmse, "d1": 0, "d2": 0.25, "d3": 0.25})
+    assert actual == pytest.approx({"rmse": rmse, "d1": 0, "d2": 0.25, "d3": 0.25})
 
 
 def test_depth_that_is_constant_stays_as_it_is():
@@ -82,16 +79,16 @@ def rotated(*degrees: float) -> np.ndarray:
 
 def test_normals_by_hand():
     target, valid = rotated(0, 0, 0, 0, 0), np.array([[True, True, True, True, False]])
-    found = normal_scores(3 * rotated(0, 12, 25, 35, 90), target, valid)
+    actual = normal_scores(3 * rotated(0, 12, 25, 35, 90), target, valid)
     rmse = math.sqrt((12**2 + 25**2 + 35**2) / 4)
-    assert found == pytest.approx({"rmse": rmse, "11.25": 0.25, "22.5": 0.5, "30": 0.75})
+    assert actual == pytest.approx({"rmse": rmse, "11.25": 0.25, "22.5": 0.5, "30": 0.75})
 
 
 @pytest.mark.parametrize("degrees", [0, 1e-7, 0.5, 11.24, 90, 179.9, 180])
 def test_normals_at_every_angle(degrees):
-    found = normal_scores(rotated(degrees), rotated(0), np.ones((1, 1), bool))
-    assert found["rmse"] == pytest.approx(degrees, rel=1e-9, abs=1e-13)
-    assert found["11.25"] == (degrees < 11.25)
+    actual = normal_scores(rotated(degrees), rotated(0), np.ones((1, 1), bool))
+    assert actual["rmse"] == pytest.approx(degrees, rel=1e-9, abs=1e-13)
+    assert actual["11.25"] == (degrees < 11.25)
 
 
 def test_normals_that_are_zero_are_at_right_angles():
@@ -105,12 +102,12 @@ def test_normals_against_another_library():
     valid = random.random((20, 30)) < 0.7
     cosine = torch.cosine_similarity(torch.from_numpy(prediction), torch.from_numpy(target), dim=-1)
     angle = torch.rad2deg(torch.acos(cosine))[torch.from_numpy(valid)]
-    found = normal_scores(prediction, target, valid)
-    assert found["rmse"] == pytest.approx(float(angle.square().mean().sqrt()))
-    assert found["30"] == pytest.approx(float((angle < 30).double().mean()))
+    actual = normal_scores(prediction, target, valid)
+    assert actual["rmse"] == pytest.approx(float(angle.square().mean().sqrt()))
+    assert actual["30"] == pytest.approx(float((angle < 30).double().mean()))
 
 
-def test_images_count_the_same_and_those_without_valid_pixels_are_counted():
+def test_images_count_the_same_and_those_without_valid_pixels_are_left_out():
     none = np.zeros((1, 4), bool)
     images = [
         depth_scores(row(2, 2, 2, 2), row(1, 1, 1, 1), ALL, aligned=False),
@@ -118,17 +115,16 @@ def test_images_count_the_same_and_those_without_valid_pixels_are_counted():
         depth_scores(row(2, 2, 2, 2), row(0, 0, 0, 0), none, aligned=True),
     ]
     assert images[2] == {}
-    assert average_over_images(images) == ({"rmse": 0.5, "d1": 0.5, "d2": 0.5, "d3": 0.5}, 1)
+    assert average_over_images(images) == {"rmse": 0.5, "d1": 0.5, "d2": 0.5, "d3": 0.5}
     assert normal_scores(np.ones((1, 4, 3)), np.ones((1, 4, 3)), none) == {}
-    assert average_over_images([{}, {}]) == ({}, 2)
-    assert average_over_images([]) == ({}, 0)
+    assert average_over_images([{}, {}]) == average_over_images([]) == {}
 
 
 def test_a_prediction_that_is_not_a_number_shows():
     broken = depth_scores(row(np.nan, 1, 1, 1), row(1, 1, 1, 1), ALL, aligned=False)
-    means, left_out = average_over_images([broken])
+    means = average_over_images([broken])
     assert math.isnan(means["rmse"])
-    assert (means["d1"], left_out) == (0.75, 0)
+    assert means["d1"] == 0.75
 
 
 def test_confusion_by_hand():
@@ -150,13 +146,13 @@ def test_confusion_against_another_library():
     for image in zip(prediction, label):
         confusion.add(*image)
     banded.add(prediction, label, where)
-    for found, kept in (confusion, label != 255), (banded, where & (label != 255)):
+    for actual, kept in (confusion, label != 255), (banded, where & (label != 255)):
         table = contingency_table(label[kept], prediction[kept]).toarray()
-        np.testing.assert_array_equal(found.counts, table)
+        np.testing.assert_array_equal(actual.counts, table)
         masks = [(label[kept] == k, prediction[kept] == k) for k in range(5)]
-        np.testing.assert_allclose(found.iou(), [(a & b).sum() / (a | b).sum() for a, b in masks])
-        assert found.pixel_accuracy() == (label[kept] == prediction[kept]).mean()
-        assert found.mean_iou() == pytest.approx(found.iou().mean())
+        np.testing.assert_allclose(actual.iou(), [(a & b).sum() / (a | b).sum() for a, b in masks])
+        assert actual.pixel_accuracy() == (label[kept] == prediction[kept]).mean()
+        assert actual.mean_iou() == pytest.approx(actual.iou().mean())
 
 
 def test_an_ignored_class_is_not_scored():

@@ -127,9 +127,9 @@ def test_pickled_arrays(protocol: int, tmp_path: Path) -> None:
     other = dict(objects=np.array([["a"], ["b"]], object), scalar=np.float32(2), words=[["kitchen"]])
     path = tmp_path / "arrays.pkl"
     path.write_bytes(pickle.dumps(kept | other, protocol))
-    found = read_arrays(path, tuple(kept))
+    actual = read_arrays(path, tuple(kept))
     for name, array in kept.items():
-        assert np.array_equal(found[name], array)
+        assert np.array_equal(actual[name], array)
     for name in other:
         with pytest.raises(ValueError, match=rf"arrays\.pkl .*\b{name}\b"):
             read_arrays(path, [name])

@@ -27,10 +27,10 @@ from anyup_jax.encoders.settings import EncoderConfig
 from evaluation import fidelity, fitting, results, segmentation, sheet, tasks
 from evaluation.config import Config, DatasetConfig, ProbeConfig
 from evaluation.data import Examples, open_segmentation
-from evaluation.fitting import ProbeFile
-from evaluation.frozen import Live, Split, keep, read_view
+from evaluation.data.layouts import Files
+from evaluation.fitting import ProbeFile, prefetch
+from evaluation.frozen import Live, keep, read_view
 from evaluation.methods import Interpolation, JointBilateral
-from evaluation.prefetch import prefetch
 from evaluation.published import figures
 from evaluation.results import Result
 from tests.training import environment
@@ -116,31 +116,31 @@ def test_what_is_kept_scores_as_what_is_computed_anew(folder: Path) -> None:
 def test_repeated_probes_are_those_of_their_seeds(folder: Path, tmp_path: Path) -> None:
     evaluate(folder, "output_dir=repeated", "probe.repeats=2", "methods=[bilinear]")
     path = folder / "repeated/lite0/bilinear"
-    found, state = json.loads((path / "result.json").read_text()), load_file(path / "probe.safetensors")
+    actual, state = json.loads((path / "result.json").read_text()), load_file(path / "probe.safetensors")
     both = {name: jnp.asarray(state[f"['head']['{name}']"]) for name in ("weight", "bias")}
 
-    data, settings = DatasetConfig(root=str(folder / "data"), classes=3, size=(64, 64)), found["settings"]
-    train, val = (
-        Split(open_segmentation(data, part), data.size, mirrored=part == "train") for part in ("train", "val")
-    )
-    encoder = EncoderConfig(**settings["encoder"]).load()
+    data, settings = DatasetConfig(root=str(folder / "data"), classes=3, size=(64, 64)), actual["settings"]
+    train, val = (open_segmentation(data, part, mirrored=part == "train") for part in ("train", "val"))
+    chosen = from_dict(EncoderConfig, settings["encoder"])
+    encoder = chosen.load()
     views = [Live(split, encoder, Interpolation("bilinear", "bilinear")) for split in (train, val)]
     alone = []
     for number in range(2):
         head = {name: value[number : number + 1] for name, value in both.items()}
         alone.append(segmentation.score(views[1], val, dict(one=head))[0]["one"])
-    for name, value, spread in (("mIoU", "mean_iou", "mIoU_std"), ("band_mIoU", "band_iou", "band_mIoU_std")):
-        values = [getattr(scores, value) for scores in alone]
-        assert found["scores"][name] == pytest.approx(np.mean(values), abs=1e-6)
-        assert found["scores"][spread] == pytest.approx(abs(values[0] - values[1]) / 2, abs=1e-6)
-        assert [getattr(scores, f"{value}_std") for scores in alone] == [0, 0]
-    assert np.mean([scores.classes for scores in alone], 0) == pytest.approx(np.array(found["details"]["iou"]))
+    for name in ("mIoU", "band_mIoU"):
+        values = [scores.means[name] for scores in alone]
+        assert actual["scores"][name] == pytest.approx(np.mean(values), abs=1e-6)
+        assert actual["scores"][f"{name}_std"] == pytest.approx(abs(values[0] - values[1]) / 2, abs=1e-6)
+        assert [scores.deviations[name] for scores in alone] == [0, 0]
+    assert np.mean([scores.classes["iou"] for scores in alone], 0) == pytest.approx(np.array(actual["details"]["iou"]))
 
     probe = ProbeConfig(**(settings["probe"] | dict(repeats=1)))
-    config = Config(encoders=dict(lite0=EncoderConfig(**settings["encoder"])), dataset=data, probe=probe)
-    single = segmentation.train(
-        views[0], train, encoder.channels, config, ProbeFile(tmp_path / "probe.safetensors", {}), lambda *_: None
-    )
+    config = Config(encoders=dict(lite0=chosen), dataset=data, probe=probe)
+    lines: list[str] = []
+    file = ProbeFile(tmp_path / "probe.safetensors", {}, lines.append)
+    single = segmentation.train(views[0], train, encoder.channels, config, file)
+    assert [line.partition(",")[0] for line in lines] == ["epoch 1", "epoch 2", "epoch 3"]
     for name, value in both.items():
         assert np.abs(value[0] - single[name][0]).max() < 1e-4 < np.abs(value[1] - value[0]).max()
 
@@ -149,8 +149,8 @@ def test_published_figures_stand_beside_the_same_data_and_encoder(capsys: pytest
     dataset = DatasetConfig(kind="voc", root="VOC")
     encoders = dict(mine=EncoderConfig(name=OFFICIAL), other=EncoderConfig(name="resnet50"))
     config = Config(encoders=encoders, dataset=dataset)
-    found = [Result(key, "bilinear", 14, dict(mIoU=0.8, accuracy=0.9, seconds=3.0), {}, {}) for key in encoders]
-    results.show(found, config)
+    actual = [Result(key, "bilinear", 14, dict(mIoU=0.8, accuracy=0.9, seconds=3.0), {}, {}) for key in encoders]
+    results.show(actual, config)
     lines = capsys.readouterr().out.splitlines()
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
     assert [row[2] for row in rows] == [
@@ -163,11 +163,11 @@ def test_published_figures_stand_beside_the_same_data_and_encoder(capsys: pytest
     nyu = DatasetConfig(kind="nyu", root="NYU", size=(224, 224))
     options = dict(encoders=encoders, dataset=nyu, probe=ProbeConfig(flip=False))
     raw = dataclasses.replace(encoders["mine"], norm=False)
-    said = {task: figures(Config(task=task, **options), raw) for task in ("depth", "normals")}
+    published = {task: figures(Config(task=task, **options), raw) for task in ("depth", "normals")}
     assert not figures(Config(task="depth", **options), encoders["mine"])
     assert not figures(dataclasses.replace(config, limit=5), encoders["mine"])
-    assert said["depth"][4].scores == dict(rmse=0.4755, d1=0.8216, aligned_rmse=0.3378, aligned_d1=0.9233)
-    assert said["normals"][0].scores == {"rmse": 32.7, "11.25": 0.26, "22.5": 0.53, "30": 0.66}
+    assert published["depth"][4].scores == dict(rmse=0.4755, d1=0.8216, aligned_rmse=0.3378, aligned_d1=0.9233)
+    assert published["normals"][0].scores == {"rmse": 32.7, "11.25": 0.26, "22.5": 0.53, "30": 0.66}
 
 
 def test_images_shown_are_spread_evenly() -> None:
@@ -182,10 +182,10 @@ def test_images_shown_are_spread_evenly() -> None:
 
 def test_fidelity(folder: Path) -> None:
     evaluate(folder, "task=fidelity", "output_dir=fidelity", "methods=[nearest,bilinear,anyup]", "limit=2")
-    found = scores(folder / "fidelity")
-    assert found.keys() == {"nearest", "bilinear", "anyup"}
-    assert found["nearest"]["cosine_down"] == pytest.approx(1, abs=1e-5)  # averages of what was copied
-    assert found["bilinear"]["cosine_high"] > found["nearest"]["cosine_high"]
+    actual = scores(folder / "fidelity")
+    assert actual.keys() == {"nearest", "bilinear", "anyup"}
+    assert actual["nearest"]["cosine_down"] == pytest.approx(1, abs=1e-5)  # averages of what was copied
+    assert actual["bilinear"]["cosine_high"] > actual["nearest"]["cosine_high"]
 
 
 class Means:
@@ -203,13 +203,13 @@ class Means:
 
 def test_fidelity_by_its_definition() -> None:
     image = np.random.default_rng(0).integers(0, 256, (16, 24, 3)).astype(np.uint8)
-    found = fidelity.scores(Means(), Interpolation("nearest", "nearest"), [image], 2)
+    actual = fidelity.scores(Means(), Interpolation("nearest", "nearest"), [image], 2)
     large = jax.image.resize(jnp.asarray(image[None], jnp.float32) / 255, (1, 32, 48, 3), "bilinear")
     high, low = np.asarray(Means()(large))[0], np.asarray(Means()(jnp.asarray(image[None], jnp.float32) / 255))[0]
     copied = low.repeat(2, 0).repeat(2, 1)
     cosine = (copied * high).sum(-1) / np.linalg.norm(copied, axis=-1) / np.linalg.norm(high, axis=-1)
-    assert found["cosine_high"] == pytest.approx(cosine.mean(), abs=1e-5)
-    assert found["cosine_down"] == pytest.approx(1, abs=1e-5)
+    assert actual["cosine_high"] == pytest.approx(cosine.mean(), abs=1e-5)
+    assert actual["cosine_down"] == pytest.approx(1, abs=1e-5)
 
 
 def test_a_probe_goes_on_where_it_was_and_not_with_other_settings(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_a_probe_goes_on_where_it_was_and_not_with_other_settings(tmp_path: Path
         file.restore(state)
 
 
-def test_work_ahead_keeps_the_order_and_stops() -> None:
+def test_prefetch_keeps_the_order_and_stops() -> None:
     done = []
 
     def work(number: int) -> int:
@@ -321,22 +321,24 @@ def test_a_digest_of_weights() -> None:
 
 def test_kept_views_are_whole_or_computed_again(folder: Path, tmp_path: Path) -> None:
     data = DatasetConfig(root=str(folder / "data"), classes=3, size=(32, 32))
-    split, method, lines = Split(open_segmentation(data, "val"), data.size), JointBilateral(), []
+    split, method, lines = open_segmentation(data, "val"), JointBilateral(), []
     (kept,) = keep(split, dict(a=Means()), method, tmp_path, dict(a=1), lines.append).values()
     assert lines == ["joint_bilateral: 3 of 3 views of a computed"]
     files = sorted(kept.folder.iterdir())
     contents = [file.read_bytes() for file in files]
     assert len(files) == 3
-    both = kept, Live(split, Means(), method)
-    logits = [np.asarray(jax.jit(views.logits)(views.batch([1], False)[0], jnp.ones((3, 2)))) for views in both]
-    assert np.abs(kept.arrange(logits[0][..., 0]) - logits[1][..., 0]).max() < 1e-2
+    outputs = []
+    for views in (kept, Live(split, Means(), method)):
+        upsample = jax.jit(lambda data, views=views: views.upsample(data, data["features"]))
+        outputs.append(np.asarray(upsample(views.batch([1], False)[0])))
+    assert np.abs(kept.arrange(outputs[0]) - outputs[1]).max() < 1e-2
 
     files[0].write_bytes(contents[0][:-5])  # cut off
     files[1].write_bytes(contents[2])  # another view
     files[2].unlink()
     for number, error in enumerate((ValueError, ValueError, FileNotFoundError)):
         with pytest.raises(error, match=re.escape(str(files[number]))):
-            read_view(kept.folder, number)
+            read_view(kept.path(number))
     lines.clear()
     keep(split, dict(a=Means()), method, tmp_path, dict(a=1), lines.append)
     assert [file.read_bytes() for file in files] == contents
@@ -379,17 +381,16 @@ def test_order_is_a_permutation_of_the_seed_and_flips_whole_batches() -> None:
 
 def test_one_pixel_of_every_block_counts() -> None:
     class Labels(Examples):
-        ignore = 255
-
-        def __init__(self) -> None: ...
-
-        def read(self, index: int):
+        def read(self, index: int, mirror: bool = False):
             return np.zeros((9, 12, 3), np.uint8), np.ones((9, 12), np.uint8)
 
-    split = Split(Labels(), (9, 12), mirrored=True, pixel_stride=3, seed=1)
+    split = Labels(
+        source=Files(Path(), []), classes=("a", "b"), ignore=255, table=np.zeros(256, np.int16), size=(9, 12),
+        mirrored=True, pixel_stride=3, seed=1,
+    )  # fmt: skip
     chosen = [split.chosen(0, mirror) for mirror in (False, True)]
     assert all((mask.reshape(3, 3, 4, 3).sum((1, 3)) == 1).all() for mask in chosen)
     assert (chosen[0] != chosen[1]).any()
-    label = split.thinned(split.view(0, False)[1], 0, False)
+    label = split.thinned(split.read(0)[1], 0, False)
     assert np.array_equal(label == 1, chosen[0])
     assert set(label[~chosen[0]]) == {255}

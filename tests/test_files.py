@@ -102,20 +102,20 @@ def test_features_are_read_and_checked(tmp_path):
 
 
 def test_output_paths_are_checked(tmp_path):
-    assert files.check_output(tmp_path / "a.npy", files.ARRAY_SUFFIXES) == tmp_path / "a.npy"
-    with pytest.raises(ValueError, match=r"suffix '\.txt'; the output can be \.npy, \.npz, \.safetensors"):
+    assert files.check_output(tmp_path / "a.npz", files.ARRAY_SUFFIXES) == tmp_path / "a.npz"
+    with pytest.raises(ValueError, match=r"suffix '\.txt'; the output can be \.npz, \.safetensors"):
         files.check_output(tmp_path / "a.txt", files.ARRAY_SUFFIXES)
     with pytest.raises(OSError, match="does not exist; create it first"):
-        files.check_output(tmp_path / "absent" / "a.npy", files.ARRAY_SUFFIXES)
-    (tmp_path / "folder.npy").mkdir()
+        files.check_output(tmp_path / "absent" / "a.npz", files.ARRAY_SUFFIXES)
+    (tmp_path / "folder.npz").mkdir()
     with pytest.raises(OSError, match="is a folder"):
-        files.check_output(tmp_path / "folder.npy", files.ARRAY_SUFFIXES)
+        files.check_output(tmp_path / "folder.npz", files.ARRAY_SUFFIXES)
 
 
 def test_a_folder_without_write_permission(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "access", lambda path, mode: False)
     with pytest.raises(OSError, match="not writable"):
-        files.check_output(tmp_path / "a.npy", files.ARRAY_SUFFIXES)
+        files.check_output(tmp_path / "a.npz", files.ARRAY_SUFFIXES)
 
 
 @pytest.mark.parametrize("suffix", files.ARRAY_SUFFIXES)
@@ -124,9 +124,7 @@ def test_features_are_written(tmp_path, suffix):
     features = np.arange(24, dtype=np.float64).reshape(2, 3, 4).transpose(1, 0, 2)  # neither float32 nor contiguous
     metadata = {"image": "cat.jpg", "image_size": [20, 30]}
     files.write_features(path, features, metadata)
-    if suffix == ".npy":
-        written = np.load(path)
-    elif suffix == ".npz":
+    if suffix == ".npz":
         with np.load(path) as archive:
             written = archive["features"]
             assert archive["image_size"].tolist() == [20, 30]

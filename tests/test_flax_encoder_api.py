@@ -13,6 +13,7 @@ from flax import nnx
 
 from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint
 from anyup_core.encoders import catalogue
+from anyup_core.encoders.convnext import ConvNeXt
 from anyup_jax.encoders import creation
 from anyup_jax.encoders.encoder import Encoder
 from tests.encoder_weights import random_state
@@ -34,12 +35,11 @@ def encoder(checkpoint) -> Encoder:
     return creation.build(checkpoint, class_token=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class PoolsConfig:
-    strides: tuple[int, ...] = (4, 8, 8)
-    widths: tuple[int, ...] = (3, 6, 9)
-    prefix_tokens: int = 0
-    class_tokens: int = 0
+class PoolsConfig(ConvNeXt):
+    strides = (4, 8, 8)
+
+
+POOLS = PoolsConfig(depths=(1, 1, 1), widths=(3, 6, 9))
 
 
 class Pools(nnx.Module):
@@ -48,7 +48,7 @@ class Pools(nnx.Module):
     calls: list[tuple] = []
 
     def __init__(self):
-        self.config = PoolsConfig()
+        self.config = POOLS
         self.gain = nnx.Param(jnp.ones(()))
 
     def intermediates(self, image, layers, norm):
@@ -62,7 +62,7 @@ class Pools(nnx.Module):
 
 
 def pools(**options) -> Encoder:
-    published = catalogue.Published("pools", "pools", "none", PoolsConfig(), (0.5, 0.4, 0.3), (0.25, 0.2, 0.1))
+    published = catalogue.Published("pools", "pools", "none", POOLS, (0.5, 0.4, 0.3), (0.25, 0.2, 0.1))
     return Encoder(Pools(), published, **options)
 
 
@@ -115,7 +115,7 @@ def test_options_that_the_backbone_does_not_have_are_refused():
 WRONG = {
     "bytes": (np.zeros((1, 32, 32, 3), np.uint8), TypeError, ("uint8",)),
     "integers": (np.zeros((1, 32, 32, 3), np.int32), TypeError, ("int32",)),
-    "channels first": (np.zeros((1, 3, 32, 48), np.float32), ValueError, ("(1, 3, 32, 48)", "first")),
+    "channels first": (np.zeros((1, 3, 32, 48), np.float32), ValueError, ("(1, 3, 32, 48)", "(0, 2, 3, 1)")),
     "no batch": (np.zeros((32, 32, 3), np.float32), ValueError, ("(32, 32, 3)",)),
     "alpha": (np.zeros((1, 32, 32, 4), np.float32), ValueError, ("(1, 32, 32, 4)",)),
     "low": (np.zeros((1, 15, 32, 3), np.float32), ValueError, ("15 x 32", "16 x 16", NAME)),

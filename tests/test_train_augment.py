@@ -18,6 +18,8 @@ from train.augment import OPERATIONS, augment
 
 COLOURS, GRAYSCALE, BLUR, COMPRESS, AUTOCONTRAST, EQUALIZE, SHARPEN, POSTERIZE, SOLARIZE, INVERT = range(10)
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # stand-ins for a Generator draw what a test names
+
 
 class Chosen:
     """A generator whose `uniform` and `choice` are given."""

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from anyup_core.checkpoints import names
+from tests.hidden import hide
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("anyup_core", "anyup_jax", "anyup_torch")
@@ -87,14 +88,14 @@ def test_a_file_of_the_user_raises_where_it_is_imported(user: Path, name: str) -
     assert f"the {name}.py of the user" in run(user, "python", f"import {name}", status=1)
 
 
-JAX = """
-import sys; sys.modules["torch"] = None
+JAX = f"""
+{hide("torch")}
 import numpy as np, anyup_jax
 model = anyup_jax.from_pretrained("anyup_efficientnet_lite")
 print(anyup_jax.__file__, anyup_jax.upsample(model, np.ones((1, 16, 16, 3), "f"), np.ones((1, 2, 2, 4), "f")).shape)
 """
-TORCH = """
-import sys; sys.modules["jax"] = sys.modules["flax"] = None
+TORCH = f"""
+{hide("jax", "flax")}
 import torch, anyup_torch
 model = anyup_torch.from_pretrained("anyup_efficientnet_lite")
 print(anyup_torch.__file__, tuple(model(torch.ones(1, 3, 16, 16), torch.ones(1, 4, 2, 2)).shape))

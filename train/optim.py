@@ -34,7 +34,7 @@ def init(config: OptimizerConfig, parameters: Any) -> Moments:
 
 def update(
     config: OptimizerConfig,
-    rate: Float[Array, ""],
+    rate: float | Float[Array, ""],
     gradients: Any,
     norm: Float[Array, ""],
     state: Moments,

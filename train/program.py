@@ -32,7 +32,7 @@ def abstract_state(config: Config) -> tuple[nnx.GraphDef, TrainState]:
 def abstract_encoder(config: EncoderConfig, dtype: str) -> Encoder:
     """Return a Flax encoder with shapes in place of weights."""
     published = catalogue.find(config.name)
-    options = dict(layer=config.layers, norm=config.norm, dtype=jnp.dtype(dtype))
+    options = dict(layer=config.layer, norm=config.norm, dtype=jnp.dtype(dtype))
     return nnx.eval_shape(
         lambda: Encoder(creation.backbone(published.config, options["dtype"], False, 0), published, **options)
     )

@@ -12,7 +12,6 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Int
 
 from anyup_jax.layers import Unused
 from anyup_jax.model import AnyUp
@@ -25,23 +24,23 @@ Trees = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a step changes.
+    """All that a step changes; with the same structure, how each of these arrays lies on the mesh.
 
     Attributes:
-        step: optimizer steps done.
+        step: optimizer steps done, an int32 scalar.
         params: trained parameters, float32, an `nnx.State`; moments and average have its structure.
         unused: published weights that never reach the output and are never trained.
         optimizer: count and moments.
         ema: moving average of `params`, or None.
-        ok: False once a loss or gradient was not finite; from then on steps change nothing.
+        ok: a boolean scalar, False once a loss or gradient was not finite; from then on steps change nothing.
     """
 
-    step: Int[Array, ""]
+    step: Any
     params: Any
     unused: Any
     optimizer: optim.Moments
     ema: Any
-    ok: Bool[Array, ""]
+    ok: Any
 
 
 def init_state(config: Config, model: AnyUp) -> tuple[nnx.GraphDef, TrainState]:

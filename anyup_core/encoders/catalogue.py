@@ -73,7 +73,8 @@ class Published:
 
 
 TINY, SMALL, MEDIUM, BASE = (192, 12, 3), (384, 12, 6), (512, 12, 8), (768, 12, 12)
-LARGE, SO400M, GIANT = (1024, 24, 16), (1152, 27, 16), (1536, 40, 24)
+LARGE, SO400M, HUGE, GIANT = (1024, 24, 16), (1152, 27, 16), (1280, 32, 20), (1536, 40, 24)
+ROTARY = partial(DINOv3, 16, 256)
 DINOV2 = partial(ViT, 14, 518, layer_scale=True)
 DINOV2_REGISTERS = partial(DINOV2, registers=4, embed_prefix=False)
 SWIGLU = dict(activation="swiglu", mlp_ratio=8 / 3)
@@ -92,21 +93,26 @@ def _tags(preprocessing: Preprocessing, tags: str) -> dict[str, Preprocessing]:
 LVD142M = _tags(IMAGENET, "lvd142m")
 DINO = _tags(IMAGENET, "dino")
 MAE = _tags(IMAGENET, "mae")
-AUGREG = _tags(HALF, "augreg_in21k_ft_in1k")
+AUGREG, AUGREG2 = _tags(HALF, "augreg_in21k_ft_in1k"), _tags(HALF, "augreg2_in21k_ft_in1k")
 AUGREG_21K = AUGREG | _tags(HALF, "augreg_in21k")
 AUGREG_1K = AUGREG | _tags(HALF, "augreg_in1k")
+ORIG, ORIG_21K = _tags(HALF, "orig_in21k_ft_in1k"), _tags(HALF, "orig_in21k")
+VIT_BASE = ORIG | ORIG_21K | _tags(HALF, "sam_in1k") | _tags(CLIP, "bamboo")
 FB_1K = _tags(IMAGENET, "fb_in1k")
 FB_22K = FB_1K | _tags(IMAGENET, "fb_in22k_ft_in1k")
-METACLIP = _tags(CLIP, "metaclip_2pt5b metaclip_400m")
-OPENAI = _tags(CLIP, "openai")
-OPENAI_TUNED = _tags(CLIP, "openai_ft_in1k openai_ft_in12k_in1k")
+METACLIP = "metaclip_2pt5b metaclip_400m openai"
+OPENAI_TUNED = "openai_ft_in1k openai_ft_in12k_in1k"
 LAION_TUNED = "laion2b_ft_in12k_in1k laion2b_ft_in1k"
+LAION = f"{LAION_TUNED} laion2b laion2b_ft_in12k"
+CLIP_TUNED = f"{METACLIP} {OPENAI_TUNED} openai_ft_in12k laion400m_e32 datacompxl dfn2b"
 WEBLI = _tags(HALF, "webli")
 WEBLI_V2 = _tags(HALF, "v2_webli")
 WEBLI_12 = WEBLI_V2 | WEBLI
 WEBLI_I18N = _tags(HALF, "webli_i18n")
-PALI = "pali_pt pali2_3b_pt pali2_10b_pt"
-PALI_TUNED = "pali_ocrvqa pali_refcoco_seg"
+PALI = _tags(HALF, "pali_pt pali2_3b_pt pali2_10b_pt")
+PALI_224 = PALI | _tags(HALF, "pali_mix")
+PALI_896 = PALI | _tags(HALF, "pali_ocrvqa pali_refcoco_seg")
+PALI_448 = _tags(HALF, "pali_mix") | PALI_896 | _tags(HALF, "pali2_3b_docci pali2_10b_docci")
 
 VIT = {
     "vit_small_patch14_dinov2": Architecture(DINOV2(*SMALL), LVD142M),
@@ -122,18 +128,10 @@ VIT = {
     "vit_small_patch16_224": Architecture(ViT(16, 224, *SMALL), AUGREG_21K | AUGREG_1K | DINO),
     "vit_small_patch16_384": Architecture(ViT(16, 384, *SMALL), AUGREG_1K),
     "vit_small_patch8_224": Architecture(ViT(8, 224, *SMALL), DINO),
-    "vit_base_patch16_224": Architecture(
-        ViT(16, 224, *BASE),
-        _tags(HALF, "augreg2_in21k_ft_in1k orig_in21k orig_in21k_ft_in1k sam_in1k")
-        | AUGREG_21K
-        | AUGREG_1K
-        | DINO
-        | MAE
-        | _tags(CLIP, "bamboo"),
-    ),
-    "vit_base_patch16_384": Architecture(ViT(16, 384, *BASE), AUGREG_1K | _tags(HALF, "orig_in21k_ft_in1k")),
-    "vit_base_patch8_224": Architecture(ViT(8, 224, *BASE), _tags(HALF, "augreg2_in21k_ft_in1k") | AUGREG_21K | DINO),
-    "vit_large_patch16_224": Architecture(ViT(16, 224, *LARGE), AUGREG_21K | _tags(HALF, "orig_in21k") | MAE),
+    "vit_base_patch16_224": Architecture(ViT(16, 224, *BASE), AUGREG2 | AUGREG_21K | AUGREG_1K | DINO | MAE | VIT_BASE),
+    "vit_base_patch16_384": Architecture(ViT(16, 384, *BASE), AUGREG_1K | ORIG),
+    "vit_base_patch8_224": Architecture(ViT(8, 224, *BASE), AUGREG2 | AUGREG_21K | DINO),
+    "vit_large_patch16_224": Architecture(ViT(16, 224, *LARGE), AUGREG_21K | ORIG_21K | MAE),
     "vit_large_patch16_384": Architecture(ViT(16, 384, *LARGE), AUGREG),
     "deit_tiny_patch16_224": Architecture(ViT(16, 224, *TINY), FB_1K),
     "deit_small_patch16_224": Architecture(ViT(16, 224, *SMALL), FB_1K),
@@ -146,32 +144,20 @@ VIT = {
     "deit3_base_patch16_384": Architecture(DEIT3(384, *BASE), FB_22K),
     "deit3_large_patch16_224": Architecture(DEIT3(224, *LARGE), FB_22K),
     "deit3_large_patch16_384": Architecture(DEIT3(384, *LARGE), FB_22K),
-    "vit_base_patch16_clip_224": Architecture(
-        CLIP_VIT(16, 224, *BASE),
-        _tags(CLIP, f"{LAION_TUNED} laion2b laion2b_ft_in12k laion400m_e32 datacompxl dfn2b")
-        | METACLIP
-        | OPENAI
-        | OPENAI_TUNED
-        | _tags(CLIP, "openai_ft_in12k"),
-    ),
-    "vit_base_patch16_clip_384": Architecture(CLIP_VIT(16, 384, *BASE), _tags(CLIP, LAION_TUNED) | OPENAI_TUNED),
-    "vit_base_patch16_clip_quickgelu_224": Architecture(CLIP_VIT(16, 224, *BASE, **QUICK), METACLIP | OPENAI),
+    "vit_base_patch16_clip_224": Architecture(CLIP_VIT(16, 224, *BASE), _tags(CLIP, f"{LAION} {CLIP_TUNED}")),
+    "vit_base_patch16_clip_384": Architecture(CLIP_VIT(16, 384, *BASE), _tags(CLIP, f"{LAION_TUNED} {OPENAI_TUNED}")),
+    "vit_base_patch16_clip_quickgelu_224": Architecture(CLIP_VIT(16, 224, *BASE, **QUICK), _tags(CLIP, METACLIP)),
     "vit_large_patch14_clip_224": Architecture(
         CLIP_VIT(14, 224, *LARGE),
-        _tags(HALF, f"{LAION_TUNED} laion2b laion2b_ft_in12k")
-        | _tags(CLIP, "laion400m_e32 datacompxl dfn2b dfn2b_s39b apple_mclip2_dfndr2b")
-        | METACLIP
-        | OPENAI
-        | OPENAI_TUNED
-        | _tags(CLIP, "openai_ft_in12k"),
+        _tags(HALF, LAION) | _tags(CLIP, f"{CLIP_TUNED} dfn2b_s39b apple_mclip2_dfndr2b"),
     ),
     "vit_large_patch14_clip_336": Architecture(
-        CLIP_VIT(14, 336, *LARGE), _tags(HALF, LAION_TUNED) | OPENAI | _tags(CLIP, "openai_ft_in12k_in1k")
+        CLIP_VIT(14, 336, *LARGE), _tags(HALF, LAION_TUNED) | _tags(CLIP, "openai openai_ft_in12k_in1k")
     ),
     "vit_large_patch14_clip_quickgelu_224": Architecture(
-        CLIP_VIT(14, 224, *LARGE, **QUICK), _tags(CLIP, "dfn2b") | METACLIP | OPENAI
+        CLIP_VIT(14, 224, *LARGE, **QUICK), _tags(CLIP, f"dfn2b {METACLIP}")
     ),
-    "vit_large_patch14_clip_quickgelu_336": Architecture(CLIP_VIT(14, 336, *LARGE, **QUICK), OPENAI),
+    "vit_large_patch14_clip_quickgelu_336": Architecture(CLIP_VIT(14, 336, *LARGE, **QUICK), _tags(CLIP, "openai")),
     "vit_base_patch16_siglip_224": Architecture(SIGLIP(16, 224, *BASE), WEBLI_12),
     "vit_base_patch16_siglip_256": Architecture(SIGLIP(16, 256, *BASE), WEBLI_12 | WEBLI_I18N),
     "vit_base_patch16_siglip_384": Architecture(SIGLIP(16, 384, *BASE), WEBLI_12),
@@ -189,16 +175,11 @@ VIT = {
 VIT |= {  # "gap": the same without the attention pool, on which the features do not depend
     name.replace("siglip", "siglip_gap"): entry for name, entry in VIT.items() if "siglip" in name
 }
-VIT["vit_so400m_patch14_siglip_gap_224"] = Architecture(
-    SO_SIGLIP(14, 224, *SO400M), WEBLI_12 | _tags(HALF, f"{PALI} pali_mix")
-)
-VIT["vit_so400m_patch14_siglip_gap_448"] = Architecture(
-    SO_SIGLIP(14, 448, *SO400M),
-    _tags(HALF, f"pali_mix {PALI} {PALI_TUNED} pali2_3b_docci pali2_10b_docci"),
-)
-VIT["vit_so400m_patch14_siglip_gap_896"] = Architecture(
-    SO_SIGLIP(14, 896, *SO400M), _tags(HALF, f"{PALI} {PALI_TUNED}")
-)
+VIT |= {
+    "vit_so400m_patch14_siglip_gap_224": Architecture(SO_SIGLIP(14, 224, *SO400M), WEBLI_12 | PALI_224),
+    "vit_so400m_patch14_siglip_gap_448": Architecture(SO_SIGLIP(14, 448, *SO400M), PALI_448),
+    "vit_so400m_patch14_siglip_gap_896": Architecture(SO_SIGLIP(14, 896, *SO400M), PALI_896),
+}
 
 SATELLITE = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))
 LVD = _tags(IMAGENET, "lvd1689m")
@@ -206,17 +187,17 @@ EUPE = _tags(IMAGENET, "eupe_lvd1689m")
 LVD_SAT = LVD | _tags(SATELLITE, "sat493m")
 
 DINOV3 = {  # "qkvb": the same with biases of queries and values
-    "vit_tiny_patch16_dinov3_qkvb": Architecture(DINOv3(192, 12, 3, qkv_bias=True), EUPE),
-    "vit_small_patch16_dinov3": Architecture(DINOv3(384, 12, 6), LVD),
-    "vit_small_patch16_dinov3_qkvb": Architecture(DINOv3(384, 12, 6, qkv_bias=True), LVD | EUPE),
-    "vit_small_plus_patch16_dinov3": Architecture(DINOv3(384, 12, 6, gated_mlp=True), LVD),
-    "vit_small_plus_patch16_dinov3_qkvb": Architecture(DINOv3(384, 12, 6, qkv_bias=True, gated_mlp=True), LVD),
-    "vit_base_patch16_dinov3": Architecture(DINOv3(768, 12, 12), LVD),
-    "vit_base_patch16_dinov3_qkvb": Architecture(DINOv3(768, 12, 12, qkv_bias=True), LVD | EUPE),
-    "vit_large_patch16_dinov3": Architecture(DINOv3(1024, 24, 16), LVD_SAT),
-    "vit_large_patch16_dinov3_qkvb": Architecture(DINOv3(1024, 24, 16, qkv_bias=True), LVD_SAT),
-    "vit_huge_plus_patch16_dinov3": Architecture(DINOv3(1280, 32, 20, gated_mlp=True), LVD),
-    "vit_huge_plus_patch16_dinov3_qkvb": Architecture(DINOv3(1280, 32, 20, qkv_bias=True, gated_mlp=True), LVD),
+    "vit_tiny_patch16_dinov3_qkvb": Architecture(ROTARY(*TINY, qkv_bias=True), EUPE),
+    "vit_small_patch16_dinov3": Architecture(ROTARY(*SMALL), LVD),
+    "vit_small_patch16_dinov3_qkvb": Architecture(ROTARY(*SMALL, qkv_bias=True), LVD | EUPE),
+    "vit_small_plus_patch16_dinov3": Architecture(ROTARY(*SMALL, gated_mlp=True), LVD),
+    "vit_small_plus_patch16_dinov3_qkvb": Architecture(ROTARY(*SMALL, qkv_bias=True, gated_mlp=True), LVD),
+    "vit_base_patch16_dinov3": Architecture(ROTARY(*BASE), LVD),
+    "vit_base_patch16_dinov3_qkvb": Architecture(ROTARY(*BASE, qkv_bias=True), LVD | EUPE),
+    "vit_large_patch16_dinov3": Architecture(ROTARY(*LARGE), LVD_SAT),
+    "vit_large_patch16_dinov3_qkvb": Architecture(ROTARY(*LARGE, qkv_bias=True), LVD_SAT),
+    "vit_huge_plus_patch16_dinov3": Architecture(ROTARY(*HUGE, gated_mlp=True), LVD),
+    "vit_huge_plus_patch16_dinov3_qkvb": Architecture(ROTARY(*HUGE, qkv_bias=True, gated_mlp=True), LVD),
 }
 
 RESNET_TAGS = _tags(IMAGENET, "a1h_in1k a1_in1k a2_in1k a3_in1k gluon_in1k tv2_in1k tv_in1k")

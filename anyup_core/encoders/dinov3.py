@@ -8,33 +8,32 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from anyup_core.encoders.rows import Row, conv, linear, norm
+from anyup_core.encoders.rows import Row, linear
+from anyup_core.encoders.vit import ViT
 from anyup_core.layouts import TRANSPOSE
 
 
 @dataclasses.dataclass(frozen=True)
-class DINOv3:
+class DINOv3(ViT):
     """A vision transformer with rotary position embeddings, registers and layer scale.
 
     Attributes:
-        width, depth, num_heads: channels, blocks and attention heads.
+        image_size: side of the square image that timm takes by default; the position embeddings suit any.
         qkv_bias: queries and values have a bias; keys never do.
         gated_mlp: the MLP is a SwiGLU.
-        patch_size: pixels per cell.
-        registers: tokens between the class token and the cells.
-        image_size: side of the square image that timm takes by default; the position embeddings suit any.
+
+    The others are those of `ViT`.
     """
 
-    width: int
-    depth: int
-    num_heads: int
+    layer_scale: bool = True
+    registers: int = 4
+    embed_prefix: bool = False
+    epsilon: float = 1e-5
     qkv_bias: bool = False
     gated_mlp: bool = False
-    patch_size: int = 16
-    registers: int = 4
-    image_size: int = 256
 
-    class_tokens = 1
+    grid_size = 0  # no table of position embeddings
+    layer_scale_keys = ("gamma_1", "gamma_2")
 
     def __post_init__(self):
         if self.width % (4 * self.num_heads):
@@ -43,42 +42,15 @@ class DINOv3:
                 f"make it a multiple of 4 * num_heads = {4 * self.num_heads}."
             )
 
-    @property
-    def mlp_width(self) -> int:
-        return 4 * self.width
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        return (self.patch_size,) * self.depth
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return (self.width,) * self.depth
-
-    @property
-    def prefix_tokens(self) -> int:
-        return self.class_tokens + self.registers
-
-    def rows(self) -> Iterator[Row]:
-        """Yield timm's keys in the order of its state dict."""
-        width, hidden, patch, block = self.width, self.mlp_width, self.patch_size, dict(stack=self.depth)
-        yield Row("cls_token", (1, 1, width), "class_token")
-        yield Row("reg_token", (1, self.registers, width), "registers")
-        yield from conv("patch_embed.proj", (width, 3, patch, patch), "patch")
-        yield Row("blocks.{i}.gamma_1", (width,), "blocks.scale1", **block)
-        yield Row("blocks.{i}.gamma_2", (width,), "blocks.scale2", **block)
-        yield from norm("blocks.{i}.norm1", width, "blocks.norm1", **block)
+    def qkv_rows(self) -> Iterator[Row]:
+        block, shape = dict(stack=self.depth), (3 * self.width, self.width)
         if self.qkv_bias:
-            yield Row("blocks.{i}.attn.q_bias", (width,), "blocks.attention.query_bias", **block)
-            yield Row("blocks.{i}.attn.v_bias", (width,), "blocks.attention.value_bias", **block)
-        yield Row("blocks.{i}.attn.qkv.weight", (3 * width, width), "blocks.attention.qkv.kernel", TRANSPOSE, **block)
-        yield from linear("blocks.{i}.attn.proj", width, width, "blocks.attention.project", **block)
-        yield from norm("blocks.{i}.norm2", width, "blocks.norm2", **block)
-        if self.gated_mlp:
-            yield from linear("blocks.{i}.mlp.fc1_g", width, hidden, "blocks.mlp.gate", **block)
-            yield from linear("blocks.{i}.mlp.fc1_x", width, hidden, "blocks.mlp.widen", **block)
-        else:
-            yield from linear("blocks.{i}.mlp.fc1", width, hidden, "blocks.mlp.widen", **block)
-        yield from linear("blocks.{i}.mlp.fc2", hidden, width, "blocks.mlp.narrow", **block)
-        yield from norm("norm", width, "norm")
-        yield from linear("head", width, None, "head", unused=True, optional="head")
+            yield Row("blocks.{i}.attn.q_bias", shape[1:], "blocks.attention.query_bias", **block)
+            yield Row("blocks.{i}.attn.v_bias", shape[1:], "blocks.attention.value_bias", **block)
+        yield Row("blocks.{i}.attn.qkv.weight", shape, "blocks.attention.qkv.kernel", TRANSPOSE, **block)
+
+    def widening_rows(self) -> Iterator[Row]:
+        parts = {"fc1_g": "gate", "fc1_x": "widen"} if self.gated_mlp else {"fc1": "widen"}
+        for torch, flax in parts.items():
+            sizes = self.width, self.mlp_width
+            yield from linear(f"blocks.{{i}}.mlp.{torch}", *sizes, f"blocks.mlp.{flax}", stack=self.depth)

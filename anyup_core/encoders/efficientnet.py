@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from anyup_core.encoders.rows import Row, batch_norm, conv, linear
+from anyup_core.encoders.rows import Row, batch_norm, conv, conv_norm, linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,12 @@ class Stage:
     kernel_size: int
     stride: int
     expansion: int = 6
+
+
+LITE0 = (
+    *(Stage(1, 16, 3, 1, expansion=1), Stage(2, 24, 3, 2), Stage(2, 40, 5, 2), Stage(3, 80, 3, 2)),
+    *(Stage(3, 112, 5, 1), Stage(4, 192, 5, 2), Stage(1, 320, 3, 1)),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,24 +52,13 @@ class EfficientNet:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        sizes = (
-            (1, 16, 3, 1),
-            (2, 24, 3, 2),
-            (2, 40, 5, 2),
-            (3, 80, 3, 2),
-            (3, 112, 5, 1),
-            (4, 192, 5, 2),
-            (1, 320, 3, 1),
-        )
         return tuple(
-            Stage(
-                blocks if blocks == 1 else math.ceil(blocks * self.depth_factor),
-                _multiple_of_8(width * self.width_factor),
-                kernel_size,
-                stride,
-                expansion=6 if i else 1,
+            dataclasses.replace(
+                stage,
+                blocks=stage.blocks if stage.blocks == 1 else math.ceil(stage.blocks * self.depth_factor),
+                width=_multiple_of_8(stage.width * self.width_factor),
             )
-            for i, (blocks, width, kernel_size, stride) in enumerate(sizes)
+            for stage in LITE0
         )
 
     @property
@@ -82,8 +77,7 @@ class EfficientNet:
 
     def rows(self) -> Iterator[Row]:
         """Yield timm's keys in the order of its state dict."""
-        yield from conv("conv_stem", (self.stem_width, 3, 3, 3), "stem.conv", bias=False)
-        yield from batch_norm("bn1", self.stem_width, "stem.norm")
+        yield from conv_norm("conv_stem", "bn1", (self.stem_width, 3, 3, 3), "stem")
         width = self.stem_width
         for i, stage in enumerate(self.stages):
             # timm names a block without expansion after its two convolutions: conv_dw, bn1, conv_pw, bn2
@@ -92,16 +86,13 @@ class EfficientNet:
                 torch, flax, size = f"blocks.{i}.{j}", f"stages.{i}.{j}", stage.kernel_size
                 hidden = stage.expansion * width
                 if stage.expansion > 1:
-                    yield from conv(f"{torch}.conv_pw", (hidden, width, 1, 1), f"{flax}.expand.conv", bias=False)
-                    yield from batch_norm(f"{torch}.bn1", hidden, f"{flax}.expand.norm")
+                    yield from conv_norm(f"{torch}.conv_pw", f"{torch}.bn1", (hidden, width, 1, 1), f"{flax}.expand")
                 yield from conv(f"{torch}.conv_dw", (hidden, 1, size, size), f"{flax}.depthwise", bias=False)
                 yield from batch_norm(f"{torch}.{norms[0]}", hidden, f"{flax}.depthwise_norm")
                 shape = (stage.width, hidden, 1, 1)
-                yield from conv(f"{torch}.{project}", shape, f"{flax}.project.conv", bias=False)
-                yield from batch_norm(f"{torch}.{norms[1]}", stage.width, f"{flax}.project.norm")
+                yield from conv_norm(f"{torch}.{project}", f"{torch}.{norms[1]}", shape, f"{flax}.project")
                 width = stage.width
-        yield from conv("conv_head", (self.head_width, width, 1, 1), "head.conv", bias=False)
-        yield from batch_norm("bn2", self.head_width, "head.norm")
+        yield from conv_norm("conv_head", "bn2", (self.head_width, width, 1, 1), "head")
         yield from linear("classifier", self.head_width, None, "classifier", optional="classifier")
 
 

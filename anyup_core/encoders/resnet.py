@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from anyup_core.encoders.rows import Row, batch_norm, conv, linear
+from anyup_core.encoders.rows import Row, conv_norm, linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +34,13 @@ class ResNet:
     def rows(self) -> Iterator[Row]:
         """Yield timm's keys; the first block of a stage stands by itself, the others are stacked."""
         inputs = self.stem_width
-        yield from _conv_norm("conv1", "bn1", (inputs, 3, 7, 7), "stem")
+        yield from conv_norm("conv1", "bn1", (inputs, 3, 7, 7), "stem")
         for i, depth in enumerate(self.depths):
             width = self.stem_width << i
             torch, flax = f"layer{i + 1}", f"stages.{i}"
             yield from _block(f"{torch}.0", inputs, width, f"{flax}.first")
             shape = (4 * width, inputs, 1, 1)
-            yield from _conv_norm(f"{torch}.0.downsample.0", f"{torch}.0.downsample.1", shape, f"{flax}.shortcut")
+            yield from conv_norm(f"{torch}.0.downsample.0", f"{torch}.0.downsample.1", shape, f"{flax}.shortcut")
             yield from _block(f"{torch}.{{i}}", 4 * width, width, f"{flax}.others", stack=depth - 1, first=1)
             inputs = 4 * width
         yield from linear("fc", inputs, None, "fc", unused=True, optional="fc")
@@ -49,9 +49,4 @@ class ResNet:
 def _block(torch: str, inputs: int, width: int, flax: str, **options) -> Iterator[Row]:
     shapes = {"narrow": (width, inputs, 1, 1), "filter": (width, width, 3, 3), "widen": (4 * width, width, 1, 1)}
     for number, (name, shape) in enumerate(shapes.items(), start=1):
-        yield from _conv_norm(f"{torch}.conv{number}", f"{torch}.bn{number}", shape, f"{flax}.{name}", **options)
-
-
-def _conv_norm(torch: str, torch_norm: str, shape: tuple[int, int, int, int], flax: str, **options) -> Iterator[Row]:
-    yield from conv(torch, shape, f"{flax}.conv", bias=False, **options)
-    yield from batch_norm(torch_norm, shape[0], f"{flax}.norm", **options)
+        yield from conv_norm(f"{torch}.conv{number}", f"{torch}.bn{number}", shape, f"{flax}.{name}", **options)

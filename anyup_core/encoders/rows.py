@@ -76,3 +76,9 @@ def batch_norm(torch: str, width: int, flax: str, **options) -> Iterator[Row]:
     yield Row(f"{torch}.running_var", (width,), f"{flax}.var", **options)
     counter = dict(unused=True, optional="counters", integer=True)
     yield Row(f"{torch}.num_batches_tracked", (), f"{flax}.batches", **counter, **options)
+
+
+def conv_norm(torch: str, torch_norm: str, shape: tuple[int, int, int, int], flax: str, **options) -> Iterator[Row]:
+    """Yield the rows of a convolution without bias and of the batch norm after it."""
+    yield from conv(torch, shape, f"{flax}.conv", bias=False, **options)
+    yield from batch_norm(torch_norm, shape[0], f"{flax}.norm", **options)

@@ -47,6 +47,8 @@ class ViT:
     epsilon: float = 1e-6
     attention_pool: bool = False
 
+    layer_scale_keys = ("ls1.gamma", "ls2.gamma")
+
     def __post_init__(self):
         if self.width % self.num_heads:
             raise ValueError(f"width={self.width} must be a multiple of num_heads={self.num_heads}.")
@@ -65,6 +67,11 @@ class ViT:
         return round(self.mlp_ratio * self.width)
 
     @property
+    def embedded_prefix(self) -> int:
+        """Prefix tokens that have position embeddings."""
+        return self.prefix_tokens if self.embed_prefix else 0
+
+    @property
     def strides(self) -> tuple[int, ...]:
         return (self.patch_size,) * self.depth
 
@@ -76,36 +83,40 @@ class ViT:
     def prefix_tokens(self) -> int:
         return self.class_tokens + self.registers
 
-    @property
-    def embedded_prefix(self) -> int:
-        """Prefix tokens that have position embeddings."""
-        return self.prefix_tokens if self.embed_prefix else 0
-
     def rows(self) -> Iterator[Row]:
-        """Yield timm's keys in the order of its state dict."""
+        """Yield timm's keys; the blocks are stacked."""
         width, hidden, patch, block = self.width, self.mlp_width, self.patch_size, dict(stack=self.depth)
         if self.class_tokens:
             yield Row("cls_token", (1, 1, width), "class_token")
         if self.registers:
             yield Row("reg_token", (1, self.registers, width), "registers")
-        yield Row("pos_embed", (1, self.grid_size**2 + self.embedded_prefix, width), "position")
+        if self.grid_size:
+            yield Row("pos_embed", (1, self.grid_size**2 + self.embedded_prefix, width), "position")
         yield from conv("patch_embed.proj", (width, 3, patch, patch), "patch", bias=not self.pre_norm)
         if self.pre_norm:
             yield from norm("norm_pre", width, "pre_norm")
         yield from norm("blocks.{i}.norm1", width, "blocks.norm1", **block)
-        yield from linear("blocks.{i}.attn.qkv", width, 3 * width, "blocks.attention.qkv", **block)
+        yield from self.qkv_rows()
         yield from linear("blocks.{i}.attn.proj", width, width, "blocks.attention.project", **block)
         yield from norm("blocks.{i}.norm2", width, "blocks.norm2", **block)
-        widened = 2 * hidden if self.activation == "swiglu" else hidden
-        yield from linear("blocks.{i}.mlp.fc1", width, widened, "blocks.mlp.widen", **block)
+        yield from self.widening_rows()
         yield from linear("blocks.{i}.mlp.fc2", hidden, width, "blocks.mlp.narrow", **block)
         if self.layer_scale:
-            yield Row("blocks.{i}.ls1.gamma", (width,), "blocks.scale1", **block)
-            yield Row("blocks.{i}.ls2.gamma", (width,), "blocks.scale2", **block)
+            for number, key in enumerate(self.layer_scale_keys, start=1):
+                yield Row(f"blocks.{{i}}.{key}", (width,), f"blocks.scale{number}", **block)
         yield from norm("norm", width, "norm")
         if self.attention_pool:
             yield from _attention_pool(width, hidden)
         yield from linear("head", width, None, "head", unused=True, optional="head")
+
+    def qkv_rows(self) -> Iterator[Row]:
+        """Yield the rows of queries, keys and values."""
+        yield from linear("blocks.{i}.attn.qkv", self.width, 3 * self.width, "blocks.attention.qkv", stack=self.depth)
+
+    def widening_rows(self) -> Iterator[Row]:
+        """Yield the rows of what stands before the activation of the MLP."""
+        outputs = 2 * self.mlp_width if self.activation == "swiglu" else self.mlp_width
+        yield from linear("blocks.{i}.mlp.fc1", self.width, outputs, "blocks.mlp.widen", stack=self.depth)
 
 
 def _attention_pool(width: int, hidden: int) -> Iterator[Row]:

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from anyup_core.checkpoints import encoder_checkpoint, encoder_files, formats, names
 from anyup_core.checkpoints.checkpoint import Checkpoint
@@ -18,10 +18,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SETTINGS = ("window_ratio", "num_heads", "window")  # that the weights do not tell
-DESCRIPTION = "Convert a checkpoint of AnyUp or of an encoder; the formats follow from the paths."
-USAGE = "%(prog)s [options] SRC [DST]\n       %(prog)s [options] --timm NAME [--weights FILE] [DST]"
-EPILOG = """formats: .pth and .pt (PyTorch), .safetensors (PyTorch's layout), a directory (Orbax, Flax's layout).
-SRC may also be the name of a checkpoint: """ + ", ".join(names.NAMES)
+TEXTS: dict[str, Any] = dict(
+    description="Convert a checkpoint of AnyUp or of an encoder; the formats follow from the paths.",
+    usage="%(prog)s [options] SRC [DST]\n       %(prog)s [options] --timm NAME [--weights FILE] [DST]",
+    epilog="formats: .pth and .pt (PyTorch), .safetensors (PyTorch's layout), a directory (Orbax, Flax's layout).\n"
+    f"SRC may also be the name of a checkpoint: {', '.join(names.NAMES)}",
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+)
+"""What the parser of the command receives."""
 
 Verify = Callable[[Checkpoint | EncoderCheckpoint, Checkpoint | EncoderCheckpoint], str]
 """Runs both frameworks with the weights read and the weights written. Returns a line to print, or raises ValueError."""
@@ -31,16 +35,7 @@ ConvertRun = Callable[[Path, Path, bool, Callable[[Checkpoint], Checkpoint]], st
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
-    add_arguments(
-        commands.add_parser(
-            "convert",
-            help="turn a checkpoint into another format",
-            usage=USAGE,
-            description=DESCRIPTION,
-            epilog=EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-    )
+    add_arguments(commands.add_parser("convert", help="turn a checkpoint into another format", **TEXTS))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,14 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", nargs="?", help="checkpoint to read")
     parser.add_argument("destination", metavar="DST", nargs="?", help="checkpoint to write")
     parser.add_argument("--inspect", action="store_true", help="list the tensors of SRC beside their counterparts")
-    parser.add_argument(
-        "--verify", action="store_true", help="run both frameworks and print their largest difference (in a checkout)"
-    )
-    parser.add_argument(
-        "--training",
-        action="store_true",
-        help="with the optimizer: a run of `train` to a trainer's .pth, or back (in a checkout)",
-    )
+    verify = "run both frameworks and print their largest difference (in a checkout)"
+    parser.add_argument("--verify", action="store_true", help=verify)
+    training = "with the optimizer: a run of `train` to a trainer's .pth, or back (in a checkout)"
+    parser.add_argument("--training", action="store_true", help=training)
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it is a checkpoint of the same format")
     timm = parser.add_argument_group("encoders (the name is kept in .safetensors and Orbax)")
     timm.add_argument("--timm", metavar="NAME", help="an encoder of timm, whose pretrained weights timm fetches")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -14,8 +15,9 @@ from jaxtyping import Float, UInt8
 from anyup_core.files import check_output, read_image, resize_image
 from anyup_core.preprocessing import normalize
 from anyup_jax.cli import models
-from anyup_jax.cli.models import build_model, create_encoder, describe_weights, encode, overrides, run, say, sizes_text
+from anyup_jax.cli.models import build_model, describe_weights, encode, overrides, run, say, sizes_text
 from anyup_jax.cli.parser import ENCODER, RANDOM, add_models, positive
+from anyup_jax.encoders.settings import EncoderConfig
 
 CROP = 32  # the demo's image has sides that are multiples of it
 
@@ -25,20 +27,13 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(command=demo)
     parser.add_argument("image", nargs="?", metavar="IMAGE", help="an image file (default: a shipped photograph)")
     parser.add_argument("--picture", default="outputs/demo.png", metavar="P.png", help="default: %(default)s")
-    parser.add_argument(
-        "--short-side",
-        type=positive,
-        default=448,
-        metavar="N",
-        help="the image's, after resizing (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--torch", action="store_true", help="upsample with the PyTorch mirror too, and print the largest difference"
-    )
+    side = "the image's, after resizing (default: %(default)s)"
+    parser.add_argument("--short-side", type=positive, default=448, metavar="N", help=side)
+    compare = "upsample with the PyTorch mirror too, and print the largest difference"
+    parser.add_argument("--torch", action="store_true", help=compare)
     add_models(parser, layers="one row of pictures each")
-    parser.add_argument(
-        "--dtype", choices=models.COMPUTED, default="float32", help="of the computation (default: %(default)s)"
-    )
+    dtype = "of the computation (default: %(default)s)"
+    parser.add_argument("--dtype", choices=models.COMPUTED, default="float32", help=dtype)
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -54,8 +49,9 @@ def demo(args: argparse.Namespace) -> None:
     say("image", f"{args.image or 'astronaut (NASA, shipped with scikit-image)'}, {sizes_text(image.shape[:2])}")
     say("encoder", f"{name}, weights: {args.encoder_weights or 'pretrained'}")
     say("AnyUp", f"weights: {describe_weights(args)}")
-    encoders = (create_encoder(args, layer) for layer in layers)
-    maps = [(encoder.stride, np.asarray(encode(encoder, image), np.float32)) for encoder in encoders]
+    config = EncoderConfig(name=name, weights=args.encoder_weights)
+    encoders = (dataclasses.replace(config, layer=(layer,)).load() for layer in layers)
+    maps = [(encoder.stride, encode(encoder, image)) for encoder in encoders]
     model = build_model(args)
 
     note = " (untrained)" if args.weights == RANDOM else ""
@@ -63,8 +59,8 @@ def demo(args: argparse.Namespace) -> None:
     for stride, features in maps:
         wheel = visualize.color_wheel(*features.shape[:2])
         values = np.concatenate([features, wheel], -1)  # one run gives features and attention picture
-        result = run(model, image, features, values, image.shape[:2], args.q_chunk_size)
-        upsampled, looks_at = np.split(result.output, [features.shape[-1]], -1)
+        output, times = run(model, image, features, values, image.shape[:2], args.q_chunk_size)
+        upsampled, looks_at = np.split(output, [features.shape[-1]], -1)
         smooth = visualize.bilinear(features, image.shape[:2])
         basis = visualize.pca_basis([features])
         small, blurred, sharp = visualize.pca_colors(features, smooth, upsampled, basis=basis)
@@ -75,37 +71,42 @@ def demo(args: argparse.Namespace) -> None:
             (f"AnyUp{note}\n{sizes_text(upsampled.shape)}", sharp),
             (f"AnyUp attention{note}\nwhere each pixel looks", visualize.oklab_picture(looks_at)),
         ]
-        say(f"stride {stride}", f"{sizes_text(features.shape)} -> {sizes_text(upsampled.shape)}, {result.times}")
+        say(f"stride {stride}", f"{sizes_text(features.shape)} -> {sizes_text(upsampled.shape)}, {times}")
         if mirror is not None:
-            say("  PyTorch", mirror(image, features, upsampled))
+            say("  PyTorch", _compare(mirror, image, features, upsampled, args.q_chunk_size))
     title = "AnyUp demo" + (", UNTRAINED weights" if args.weights == RANDOM else "")
     subtitle = f"Encoder: {name}. AnyUp weights: {describe_weights(args)}. Colours: one PCA and one range per row."
     figure.draw_panels(path, panels, columns=5, title=title, subtitle=subtitle)
     say("picture", path)
 
 
-def _mirror(args: argparse.Namespace) -> Callable[..., str]:
-    """Return a function that does the same in PyTorch, and says how long it took and how far apart the outputs are."""
+def _mirror(args: argparse.Namespace) -> Any:
+    """Return the same model in PyTorch. Raises ImportError without PyTorch, ValueError for random weights."""
     if args.weights == RANDOM:
         raise ValueError("--torch compares the frameworks with the same weights; random ones differ, name --weights.")
     try:
-        torch, anyup_torch = (importlib.import_module("torch"), importlib.import_module("anyup_torch"))
+        importlib.import_module("torch")
+        return importlib.import_module("anyup_torch").from_pretrained(args.weights, **overrides(args))
     except ModuleNotFoundError as error:
         raise ImportError(f'--torch needs {error.name}: pip install "anyup-jax[torch]", or leave it out.') from error
-    model = anyup_torch.from_pretrained(args.weights, **overrides(args))
 
-    def compare(
-        image: UInt8[np.ndarray, "H W 3"], features: Float[np.ndarray, "h w C"], ours: Float[np.ndarray, "H W C"]
-    ) -> str:
-        first = (torch.from_numpy(x.transpose(2, 0, 1).copy())[None] for x in (normalize(image), features))
-        start = time.perf_counter()
-        with torch.inference_mode():
-            theirs = model(*first, q_chunk_size=args.q_chunk_size)
-        seconds = time.perf_counter() - start
-        difference = np.abs(theirs[0].permute(1, 2, 0).numpy() - ours).max()
-        return f"ran in {seconds:.2f} s, largest difference {difference:.1e} (largest value {np.abs(ours).max():.1f})"
 
-    return compare
+def _compare(
+    model: Any,
+    image: UInt8[np.ndarray, "H W 3"],
+    features: Float[np.ndarray, "h w C"],
+    ours: Float[np.ndarray, "H W C"],
+    q_chunk_size: int | None,
+) -> str:
+    """Upsample in PyTorch. Return in words how long it took and how far apart the outputs are."""
+    torch = importlib.import_module("torch")
+    arrays = (torch.from_numpy(x.transpose(2, 0, 1).copy())[None] for x in (normalize(image), features))
+    start = time.perf_counter()
+    with torch.inference_mode():
+        theirs = model(*arrays, q_chunk_size=q_chunk_size)
+    seconds = time.perf_counter() - start
+    difference = np.abs(theirs[0].permute(1, 2, 0).numpy() - ours).max()
+    return f"ran in {seconds:.2f} s, largest difference {difference:.1e} (largest value {np.abs(ours).max():.1f})"
 
 
 def _shipped_photograph() -> UInt8[np.ndarray, "H W 3"]:

@@ -3,46 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from anyup_core.files import resize_image
 from anyup_core.preprocessing import normalize
-from anyup_jax.cli.parser import ENCODER, RANDOM
-
-if TYPE_CHECKING:
-    from jaxtyping import Array
+from anyup_jax.cli.parser import RANDOM
 
 COMPUTED = ("float32", "bfloat16")  # types of the model
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """An upsampled map and the seconds that compiling and running took."""
-
-    output: Float[np.ndarray, "Ho Wo E"]
-    compile_seconds: float
-    run_seconds: float
-
-    @property
-    def times(self) -> str:
-        return f"compiled in {self.compile_seconds:.2f} s, ran in {self.run_seconds:.2f} s"
 
 
 def run(
     model: Any,
     image: UInt8[np.ndarray, "H W 3"],
-    features: Float[np.ndarray | Array, "h w C"],
-    values: Float[np.ndarray | Array, "h w E"],
+    features: Float[np.ndarray, "h w C"],
+    values: Float[np.ndarray, "h w E"],
     output_size: tuple[int, int],
     q_chunk_size: int | None,
-) -> Result:
-    """Compile the model for these shapes, run it once on one image, and time both."""
+) -> tuple[Float[np.ndarray, "Ho Wo E"], str]:
+    """Compile the model for these shapes and run it once on one image. Return the output, and both times in words."""
     import jax
     from flax import nnx
 
@@ -55,8 +38,8 @@ def run(
     program = compiled.lower(graph, state, *inputs, tuple(output_size), q_chunk_size).compile()
     middle = time.perf_counter()
     (output,) = jax.block_until_ready(program(state, *inputs))
-    end = time.perf_counter()
-    return Result(np.asarray(output[0], np.float32), middle - start, end - middle)
+    times = f"compiled in {middle - start:.2f} s, ran in {time.perf_counter() - middle:.2f} s"
+    return np.asarray(output[0], np.float32), times
 
 
 def build_model(args: argparse.Namespace) -> Any:
@@ -64,13 +47,11 @@ def build_model(args: argparse.Namespace) -> Any:
     import jax.numpy as jnp
     from flax import nnx
 
-    from anyup_jax import AnyUp, AnyUpConfig
+    from anyup_jax import AnyUp, AnyUpConfig, from_pretrained
 
     dtype = jnp.dtype(args.dtype if args.dtype in COMPUTED else "float32")
     if args.weights == RANDOM:
         return AnyUp(AnyUpConfig(**overrides(args)), rngs=nnx.Rngs(args.seed), dtype=dtype)
-    from anyup_jax.pretrained import from_pretrained
-
     return from_pretrained(args.weights, dtype=dtype, **overrides(args))
 
 
@@ -83,23 +64,10 @@ def describe_weights(args: argparse.Namespace) -> str:
     return f"UNTRAINED, random initialisation with seed {args.seed}" if args.weights == RANDOM else args.weights
 
 
-def encode(encoder: Any, image: UInt8[np.ndarray, "H W 3"]) -> Float[Array, "h w C"]:
+def encode(encoder: Any, image: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "h w C"]:
     """Return the features of the whole image, resized for the encoder to the nearest multiples of its stride."""
-    import jax.numpy as jnp
-
     size = tuple(max(2, round(side / encoder.stride)) * encoder.stride for side in image.shape[:2])
-    pixels = jnp.asarray(resize_image(image, size) / np.float32(255))
-    return encoder(encoder.normalize(pixels[None]))[0]
-
-
-def create_encoder(args: argparse.Namespace, layer: int | tuple[int, ...]) -> Any:
-    from anyup_jax import encoders
-    from anyup_jax.encoders import timm_bridge
-
-    name, create = args.encoder or ENCODER, encoders.create
-    if name.startswith(timm_bridge.PREFIX):
-        name, create = name.removeprefix(timm_bridge.PREFIX), timm_bridge.create
-    return create(name, layer=layer, weights=args.encoder_weights)
+    return encoder.encode_array(resize_image(image, size) / np.float32(255))
 
 
 def sizes_text(sizes: Sequence[int]) -> str:

@@ -42,23 +42,15 @@ def positive(text: str) -> int:
 def add_models(parser: argparse.ArgumentParser, layers: str) -> None:
     """Add the options of the encoder and of AnyUp; `layers` says what becomes of several layers."""
     encoder = parser.add_argument_group("encoder")
-    encoder.add_argument(
-        "--encoder",
-        metavar="NAME",
-        help="timm's name of a Flax encoder, or timm:NAME for any timm model, which needs PyTorch "
-        f"(default: {ENCODER})",
-    )
+    names = "timm's name of a Flax encoder, or timm:NAME for any timm model, which needs PyTorch"
+    encoder.add_argument("--encoder", metavar="NAME", help=f"{names} (default: {ENCODER})")
     encoder.add_argument(
         "--layer", type=int, action="append", metavar="I", help=f"block or stage; may be repeated: {layers}"
     )
     encoder.add_argument("--encoder-weights", metavar="FILE", help="its state dict (default: the pretrained weights)")
     model = parser.add_argument_group("AnyUp")
-    model.add_argument(
-        "--weights",
-        default=WEIGHTS,
-        metavar="W",
-        help='a name, a file, or "random" (default: %(default)s; anyup_multi_backbone for DINO and its like)',
-    )
+    weights = 'a name, a file, or "random" (default: %(default)s; anyup_multi_backbone for DINO and its like)'
+    model.add_argument("--weights", default=WEIGHTS, metavar="W", help=weights)
     model.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights (default: 0)")
     model.add_argument("--window", choices=("paper", "natten"), help="which keys a query sees")
     model.add_argument("--backend", metavar="NAME", help="how attention is computed")

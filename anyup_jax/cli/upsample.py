@@ -5,48 +5,29 @@ from __future__ import annotations
 import argparse
 import time
 
-import numpy as np
-
-from anyup_core.files import (
-    ARRAY_SUFFIXES,
-    BAND_SUFFIXES,
-    check_output,
-    read_features,
-    read_image,
-    resize_image,
-    write_bands,
-    write_features,
-)
+from anyup_core import files
 from anyup_core.preprocessing import normalize
 from anyup_jax.cli import models
-from anyup_jax.cli.models import build_model, create_encoder, describe_weights, encode, run, say, sizes_text
-from anyup_jax.cli.parser import add_models, positive
+from anyup_jax.cli.models import build_model, describe_weights, encode, run, say, sizes_text
+from anyup_jax.cli.parser import ENCODER, add_models, positive
+from anyup_jax.encoders.settings import EncoderConfig
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("upsample", help="write upsampled features to a file", description=upsample.__doc__)
     parser.set_defaults(command=upsample)
     parser.add_argument("image", metavar="IMAGE", help="an image file")
-    parser.add_argument(
-        "--out",
-        required=True,
-        metavar="F",
-        help="the file to write: .npy or .zarr, band by band, so that it may be larger than memory; .npz or "
-        ".safetensors, from memory at once",
-    )
+    formats = ".npy or .zarr, band by band, so that it may be larger than memory; .npz or .safetensors, from memory"
+    parser.add_argument("--out", required=True, metavar="F", help=f"the file to write: {formats} at once")
     parser.add_argument("--features", metavar="F.npy", help="features (h, w, C) of the image, instead of an encoder")
     parser.add_argument(
         "--output-size", type=positive, nargs=2, metavar=("H", "W"), help="of the features (default: the image's)"
     )
     parser.add_argument("--max-side", type=positive, metavar="N", help="shrink the image to at most N pixels a side")
     add_models(parser, layers="their channels are concatenated")
-    parser.add_argument(
-        "--dtype",
-        choices=(*models.COMPUTED, "float16"),
-        default="float32",
-        help="float32 (default); bfloat16: computed in it, written as float32; float16: computed in float32, written "
-        "as float16",
-    )
+    types = "bfloat16: computed in it, written as float32; float16: computed in float32, written as float16"
+    choices = (*models.COMPUTED, "float16")
+    parser.add_argument("--dtype", choices=choices, default="float32", help=f"float32 (default); {types}")
 
 
 def upsample(args: argparse.Namespace) -> None:
@@ -55,49 +36,42 @@ def upsample(args: argparse.Namespace) -> None:
     The output of .npy and .zarr is computed and written in bands of rows, with memory that does not grow with its
     height; this takes several times as long as .npz or .safetensors, whose output has to fit into memory.
     """
-    path = check_output(args.out, (*ARRAY_SUFFIXES, *BAND_SUFFIXES[1:]))
+    path = files.check_output(args.out, files.ARRAY_SUFFIXES + files.BAND_SUFFIXES)
     if args.features and (args.encoder or args.layer or args.encoder_weights):
         raise ValueError("--features brings its own features; leave --encoder, --layer and --encoder-weights out.")
-    image = read_image(args.image)
+    image = files.read_image(args.image)
     height, width = image.shape[:2]
     if args.max_side and max(height, width) > args.max_side:
         scale = args.max_side / max(height, width)
-        image = resize_image(image, (max(1, round(height * scale)), max(1, round(width * scale))))
+        image = files.resize_image(image, (max(1, round(height * scale)), max(1, round(width * scale))))
     say("image", f"{args.image}, {sizes_text(image.shape[:2])}")
     if args.features:
-        features = read_features(args.features)
+        features = files.read_features(args.features)
         source = {"features": str(args.features)}
     else:
-        encoder = create_encoder(args, tuple(args.layer or [-1]))
+        layers = tuple(args.layer or [-1])
+        encoder = EncoderConfig(name=args.encoder or ENCODER, weights=args.encoder_weights, layer=layers).load()
         features = encode(encoder, image)
         source = {"encoder": encoder.name, "layers": list(encoder.layers), "stride": encoder.stride}
     say("features", f"{source.get('encoder') or source['features']}, {sizes_text(features.shape)}")
     say("AnyUp", f"weights: {describe_weights(args)}")
     model = build_model(args)
     size = tuple(args.output_size or image.shape[:2])
-    metadata = {
-        "image": str(args.image),
-        "image_size": list(image.shape[:2]),
-        "features_size": list(features.shape),
-        "output_size": list(size),
-        **source,
-        "weights": describe_weights(args),
-        "window": model.config.window,
-        "dtype": args.dtype,
-    }
+    sizes = dict(image_size=image.shape[:2], features_size=features.shape, output_size=size)
+    metadata = {"image": str(args.image), **{name: list(sides) for name, sides in sizes.items()}, **source}
+    metadata |= dict(weights=describe_weights(args), window=model.config.window, dtype=args.dtype)
     dtype = "float16" if args.dtype == "float16" else "float32"
     shape = (*size, features.shape[-1])
-    if path.suffix in BAND_SUFFIXES:
+    if path.suffix in files.BAND_SUFFIXES:
         from anyup_jax.bands import upsample_bands
 
         start = time.perf_counter()
         options = dict(q_chunk_size=args.q_chunk_size, dtype=dtype)
-        bands = upsample_bands(model, normalize(image)[None], np.asarray(features)[None], size, **options)
-        write_bands(path, (band[0] for band in bands), shape, metadata, dtype)
+        bands = upsample_bands(model, normalize(image)[None], features[None], size, **options)
+        files.write_bands(path, (band[0] for band in bands), shape, metadata, dtype)
         times = f"in bands of rows, compiled, ran and written in {time.perf_counter() - start:.2f} s"
     else:
-        result = run(model, image, features, features, size, args.q_chunk_size)
-        write_features(path, result.output, metadata, dtype)
-        times = result.times
+        output, times = run(model, image, features, features, size, args.q_chunk_size)
+        files.write_features(path, output, metadata, dtype)
     say("upsampled", f"{sizes_text(shape)}, {dtype}, {times}")
     say("written", path)

@@ -5,19 +5,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from anyup_core.encoders.convnext import ConvNeXt as Config
-from anyup_jax.encoders.layers import Conv, DepthwiseConv, LayerNorm, Linear, gelu, run, stack
+from anyup_jax.encoders.layers import Conv, ConvBackbone, DepthwiseConv, LayerNorm, Linear, gelu, run, stack
 
 EPSILON = 1e-6  # of every norm
 KERNEL = 7  # side of the depthwise filters
 
 
-class ConvNeXt(nnx.Module):
+class ConvNeXt(ConvBackbone):
     """The backbone of `anyup_core.encoders.convnext.ConvNeXt`, without its head."""
 
     def __init__(self, config: Config, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs):
@@ -26,20 +28,15 @@ class ConvNeXt(nnx.Module):
         width = config.widths[0]
         self.stem = Conv(3, width, 4, stride=4, dtype=dtype, rngs=rngs)
         self.stem_norm = LayerNorm(width, epsilon=EPSILON, rngs=rngs)
-        inputs = (None, *config.widths)
-        sizes = zip(inputs, config.widths, config.depths)
+        sizes = zip((None, *config.widths), config.widths, config.depths)
         self.stages = nnx.List([Stage(*size, dtype=dtype, rngs=rngs) for size in sizes])
 
-    def intermediates(
-        self, image: Float[Array, "B H W 3"], layers: tuple[int, ...], norm: bool
-    ) -> list[tuple[Float[Array, "B h w C"], None]]:
-        """Return the maps of these stages in rising order; `norm` changes nothing, as the final norm is the head's."""
-        x, maps = self.stem_norm(self.stem(image)), []
-        for i, stage in enumerate(self.stages[: layers[-1] + 1]):
+    def outputs(self, image: Float[Array, "B H W 3"]) -> Iterator[Float[Array, "B h w C"]]:
+        """Yield the map of each stage."""
+        x = self.stem_norm(self.stem(image))
+        for stage in self.stages:
             x = stage(x, remat=self.remat)
-            if i in layers:
-                maps.append((x, None))
-        return maps
+            yield x
 
 
 class Stage(nnx.Module):

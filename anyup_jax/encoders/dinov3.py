@@ -18,10 +18,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from anyup_core.encoders.dinov3 import DINOv3 as Config
-from anyup_jax.encoders.layers import Conv, LayerNorm, Linear, attend, normal, stack
+from anyup_jax.encoders import vit
+from anyup_jax.encoders.layers import Linear, attend
 from anyup_jax.encoders.vit import MLP, Block, ViT, joined
 
-EPSILON = 1e-5  # of every norm
 TEMPERATURE = 100.0  # base of the rotary periods
 Table = Float[np.ndarray | Array, "T k"]  # per token: sines or cosines, computed on the host
 
@@ -29,23 +29,10 @@ Table = Float[np.ndarray | Array, "T k"]  # per token: sines or cosines, compute
 class DINOv3(ViT):
     """The backbone of `anyup_core.encoders.dinov3.DINOv3`."""
 
-    def __init__(self, config: Config, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs):
-        self.config = config
-        self.remat = remat
-        width, patch = config.width, config.patch_size
-        self.patch = Conv(3, width, patch, stride=patch, dtype=dtype, rngs=rngs)
-        self.class_token = nnx.Param(normal(rngs.params(), (1, 1, width)))
-        self.registers = nnx.Param(normal(rngs.params(), (1, config.registers, width)))
-        self.blocks = stack(lambda rngs: self.block(config, dtype, rngs), config.depth, rngs)
-        self.norm = LayerNorm(width, epsilon=EPSILON, rngs=rngs)
-
     def block(self, config: Config, dtype: DTypeLike, rngs: nnx.Rngs) -> Block:
-        attention = Attention(config, dtype=dtype, rngs=rngs)
-        if config.gated_mlp:
-            mlp = GatedMLP(config.width, config.mlp_width, dtype=dtype, rngs=rngs)
-        else:
-            mlp = MLP(config.width, config.mlp_width, "gelu", dtype=dtype, rngs=rngs)
-        return Block(attention, mlp, config.width, EPSILON, layer_scale=True, rngs=rngs)
+        parts = (Attention, GatedMLP if config.gated_mlp else MLP)
+        attention, mlp = (part(config, dtype=dtype, rngs=rngs) for part in parts)
+        return Block(config, attention, mlp, rngs)
 
     def embed(self, cells: Float[Array, "B h w C"]) -> Float[Array, "B T C"]:
         """Return the input of the first block: the tokens as they are, as positions are rotations in the blocks."""
@@ -56,22 +43,20 @@ class DINOv3(ViT):
         return rotations(height, width, self.config.width // self.config.num_heads, self.config.prefix_tokens)
 
 
-class Attention(nnx.Module):
+class Attention(vit.Attention):
     """Self-attention with rotated queries and keys; queries and values may have a bias, keys have none."""
 
     def __init__(self, config: Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.num_heads = config.num_heads
-        self.qkv = Linear(config.width, 3 * config.width, use_bias=False, dtype=dtype, rngs=rngs)
+        super().__init__(config, use_bias=False, dtype=dtype, rngs=rngs)
         self.query_bias = nnx.Param(jnp.zeros(config.width)) if config.qkv_bias else None
         self.value_bias = nnx.Param(jnp.zeros(config.width)) if config.qkv_bias else None
-        self.project = Linear(config.width, config.width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T C"], cos: Table, sin: Table) -> Float[Array, "B T C"]:
-        query, key, value = jnp.split(self.qkv(x), 3, -1)
+        query, key, value = self.projections(x)
         if self.query_bias is not None:
-            query = query + self.query_bias[...].astype(query.dtype)
-            value = value + self.value_bias[...].astype(value.dtype)
-        query, key, value = (rearrange(x, "B T (N K) -> B T N K", N=self.num_heads) for x in (query, key, value))
+            heads = query.shape[-2:]
+            query = query + self.query_bias[...].astype(query.dtype).reshape(heads)
+            value = value + self.value_bias[...].astype(value.dtype).reshape(heads)
         averages = attend(rotate(query, cos, sin), rotate(key, cos, sin), value)
         return self.project(rearrange(averages, "B T N K -> B T (N K)"))
 
@@ -79,10 +64,10 @@ class Attention(nnx.Module):
 class GatedMLP(nnx.Module):
     """SwiGLU: one of two layers' outputs is scaled by the SiLU of the other's (Shazeer, 2020, arXiv 2002.05202)."""
 
-    def __init__(self, width: int, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.gate = Linear(width, hidden, dtype=dtype, rngs=rngs)
-        self.widen = Linear(width, hidden, dtype=dtype, rngs=rngs)
-        self.narrow = Linear(hidden, width, dtype=dtype, rngs=rngs)
+    def __init__(self, config: Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.gate = Linear(config.width, config.mlp_width, dtype=dtype, rngs=rngs)
+        self.widen = Linear(config.width, config.mlp_width, dtype=dtype, rngs=rngs)
+        self.narrow = Linear(config.mlp_width, config.width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
         return self.narrow(jax.nn.silu(self.gate(x)) * self.widen(x))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import jax
 from flax import nnx
@@ -15,14 +16,14 @@ from jaxtyping import Array, Float
 
 from anyup_core.encoders.efficientnet import EfficientNet as Config
 from anyup_core.encoders.efficientnet import Stage
-from anyup_jax.encoders.layers import BatchNorm, ConvNorm, DepthwiseConv, Linear
+from anyup_jax.encoders.layers import BatchNorm, ConvBackbone, ConvNorm, DepthwiseConv, Linear
 
 EPSILON = 1e-3  # of every norm
 CLASSES = 1000  # of ImageNet
 convolution = functools.partial(ConvNorm, padding="SAME", epsilon=EPSILON)
 
 
-class EfficientNet(nnx.Module):
+class EfficientNet(ConvBackbone):
     """The backbone of `anyup_core.encoders.efficientnet.EfficientNet`, and its classifier."""
 
     def __init__(self, config: Config, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs):
@@ -40,22 +41,18 @@ class EfficientNet(nnx.Module):
         self.head = convolution(width, config.head_width, 1, dtype=dtype, rngs=rngs)
         self.classifier = Linear(config.head_width, CLASSES, dtype=dtype, rngs=rngs)
 
-    def intermediates(
-        self, image: Float[Array, "B H W 3"], layers: tuple[int, ...], norm: bool
-    ) -> list[tuple[Float[Array, "B h w C"], None]]:
-        """Return the maps of these layers, the last stage of each stride, in rising order; `norm` changes nothing."""
-        x, maps = relu6(self.stem(image)), []
-        taps = [self.config.taps[layer] for layer in layers]
-        for i, stage in enumerate(self.stages[: taps[-1] + 1]):
+    def outputs(self, image: Float[Array, "B H W 3"]) -> Iterator[Float[Array, "B h w C"]]:
+        """Yield the map of the last stage of each stride."""
+        x = relu6(self.stem(image))
+        for i, stage in enumerate(self.stages):
             for block in stage:
                 x = jax.checkpoint(block)(x) if self.remat else block(x)
-            if i in taps:
-                maps.append((x, None))
-        return maps
+            if i in self.config.taps:
+                yield x
 
     def logits(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B classes"]:
         """Return the logit of every class of ImageNet for a normalised image."""
-        ((x, _),) = self.intermediates(image, (len(self.config.taps) - 1,), norm=False)
+        *_, x = self.outputs(image)
         return self.classifier(relu6(self.head(x)).mean((1, 2)))
 
 

@@ -13,10 +13,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from anyup_core.encoders.catalogue import Published
-from anyup_core.encoders.layers import common_stride, resolve_layers
+from anyup_core.encoders.frozen import EncoderSizes
 
 
-class Encoder(nnx.Module):
+class Encoder(EncoderSizes, nnx.Module):
     """A frozen backbone: no gradient passes through it, and its features have the type `dtype`.
 
     Args:
@@ -45,11 +45,7 @@ class Encoder(nnx.Module):
     ):
         config = published.config
         self.backbone = backbone
-        self.name = published.name
-        self.layers = resolve_layers(self.name, layer, len(config.strides))
-        self.stride = common_stride(self.name, self.layers, config.strides)
-        self.widths = tuple(config.widths[i] for i in self.layers)
-        self.channels = sum(self.widths)
+        self.choose_layers(published.name, layer, config.strides, config.widths)
         self.prefix_tokens = config.prefix_tokens
         self.mean, self.std = published.mean, published.std
         self.norm, self.class_token = norm, class_token
@@ -57,22 +53,10 @@ class Encoder(nnx.Module):
         if class_token and not config.class_tokens:
             raise ValueError(f"{self.name} has no class token; leave class_token out.")
 
-    @property
-    def patch_size(self) -> int:
-        """The stride, under the name it has in vision transformers."""
-        return self.stride
-
-    def covered(self, height: int, width: int) -> tuple[int, int]:
-        """Return the height and width in pixels of the part of an image of this size that the features cover.
-
-        Where this part is smaller than the image, crop the guidance to it (from the top left), so that both line up.
-        """
-        return height // self.stride * self.stride, width // self.stride * self.stride
-
     def normalize(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
         """Return an image with values in [0, 1], normalised as in training. Raises TypeError for integers."""
         image = jnp.asarray(image)
-        self._check_type(image)
+        self.check_type(image)
         return (image - jnp.asarray(self.mean, image.dtype)) / jnp.asarray(self.std, image.dtype)
 
     def __call__(
@@ -88,7 +72,7 @@ class Encoder(nnx.Module):
             TypeError: if the image is not floating point.
             ValueError: if its shape is not (B, H, W, 3) or a side is shorter than the stride.
         """
-        self._check(image)
+        self.check_image(image)
         graph, state = nnx.split(self)
         return _run(graph, state, image)
 
@@ -111,28 +95,6 @@ class Encoder(nnx.Module):
         if not self.class_token:
             return maps
         return maps, jnp.concatenate([by_layer[i][1][:, 0] for i in self.layers], -1)
-
-    def _check(self, image: Array) -> None:
-        shape = tuple(image.shape)
-        self._check_type(image)
-        if len(shape) == 4 and shape[3] != 3 and shape[1] == 3:
-            raise ValueError(
-                f"The image of shape {shape} has its channels first; give (B, H, W, 3): transpose by (0, 2, 3, 1)."
-            )
-        if len(shape) != 4 or shape[3] != 3:
-            raise ValueError(f"The image has shape {shape}; give (B, H, W, 3).")
-        if min(shape[1:3]) < self.stride:
-            raise ValueError(
-                f"The image is {shape[1]} x {shape[2]} pixels, smaller than one {self.stride} x {self.stride} cell of "
-                f"{self.name}; resize it to at least that."
-            )
-
-    def _check_type(self, image: Array) -> None:
-        if not jnp.issubdtype(image.dtype, jnp.floating):
-            raise TypeError(
-                f"The image has type {image.dtype}; give floating point, scaled to [0, 1] and then normalised "
-                "with encoder.normalize(image)."
-            )
 
 
 @functools.partial(jax.jit, static_argnums=0)

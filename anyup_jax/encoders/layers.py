@@ -7,8 +7,9 @@ float32 where it computes in float32.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,6 +20,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+Queries = Float[Array, "B T N K"]  # of N heads
+Keys = Float[Array, "B S N K"]  # and values
 Padding = str | tuple[tuple[int, int], tuple[int, int]]
 
 normal = nnx.initializers.normal(0.02)
@@ -120,6 +123,21 @@ class ConvNorm(nnx.Module):
         return self.norm(self.conv(x))
 
 
+class ConvBackbone(nnx.Module):
+    """A convolutional network, whose layers are computed one after the other."""
+
+    def outputs(self, image: Float[Array, "B H W 3"]) -> Iterator[Float[Array, "B h w C"]]:
+        """Yield the map of each layer; what follows the last one that is asked for is not computed."""
+        raise NotImplementedError
+
+    def intermediates(
+        self, image: Float[Array, "B H W 3"], layers: tuple[int, ...], norm: bool
+    ) -> list[tuple[Float[Array, "B h w C"], None]]:
+        """Return the maps of these layers in rising order; `norm` changes nothing, as a final norm is the head's."""
+        maps = itertools.islice(self.outputs(image), layers[-1] + 1)
+        return [(x, None) for i, x in enumerate(maps) if i in layers]
+
+
 def gelu(x: Float[Array, ...]) -> Float[Array, ...]:
     """Return x Phi(x), Phi(x) = (1 + erf(x / sqrt(2))) / 2, computed in float32 and rounded as PyTorch rounds it.
 
@@ -129,16 +147,12 @@ def gelu(x: Float[Array, ...]) -> Float[Array, ...]:
     return (wide * 0.5 * (1 + lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
-def attend(
-    query: Float[Array, "B T N K"], key: Float[Array, "B S N K"], value: Float[Array, "B S N K"]
-) -> Float[Array, "B T N K"]:
+def attend(query: Queries, key: Keys, value: Keys) -> Queries:
     """Return softmax(q k^T / sqrt(K)) v per head; the softmax is float32."""
     return lax.platform_dependent(query, key, value, cpu=attend_on_cpu, default=jax.nn.dot_product_attention)
 
 
-def attend_on_cpu(
-    query: Float[Array, "B T N K"], key: Float[Array, "B S N K"], value: Float[Array, "B S N K"]
-) -> Float[Array, "B T N K"]:
+def attend_on_cpu(query: Queries, key: Keys, value: Keys) -> Queries:
     """Return the same as `jax.nn.dot_product_attention`, in a seventh less time for a whole ViT-S.
 
     The softmax's denominator divides the result instead of the weights, and the heads stay before the tokens until

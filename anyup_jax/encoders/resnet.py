@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import jax
 from flax import nnx
@@ -14,13 +15,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from anyup_core.encoders.resnet import ResNet as Config
-from anyup_jax.encoders.layers import ConvNorm, run, stack
+from anyup_jax.encoders.layers import ConvBackbone, ConvNorm, run, stack
 
 EXPANSION = 4  # a block's output channels, in units of those of its 3 x 3 convolution
 convolution = functools.partial(ConvNorm, epsilon=1e-5)
 
 
-class ResNet(nnx.Module):
+class ResNet(ConvBackbone):
     """The backbone of `anyup_core.encoders.resnet.ResNet`, without its classifier."""
 
     def __init__(self, config: Config, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs):
@@ -33,19 +34,14 @@ class ResNet(nnx.Module):
             width = EXPANSION * config.stem_width << i
         self.stages = nnx.List(stages)
 
-    def intermediates(
-        self, image: Float[Array, "B H W 3"], layers: tuple[int, ...], norm: bool
-    ) -> list[tuple[Float[Array, "B h w C"], None]]:
-        """Return the maps of these layers, the stem (0) or a stage, in rising order; `norm` changes nothing."""
+    def outputs(self, image: Float[Array, "B H W 3"]) -> Iterator[Float[Array, "B h w C"]]:
+        """Yield the maps of the stem and of each stage."""
         x = relu(self.stem(image))
-        maps = [(x, None)] if 0 in layers else []
-        if layers[-1] > 0:
-            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        for i, stage in enumerate(self.stages[: layers[-1]]):
+        yield x
+        x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        for stage in self.stages:
             x = stage(x, remat=self.remat)
-            if i + 1 in layers:
-                maps.append((x, None))
-        return maps
+            yield x
 
 
 class Stage(nnx.Module):

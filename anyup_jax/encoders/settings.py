@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from anyup_core.encoders import catalogue
-from anyup_core.encoders.layers import common_stride, resolve_layers
+from anyup_core.encoders.frozen import EncoderSizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,11 +28,6 @@ class EncoderConfig:
     layer: tuple[int, ...] = (-1,)
     norm: bool = True
 
-    @property
-    def layers(self) -> int | tuple[int, ...]:
-        """The layer as `encoders.create` takes it."""
-        return self.layer if len(self.layer) > 1 else self.layer[0]
-
     def stride(self) -> int | None:
         """Return its pixels per cell without reading weights; None for a timm model, which has to be built to know it.
 
@@ -43,8 +38,9 @@ class EncoderConfig:
 
         if self.name.startswith(PREFIX):
             return None
-        strides = catalogue.find(self.name).config.strides
-        return common_stride(self.name, resolve_layers(self.name, self.layers, len(strides)), strides)
+        sizes, config = EncoderSizes(), catalogue.find(self.name).config
+        sizes.choose_layers(self.name, self.layer, config.strides, config.widths)
+        return sizes.stride
 
     def load(self, dtype: str = "float32", *, class_token: bool = False) -> Any:
         """Return the encoder, in Flax or, for `timm:NAME`, in PyTorch; with `class_token` it returns that token too.
@@ -57,12 +53,10 @@ class EncoderConfig:
         from anyup_jax import encoders
         from anyup_jax.encoders import timm_bridge
 
-        options = dict(
-            weights=self.weights, pretrained=self.pretrained, layer=self.layers, norm=self.norm, class_token=class_token
-        )
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[1:]}
         if self.name.startswith(timm_bridge.PREFIX):
-            return timm_bridge.create(self.name.removeprefix(timm_bridge.PREFIX), **options)
-        return encoders.create(self.name, dtype=jnp.dtype(dtype), **options)
+            return timm_bridge.create(self.name.removeprefix(timm_bridge.PREFIX), class_token=class_token, **options)
+        return encoders.create(self.name, class_token=class_token, dtype=jnp.dtype(dtype), **options)
 
 
 def check_cells(setting: str, size: tuple[int, int], name: str, patch: int) -> None:

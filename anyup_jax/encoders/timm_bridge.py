@@ -10,8 +10,10 @@ import importlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from anyup_core.encoders.frozen import EncoderSizes
+from anyup_jax.encoders.encoder import Encoder
 
 PREFIX = "timm:"
 
@@ -35,7 +37,7 @@ def create(name: str, **options: Any) -> Bridge:
     return Bridge(encoders.create(name, device=device, **options), torch, jax.devices(device)[0])
 
 
-class Bridge:
+class Bridge(EncoderSizes):
     """An `anyup_torch.encoders.Encoder` between JAX arrays.
 
     Args:
@@ -48,16 +50,13 @@ class Bridge:
         layers, stride, channels, widths, class_token, mean, std: as of every encoder.
     """
 
+    normalize, encode_array = Encoder.normalize, Encoder.encode_array
+
     def __init__(self, encoder: Any, torch: Any, device: jax.Device):
         self.encoder, self.torch, self.device = encoder, torch, device
-        self.name = PREFIX + encoder.name
-        self.layers, self.stride, self.channels = encoder.layers, encoder.stride, encoder.channels
-        self.widths, self.class_token = encoder.widths, encoder.class_token
-        self.mean, self.std = encoder.mean, encoder.std
-
-    def normalize(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
-        """Return an image with values in [0, 1], normalised as in training."""
-        return (image - jnp.asarray(self.mean, image.dtype)) / jnp.asarray(self.std, image.dtype)
+        for field in ("layers", "stride", "channels", "widths", "mean", "std"):
+            setattr(self, field, getattr(encoder, field))
+        self.name, self.class_token = PREFIX + encoder.name, encoder.class_token
 
     def __call__(
         self, image: Float[Array, "B H W 3"]
@@ -68,8 +67,7 @@ class Bridge:
         Raises:
             ValueError: if its shape is not (B, H, W, 3), a side is shorter than the stride, or the model refuses it.
         """
-        if image.ndim != 4 or image.shape[3] != 3:
-            raise ValueError(f"The image has shape {image.shape}; give (B, H, W, 3).")
+        self.check_image(image)
         image = jax.block_until_ready(jax.device_put(image, self.device))
         output = self.encoder(self.torch.from_dlpack(image).permute(0, 3, 1, 2))
         features, *class_tokens = output if self.class_token else (output,)

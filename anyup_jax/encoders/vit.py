@@ -28,19 +28,18 @@ class ViT(nnx.Module):
         self.config = config
         self.remat = remat
         width, patch, epsilon = config.width, config.patch_size, config.epsilon
-        embedded = config.embedded_prefix + config.grid_size**2
+        embedded = config.grid_size**2 + config.embedded_prefix
         self.patch = Conv(3, width, patch, stride=patch, use_bias=not config.pre_norm, dtype=dtype, rngs=rngs)
         self.class_token = nnx.Param(normal(rngs.params(), (1, 1, width))) if config.class_tokens else None
         self.registers = nnx.Param(normal(rngs.params(), (1, config.registers, width))) if config.registers else None
-        self.position = nnx.Param(normal(rngs.params(), (1, embedded, width)))
+        self.position = nnx.Param(normal(rngs.params(), (1, embedded, width))) if embedded else None
         self.pre_norm = LayerNorm(width, epsilon=epsilon, rngs=rngs) if config.pre_norm else None
         self.blocks = stack(lambda rngs: self.block(config, dtype, rngs), config.depth, rngs)
         self.norm = LayerNorm(width, epsilon=epsilon, rngs=rngs)
 
     def block(self, config: Config, dtype: DTypeLike, rngs: nnx.Rngs) -> Block:
-        attention = Attention(config.width, config.num_heads, dtype=dtype, rngs=rngs)
-        mlp = MLP(config.width, config.mlp_width, config.activation, dtype=dtype, rngs=rngs)
-        return Block(attention, mlp, config.width, config.epsilon, layer_scale=config.layer_scale, rngs=rngs)
+        attention, mlp = (part(config, dtype=dtype, rngs=rngs) for part in (Attention, MLP))
+        return Block(config, attention, mlp, rngs)
 
     def intermediates(
         self, image: Float[Array, "B H W 3"], layers: tuple[int, ...], norm: bool
@@ -90,23 +89,17 @@ class Block(nnx.Module):
     """Attention and MLP, each behind a norm and added to its input, with layer scale after a scale per channel.
 
     Args:
+        config: its width, the epsilon of both norms, and whether the two outputs are scaled.
         attention: called with the normed tokens and then what the block receives beside them.
         mlp: called with the normed tokens.
-        width: channels.
-        epsilon: of both norms.
-        layer_scale: whether the two outputs are scaled.
         rngs: of the norms.
     """
 
-    def __init__(
-        self, attention: nnx.Module, mlp: nnx.Module, width: int, epsilon: float, *, layer_scale: bool, rngs: nnx.Rngs
-    ):
-        self.norm1 = LayerNorm(width, epsilon=epsilon, rngs=rngs)
-        self.attention = attention
-        self.scale1 = nnx.Param(jnp.full(width, LAYER_SCALE)) if layer_scale else None
-        self.norm2 = LayerNorm(width, epsilon=epsilon, rngs=rngs)
-        self.mlp = mlp
-        self.scale2 = nnx.Param(jnp.full(width, LAYER_SCALE)) if layer_scale else None
+    def __init__(self, config: Config, attention: nnx.Module, mlp: nnx.Module, rngs: nnx.Rngs):
+        self.norm1, self.norm2 = (LayerNorm(config.width, epsilon=config.epsilon, rngs=rngs) for _ in range(2))
+        self.attention, self.mlp = attention, mlp
+        scales = [nnx.Param(jnp.full(config.width, LAYER_SCALE)) if config.layer_scale else None for _ in range(2)]
+        self.scale1, self.scale2 = scales
 
     def __call__(self, x: Float[Array, "B T C"], *context: Any) -> Float[Array, "B T C"]:
         x = x + scaled(self.attention(self.norm1(x), *context), self.scale1)
@@ -116,23 +109,27 @@ class Block(nnx.Module):
 class Attention(nnx.Module):
     """Self-attention of all tokens."""
 
-    def __init__(self, width: int, num_heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.num_heads = num_heads
-        self.qkv = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
-        self.project = Linear(width, width, dtype=dtype, rngs=rngs)
+    def __init__(self, config: Config, *, use_bias: bool = True, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.num_heads = config.num_heads
+        self.qkv = Linear(config.width, 3 * config.width, use_bias=use_bias, dtype=dtype, rngs=rngs)
+        self.project = Linear(config.width, config.width, dtype=dtype, rngs=rngs)
+
+    def projections(self, x: Float[Array, "B T C"]) -> Float[Array, "3 B T N K"]:
+        """Return queries, keys and values."""
+        return rearrange(self.qkv(x), "B T (three N K) -> three B T N K", three=3, N=self.num_heads)
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-        query, key, value = rearrange(self.qkv(x), "B T (three N K) -> three B T N K", three=3, N=self.num_heads)
-        return self.project(rearrange(attend(query, key, value), "B T N K -> B T (N K)"))
+        return self.project(rearrange(attend(*self.projections(x)), "B T N K -> B T (N K)"))
 
 
 class MLP(nnx.Module):
     """Two layers with an activation in float32 between them; SwiGLU halves the number of channels."""
 
-    def __init__(self, width: int, hidden: int, activation: str, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.activation = activation
-        self.widen = Linear(width, 2 * hidden if activation == "swiglu" else hidden, dtype=dtype, rngs=rngs)
-        self.narrow = Linear(hidden, width, dtype=dtype, rngs=rngs)
+    def __init__(self, config: Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.activation = config.activation
+        halves = 2 if config.activation == "swiglu" else 1
+        self.widen = Linear(config.width, halves * config.mlp_width, dtype=dtype, rngs=rngs)
+        self.narrow = Linear(config.mlp_width, config.width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
         hidden = self.widen(x)

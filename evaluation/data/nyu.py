@@ -1,4 +1,4 @@
-"""NYUv2 with depth and surface normals, in the layout of Probe3D and read as Probe3D does.
+"""NYUv2 with depth and surface normals, in the layout of Probe3D, read and augmented as Probe3D does.
 
 Source: github.com/mbanani/probe3d, evals/datasets/nyu.py and data_processing.
 """
@@ -6,19 +6,19 @@ Source: github.com/mbanani/probe3d, evals/datasets/nyu.py and data_processing.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Shaped, UInt8
-from PIL import Image
+from PIL import Image, ImageEnhance
 
-from evaluation.config import DatasetConfig, Size
-from evaluation.data import contents
+from evaluation.config import DatasetConfig
 from evaluation.data.cropping import centre, crop_image, crop_nearest
+from evaluation.data.layouts import locate
 from evaluation.data.pickled_arrays import read_arrays
+from evaluation.data.split import Split
 
 NATIVE = (480, 640)
 VARIABLES = ("img", "depth", "norm")  # of GeoNet's files
@@ -37,6 +37,10 @@ CONTENTS = (
     "nyuv2/nyuv2_snorm_all.pkl for testing, which create_nyu_pkl.py of github.com/mbanani/probe3d makes of "
     "nyu_depth_v2_labeled.mat (from NYU) and nyuv2_surfacenormal_metadata.zip (from FAIR's self-supervision benchmark)"
 )
+
+JITTER, JITTERED = 0.2, 0.8  # largest change of brightness, contrast, saturation and hue (in turns); its probability
+SMALLEST, CROPPED = 0.5, 0.5  # smallest share of the area that a crop has; its probability
+ENHANCE = ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
 
 Square = tuple[int, int, int]  # top, left, side
 Planes = tuple[Shaped[np.ndarray, "480 640 3"], Shaped[np.ndarray, "480 640"], Shaped[np.ndarray, "480 640 3"]]
@@ -67,11 +71,9 @@ class GeoNet:
         return len(self.files)
 
     def name(self, index: int) -> str:
-        """Return the name of a scene in messages and pictures."""
         return self.files[index]
 
-    def contents(self, index: int) -> Iterable[bytes]:
-        """Return the bytes that are stored of a scene."""
+    def contents(self, index: int) -> list[bytes]:
         return [(self.root / self.files[index]).read_bytes()]
 
     def planes(self, index: int) -> Planes:
@@ -96,7 +98,7 @@ class GeoNet:
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """The 654 test images of the labelled set, with the normals of Ladicky et al.; methods as in `GeoNet`."""
+    """The 654 test images of the labelled set, with the normals of Ladicky et al., numbered as there, from 0."""
 
     path: Path
     arrays: Mapping[str, np.ndarray]
@@ -107,7 +109,7 @@ class Labelled:
     def name(self, index: int) -> str:
         return f"{self.path.name}#{self.arrays['test_indices'][index]}"
 
-    def contents(self, index: int) -> Iterable[bytes]:
+    def contents(self, index: int) -> list[bytes]:
         return [plane.tobytes() for plane in self.planes(index)]
 
     def planes(self, index: int) -> Planes:
@@ -116,31 +118,11 @@ class Labelled:
         return image.transpose(1, 2, 0), depth, normals.transpose(1, 2, 0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Scenes:
-    """The scenes of a split.
-
-    Attributes:
-        source: reads the files.
-        size: height and width that scenes are resized to.
-        limit: use only the first ones; None for all.
-    """
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scenes(Split):
+    """The scenes of a split."""
 
     source: GeoNet | Labelled
-    size: Size
-    limit: int | None = None
-
-    def __len__(self) -> int:
-        return min(len(self.source), self.limit or len(self.source))
-
-    def name(self, index: int) -> str:
-        """Return the name of a scene in messages and pictures: its file, or its number in the labelled set from 0."""
-        return self.source.name(index)
-
-    @functools.cached_property
-    def contents(self) -> str:
-        """A digest of the stored scenes, wherever they are."""
-        return contents.digest(self.source.contents, len(self))
 
     def read(self, index: int, part: Square | None = None) -> Scene:
         """Return the square centre of a scene, resized: the image bilinearly (antialiased), the rest to the nearest.
@@ -165,7 +147,7 @@ class Scenes:
         return Scene(picture, np.where(known, depth, np.float32(0)), unit)
 
 
-def open_nyu(config: DatasetConfig, split: Literal["train", "val"]) -> Scenes:
+def open_nyu(config: DatasetConfig, split: Literal["train", "val"], limit: int | None = None) -> Scenes:
     """Return the scenes of a split; none is read yet.
 
     The splits are Probe3D's: "trainval" (the usual one for training: all of GeoNet's frames but two bad ones), of
@@ -174,17 +156,22 @@ def open_nyu(config: DatasetConfig, split: Literal["train", "val"]) -> Scenes:
     Args:
         config: its `root` holds the folder and the file that Probe3D uses; `train` and `val` override the splits.
         split: the split that probes are trained on, or the one that they are scored on.
+        limit: use only the first scenes; None for all.
 
     Raises:
         FileNotFoundError: if the data is missing; the message says which files belong where.
         ValueError: if there is no such split, or the file has another layout than the one that Probe3D makes.
     """
-    root, chosen = Path(str(config.root)), getattr(config, split) or {"train": "trainval", "val": "test"}[split]
+    root, chosen = str(config.root), getattr(config, split) or {"train": "trainval", "val": "test"}[split]
+
+    def place(names: Sequence[str]) -> Path:
+        return locate(root, (Path(root, name) for name in names), f"has no {names[0]} for the split {chosen}", CONTENTS)
+
     if chosen == "test":
-        return Scenes(_labelled(_first(root, TEST_FILES, chosen)), config.size)
+        return Scenes(source=_labelled(place(TEST_FILES)), size=config.size, limit=limit)
     if chosen not in ("trainval", "train", "valid"):
         raise ValueError(f"dataset.{split}={chosen} is no split of NYUv2; choose of trainval, train, valid, test.")
-    folder = _first(root, TRAIN_FOLDERS, chosen)
+    folder = place(TRAIN_FOLDERS)
     files = sorted(path.name for path in folder.glob("*.mat"))
     bad = {files[position] for position in BAD} if len(files) == COMPLETE else set(BAD.values())
     files = [name for name in files if name not in bad]
@@ -192,15 +179,7 @@ def open_nyu(config: DatasetConfig, split: Literal["train", "val"]) -> Scenes:
         files = [name for index, name in enumerate(files) if (index % 20 == 0) == (chosen == "valid")]
     if not files:
         raise FileNotFoundError(f"The split {chosen} in {folder} has no .mat files; {root} must hold {CONTENTS}.")
-    return Scenes(GeoNet(folder, files), config.size)
-
-
-def _first(root: Path, names: Sequence[str], split: str) -> Path:
-    for path in (root / name for name in names):
-        if path.exists():
-            return path
-    missing = f"has no {names[0]} for the split {split}" if root.is_dir() else "does not exist"
-    raise FileNotFoundError(f"dataset.root={root} {missing}; it must hold {CONTENTS}.")
+    return Scenes(source=GeoNet(folder, files), size=config.size, limit=limit)
 
 
 def _labelled(path: Path) -> Labelled:
@@ -223,3 +202,28 @@ def _check(name: str, image: np.ndarray, depth: np.ndarray, normals: np.ndarray)
     shapes = image.shape, depth.shape, normals.shape
     if shapes != ((*NATIVE, 3), NATIVE, (*NATIVE, 3)):
         raise ValueError(f"{name} has an image, depth and normals of shape {shapes}; NYUv2 has 480 x 640 pixels.")
+
+
+def draw_part(rng: np.random.Generator) -> Square | None:
+    """Draw a square with half to all of the area of the scene's centre square; with probability 1/2 None, all of it."""
+    if rng.random() >= CROPPED:
+        return None
+    whole = NATIVE[0]
+    side = round(whole * rng.uniform(SMALLEST, 1) ** 0.5)
+    top, left = rng.integers(0, whole - side + 1, 2)
+    return int(top), int(left), side
+
+
+def jitter(image: UInt8[np.ndarray, "H W 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "H W 3"]:
+    """Change brightness, contrast, saturation and hue in a random order, by up to 0.2 each; nothing with p = 0.2."""
+    if rng.random() >= JITTERED:
+        return image
+    picture = Image.fromarray(image)
+    for change in rng.permutation(4):
+        if change < 3:
+            picture = ENHANCE[change](picture).enhance(rng.uniform(1 - JITTER, 1 + JITTER))
+        else:
+            hue, *rest = picture.convert("HSV").split()
+            turned = np.asarray(hue) + np.uint8(round(255 * rng.uniform(-JITTER, JITTER)) % 256)  # modulo 256
+            picture = Image.merge("HSV", (Image.fromarray(turned), *rest)).convert("RGB")
+    return np.asarray(picture)

@@ -21,23 +21,15 @@ _CONSTRUCTORS: dict[str, Any] = {
 } | {"numpy.dtype": lambda *arguments: Inert("dtype", arguments), "numpy.ndarray": None}
 
 
-class _Views:
+class _Views(mmap.mmap):
     """A file whose large reads are views of its memory map."""
 
-    def __init__(self, file: mmap.mmap):
-        self.view, self.file, self.position = memoryview(file), file, 0
-
     def read(self, count: int) -> bytes | memoryview:
-        part = self.view[self.position : self.position + count]
-        self.position += len(part)
-        return part if count >= LARGE else bytes(part)
-
-    def readline(self) -> bytes:
-        end = self.file.find(b"\n", self.position) + 1
-        return bytes(self.read((end or len(self.view)) - self.position))
-
-    def tell(self) -> int:
-        return self.position
+        if count < LARGE:
+            return super().read(count)
+        start = self.tell()
+        self.seek(count, os.SEEK_CUR)  # refused beyond the end
+        return memoryview(self)[start : start + count]
 
 
 def read_arrays(path: str | os.PathLike, names: Collection[str]) -> dict[str, np.ndarray]:
@@ -56,9 +48,9 @@ def read_arrays(path: str | os.PathLike, names: Collection[str]) -> dict[str, np
     with open(path, "rb") as file:
         if not os.fstat(file.fileno()).st_size:
             raise ValueError(f"{path} is empty.")
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = _Views(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
-        content = loads(_Views(mapped), _CONSTRUCTORS, _no_reference)  # any file will do, as for pickletools
+        content = loads(mapped, _CONSTRUCTORS, _no_reference)
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
         if missing := [name for name in names if name not in content]:

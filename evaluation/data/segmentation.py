@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import io
+import functools
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int16, UInt8
+from jaxtyping import Bool, Int16, UInt8
 from PIL import Image
 
 from anyup_core.files import open_image, to_rgb
-from evaluation.config import DatasetConfig, Size
-from evaluation.data import contents, records
+from anyup_core.settings import require
+from evaluation.config import DatasetConfig
 from evaluation.data.cropping import crop_image, crop_nearest
-from evaluation.data.layouts import LAYOUTS, Files
-from evaluation.data.records import Records
-from evaluation.data.tables import Ids, plain
+from evaluation.data.layouts import LAYOUTS, SPLITS, Files, Records, open_records
+from evaluation.data.split import Split
 
 CLASSES = "classes.json"
 UNKNOWN = -1  # in a table of labels: a value that is no class
@@ -26,42 +25,49 @@ STORED = dict.fromkeys(("1", "L", "LA", "P", "P;1", "P;2", "P;4", "I;16", "I;16B
 """Pillow's names of what a label file may store -> the factor that Pillow scales the stored integers by."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """The images and labels of a split.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Examples(Split):
+    """The images and labels of a split, and which of their pixels count. A view is an image, mirrored or not.
 
     Attributes:
-        source: reads the files or records.
         classes: names of the classes.
         ignore: label of pixels that do not count.
         table: the class of every value of a label file, or `ignore`.
-        size: height and width of images and labels.
+        mirrored: whether there are mirrored views too.
+        pixel_stride: of every square of this many pixels a side, one counts; the others have the label `ignore`.
+        seed: of the choice of pixels.
     """
 
     source: Files | Records
     classes: tuple[str, ...]
     ignore: int
     table: Int16[np.ndarray, "values=256"]
-    size: Size
+    mirrored: bool = False
+    pixel_stride: int = 1
+    seed: int = 0
 
-    def __len__(self) -> int:
-        return len(self.source)
+    @functools.cached_property
+    def contents(self) -> str:
+        """A digest of the stored images and labels, wherever they are, and the number of classes."""
+        return f"{super().contents} {len(self.classes)}"
 
-    def name(self, index: int) -> str:
-        """Return the name of an example in messages and pictures: its relative path, or the number of its record."""
-        return self.source.name(index)
+    def thinned(self, label: UInt8[np.ndarray, "H W"], index: int, mirror: bool) -> UInt8[np.ndarray, "H W"]:
+        """Return the label of a view with only the pixels that count."""
+        if self.pixel_stride == 1:
+            return label
+        return np.where(self.chosen(index, mirror), label, self.ignore).astype(np.uint8)
 
-    def digest(self, count: int) -> str:
-        """Return the same for the same first images, labels and classes, wherever they are stored."""
+    def chosen(self, index: int, mirror: bool) -> Bool[np.ndarray, "H W"]:
+        """Return which pixels of a view count."""
+        stride = self.pixel_stride
+        blocks = tuple(-(-side // stride) for side in self.size)
+        pick = np.random.default_rng((self.seed, index, mirror)).integers(0, stride, (2, *blocks))
+        mask = np.zeros([count * stride for count in blocks], bool)
+        mask[np.arange(blocks[0])[:, None] * stride + pick[0], np.arange(blocks[1]) * stride + pick[1]] = True
+        return mask[: self.size[0], : self.size[1]]
 
-        def read(index: int) -> list[bytes]:
-            return [file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
-                    for file in self.source.open(index)]  # fmt: skip
-
-        return f"{contents.digest(read, count)} {len(self.classes)}"
-
-    def read(self, index: int) -> tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W"]]:
-        """Return an image as RGB, and the class of each of its pixels, or `ignore`.
+    def read(self, index: int, mirror: bool = False) -> tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W"]]:
+        """Return the image of a view as RGB, and the class of each of its pixels, or `ignore`; all pixels count.
 
         Both are resized so that they just cover the size, the image bilinearly (antialiased) and the label to the
         nearest pixel, then centre cropped (JAFAR's protocol). Pixels are taken as they are stored: labels are drawn on
@@ -71,8 +77,7 @@ class Examples:
             OSError: if the image or the label cannot be read.
             ValueError: if the label is no map of classes, has another size than the image, or a value that is no class.
         """
-        name, label_name = self.source.name(index), self.source.label_name(index)
-        image_file, label_file = self.source.open(index)
+        (name, image_file), (label_name, label_file) = self.source.open(index)
         try:
             with open_image(image_file, name) as image, open_image(label_file, label_name) as label:
                 if label.size != image.size:
@@ -81,28 +86,27 @@ class Examples:
                         f"{image.height}x{image.width}; they must have the same size."
                     )
                 values = crop_nearest(_values(label, label_name), self.size)
-                return crop_image(to_rgb(image, name), self.size), self._classes(values, label_name)
+                pixels, classes = crop_image(to_rgb(image, name), self.size), self.table[values]
         except (OSError, ValueError):
             raise
         except Exception as error:  # Pillow raises errors of any type for damaged files
             raise OSError(f"{name} or its label is damaged: {error!r}.") from error
-
-    def _classes(self, values: UInt8[np.ndarray, "H W"], name: str) -> UInt8[np.ndarray, "H W"]:
-        classes = self.table[values]
         if (unknown := values[classes == UNKNOWN]).size:
             raise ValueError(
-                f"The label {name} has the value {unknown.max()}, which is none of the {len(self.classes)} classes and "
-                f"not dataset.ignore={self.ignore}."
+                f"The label {label_name} has the value {unknown.max()}, which is none of the {len(self.classes)} "
+                f"classes and not dataset.ignore={self.ignore}."
             )
-        return classes.astype(np.uint8)
+        planes = pixels, classes.astype(np.uint8)
+        return tuple(np.ascontiguousarray(plane[:, ::-1]) for plane in planes) if mirror else planes
 
 
-def open_segmentation(config: DatasetConfig, split: Literal["train", "val"]) -> Examples:
+def open_segmentation(config: DatasetConfig, split: Literal["train", "val"], **options: Any) -> Examples:
     """Return the images of a split with their labels; nothing is decoded yet.
 
     Args:
         config: the data set; its `train` and `val` override the usual names of the splits.
         split: the split that probes are trained on, or the one that they are scored on.
+        options: `limit`, `mirrored`, `pixel_stride` and `seed` of the examples.
 
     Raises:
         FileNotFoundError: if the data set, the split, or a label is missing; the message says which files belong where.
@@ -112,7 +116,7 @@ def open_segmentation(config: DatasetConfig, split: Literal["train", "val"]) -> 
     """
     chosen = getattr(config, split)
     if config.kind == "tfds":
-        source = records.open_records(config, chosen or records.SPLITS[split])
+        source = open_records(config, chosen or SPLITS[split])
         classes, ids = _numbered(config, source.names, f"the feature {config.label} of {config.name}"), None
     elif config.kind in LAYOUTS:
         layout = LAYOUTS[config.kind]
@@ -121,9 +125,12 @@ def open_segmentation(config: DatasetConfig, split: Literal["train", "val"]) -> 
         classes = _numbered(config, names, f"dataset.kind={config.kind}" if ids else str(source.root / CLASSES))
     else:
         raise ValueError(f"dataset.kind={config.kind} has no labels for segmentation; it is read by open_nyu.")
-    if ids is None:
-        ids = plain(len(classes)) | {config.ignore: None}
-    return Examples(source, classes, config.ignore, _table(ids, config.ignore), config.size)
+    table = np.full(256, UNKNOWN, np.int16)
+    plain = {label: label for label in range(len(classes))} | {config.ignore: None}
+    for value, index in (ids or plain).items():
+        table[value] = config.ignore if index is None else index
+    options |= dict(source=source, classes=classes, ignore=config.ignore, table=table, size=config.size)
+    return Examples(**options)
 
 
 def _values(label: Image.Image, name: str) -> UInt8[np.ndarray, "H W"]:
@@ -142,13 +149,6 @@ def _values(label: Image.Image, name: str) -> UInt8[np.ndarray, "H W"]:
     return values.astype(np.uint8) // STORED[stored]
 
 
-def _table(ids: Ids, ignore: int) -> Int16[np.ndarray, "values=256"]:
-    table = np.full(256, UNKNOWN, np.int16)
-    for value, index in ids.items():
-        table[value] = ignore if index is None else index
-    return table
-
-
 def _named(path: Path) -> tuple[str, ...] | None:
     """Return the names in a file {"0": name, ...}, or None if there is no file."""
     if not path.is_file():
@@ -157,20 +157,15 @@ def _named(path: Path) -> tuple[str, ...] | None:
         names = json.loads(path.read_text())
         return tuple(str(names[str(index)]) for index in range(len(names)))
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f'{path} must be a JSON object that names the classes in order, {{"0": NAME, ...}}.'
-        ) from error
+        raise ValueError(f'{path} must name the classes in a JSON object, in order: {{"0": NAME, ...}}.') from error
 
 
 def _numbered(config: DatasetConfig, names: tuple[str, ...] | None, where: str) -> tuple[str, ...]:
     """Return the names, or numbers where there are none. Raises ValueError if neither is known, or they contradict."""
     if names is None:
-        if config.classes is None:
-            raise ValueError(
-                f"The number of classes is unknown: give dataset.classes=NUMBER, or name them in {CLASSES} in "
-                f"dataset.root={config.root}."
-            )
+        remedy = f"give dataset.classes=NUMBER, or name the classes in {CLASSES} in dataset.root={config.root}"
+        require(config.classes is not None, "dataset.classes", None, remedy)
         return tuple(f"class {index}" for index in range(config.classes))
-    if config.classes not in (None, len(names)):
-        raise ValueError(f"dataset.classes={config.classes} contradicts {where}, which has {len(names)}; leave it out.")
+    known = config.classes in (None, len(names))
+    require(known, "dataset.classes", config.classes, f"{where} has {len(names)}; leave it out")
     return names

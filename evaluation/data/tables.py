@@ -10,16 +10,11 @@ from collections.abc import Mapping
 Ids = Mapping[int, int | None]
 
 
-def plain(count: int) -> dict[int, int | None]:
-    """Return the table of labels that are classes as they are."""
-    return {label: label for label in range(count)}
-
-
 VOC = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
-VOC_IDS: Ids = plain(21) | {255: None}
+VOC_IDS: Ids = {label: label for label in range(21)} | {255: None}
 
 _ADE20K = """
     background, wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person,
@@ -37,7 +32,7 @@ _ADE20K = """
 """
 ADE20K = tuple(" ".join(_ADE20K.split()).split(", "))
 """Of the scene parsing benchmark. Class 0, everything else, counts as a class in JAFAR's protocol."""
-ADE20K_IDS: Ids = plain(151)
+ADE20K_IDS: Ids = {label: label for label in range(151)}
 
 CITYSCAPES = (
     *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import os
 from typing import IO
@@ -44,7 +45,7 @@ def upright_size(image: Image.Image) -> Size:
 
 
 def read_crop(
-    file: str | os.PathLike | IO[bytes],
+    file: str | os.PathLike | IO[bytes] | io.BytesIO,
     name: str,
     size: Size,
     region: Region | None = None,

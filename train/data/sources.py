@@ -32,7 +32,7 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """Return the name of a photograph in messages."""
 
-    def open(self, index: int) -> IO[bytes]:
+    def open(self, index: int) -> IO[bytes] | io.BytesIO:
         """Open the file of a photograph. Raises OSError if that fails."""
 
     @property
@@ -53,7 +53,7 @@ class Files:
     def name(self, index: int) -> str:
         return printable(self.paths[index])
 
-    def open(self, index: int) -> IO[bytes]:
+    def open(self, index: int) -> IO[bytes] | io.BytesIO:
         path = self.root / self.paths[index]
         if path.exists() and not path.is_file():  # opening a pipe or a device could wait for ever
             raise OSError(f"{self.name(index)} is not a regular file.")
@@ -78,7 +78,7 @@ class TFDS:
     def name(self, index: int) -> str:
         return f"{self.title}#{index}"
 
-    def open(self, index: int) -> IO[bytes]:
+    def open(self, index: int) -> IO[bytes] | io.BytesIO:
         return io.BytesIO(self.data[index][self.feature])
 
     @property
