@@ -65,7 +65,7 @@ def pallas_tpu(
     num_heads: int,
     q_chunk_size: int | None = None,
     strip: Int[Array, ""] | int = 0,
-    interpret: bool = False,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> Float[Array, "B Ho Wo E"]:
     """Compute `window_attention` with Pallas kernels for TPU; differentiable in queries, keys and values.
 
@@ -185,7 +185,7 @@ class _Sizes:
     channels: int
     block: int
     heads: int
-    interpret: bool
+    interpret: bool | pltpu.InterpretParams
 
     @property
     def keys(self) -> int:
@@ -218,7 +218,7 @@ def attend(
     values: Float[Array, "B h w E"],
     tables: KernelTables,
     num_heads: int,
-    interpret: bool = False,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> Float[Array, "B Ho Wo E"]:
     """Compute the attention of the tiles that the tables describe; they may be known only when the program runs."""
     dtype = jnp.promote_types(query.dtype, key.dtype)
