@@ -16,7 +16,6 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -140,37 +139,34 @@ def norms(encoder: ConvEncoder) -> tuple[GroupNorm, ...]:
 def _bands(
     model: AnyUp, image, features, values, plan: Plan, dtype: np.dtype
 ) -> Iterator[Float[np.ndarray, "B rows Wo E"]]:
-    graph, state = nnx.split(model)
     features, values = jnp.asarray(features), jnp.asarray(values)
-    maps = prepare(model, graph, state, jnp.asarray(image, model.dtype))
+    maps = prepare(model, jnp.asarray(image, model.dtype))
     height, strip = maps.image.shape[1], maps.strip_rows
 
     pieces = Pieces(height, plan.cells[0], plan.cells[0], strip)
-    key = describe(graph, state, maps, features, *pieces.shares(0))
+    key = describe(model, maps, features, *pieces.shares(0))
     pieces = Pieces(height, plan.size[0], plan.rows, strip, border=1)
     for band in range(plan.count):
         first = plan.first(band)
-        output = finish(graph, state, maps, key, values, *pieces.shares(first), np.int32(band), plan, dtype)
+        output = finish(model, maps, key, values, *pieces.shares(first), np.int32(band), plan, dtype)
         yield np.asarray(output)[:, band * plan.rows - first :]
 
 
-def prepare(
-    model: AnyUp, graph: nnx.GraphDef, state: nnx.State, image: Float[Array, "B H W input_dim"]
-) -> RecomputedMaps:
+def prepare(model: AnyUp, image: Float[Array, "B H W input_dim"]) -> RecomputedMaps:
     """Pass through the image once for each norm; queries and keys share a pass."""
     dim, pixels = model.config.qk_dim, image.shape[0] * image.shape[1] * image.shape[2]
     held = pixels * dim * jnp.dtype(model.dtype).itemsize <= GUIDE
     maps = RecomputedMaps(image, {"image_encoder": (), "key_encoder": (), "query_encoder": ()})
     for names in (("image_encoder",), ("key_encoder", "query_encoder")):
         for number in range(4):
-            sums = np.asarray(strip_sums(graph, state, maps, names), np.float64).sum(0)
+            sums = np.asarray(strip_sums(model, maps, names), np.float64).sum(0)
             affines = {
                 name: (*maps.affines[name], affine(norms(getattr(model, name))[number], moments))
                 for name, moments in zip(names, sums / (image.shape[1] * image.shape[2]))
             }
             maps = dataclasses.replace(maps, affines=maps.affines | affines)
         if held and not maps.held:
-            maps = RecomputedMaps(hold_guide(graph, state, maps), maps.affines, held=True)
+            maps = RecomputedMaps(hold_guide(model, maps), maps.affines, held=True)
     return maps
 
 
@@ -184,32 +180,28 @@ def affine(norm: GroupNorm, moments: Float[np.ndarray, "2 B D"]) -> Affine:
     return tuple(jnp.asarray(x[:, None, None], jnp.float32) for x in (scale, bias - mean * scale))
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "names"))
-def strip_sums(
-    graph: nnx.GraphDef, state: nnx.State, maps: RecomputedMaps, names: tuple[str, ...]
-) -> Float[Array, "strips encoders 2 B D"]:
+@functools.partial(jax.jit, static_argnames=("names",))
+def strip_sums(model: AnyUp, maps: RecomputedMaps, names: tuple[str, ...]) -> Float[Array, "strips encoders 2 B D"]:
     """Sums of x and of x squared over the pixels of each strip, x what the encoders' next unknown norms get.
 
     The strips are to be added in float64: a single sum over a large map would lose digits in float32.
     """
-    model, height, rows = nnx.merge(graph, state), maps.image.shape[1], maps.strip_rows
+    height, rows = maps.image.shape[1], maps.strip_rows
     begins = np.arange(0, height, rows, dtype=np.int32)
 
     def sums(begin):
         first = jnp.minimum(begin, height - rows)
         new = (first + jnp.arange(rows) >= begin)[:, None, None]  # the last strip overlaps the one before
-        strips = (maps.strip(model, name, first, rows).astype(jnp.float32) for name in names)
-        strips = [jnp.where(new, x, 0) for x in strips]
+        strips = [jnp.where(new, maps.strip(model, name, first, rows), 0).astype(jnp.float32) for name in names]
         return jnp.stack([jnp.stack([x.sum((1, 2)), jnp.square(x).sum((1, 2))]) for x in strips])
 
     return lax.map(sums, begins)
 
 
-@functools.partial(jax.jit, static_argnames=("graph",))
-def hold_guide(graph: nnx.GraphDef, state: nnx.State, maps: RecomputedMaps) -> Float[Array, "B H W D"]:
+@jax.jit
+def hold_guide(model: AnyUp, maps: RecomputedMaps) -> Float[Array, "B H W D"]:
     """Compute the whole guide, strip by strip."""
-    model, (batch, height, width) = nnx.merge(graph, state), maps.image.shape[:3]
-    rows = maps.strip_rows
+    (batch, height, width), rows = maps.image.shape[:3], maps.strip_rows
 
     def step(i, guide):
         first = jnp.minimum(i * rows, height - rows)
@@ -241,20 +233,19 @@ def pooled(
     return adaptive_average_pool(total, (total.shape[1], width)).astype(model.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("graph",))
+@jax.jit
 def describe(
-    graph: nnx.GraphDef, state: nnx.State, maps: RecomputedMaps, features: Float[Array, "B h w C"], starts, shares
+    model: AnyUp, maps: RecomputedMaps, features: Float[Array, "B h w C"], starts, shares
 ) -> Float[Array, "B h w D"]:
     """Return the keys of the features."""
-    model, grid = nnx.merge(graph, state), features.shape[1:3]
+    grid = features.shape[1:3]
     key = pooled(model, "key_encoder", maps, starts, shares, grid[1])
     return model.describe(ImageCode({grid: key}, {}), features)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "plan", "dtype"))
+@functools.partial(jax.jit, static_argnames=("plan", "dtype"))
 def finish(
-    graph: nnx.GraphDef,
-    state: nnx.State,
+    model: AnyUp,
     maps: RecomputedMaps,
     key: Float[Array, "B h w D"],
     values: Float[Array, "B h w E"],
@@ -265,7 +256,6 @@ def finish(
     dtype: np.dtype,
 ) -> Float[Array, "B rows Wo E"]:
     """Compute a band of the output; one program serves all bands."""
-    model = nnx.merge(graph, state)
     query = pooled(model, "query_encoder", maps, starts, shares, plan.size[1])
     code = ImageCode({}, {plan.size: query}, BandRows(band, plan.size[0], plan))
     return model.decode(code, [(key, values)], plan.size, plan.q_chunk_size)[0].astype(dtype)

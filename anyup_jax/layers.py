@@ -6,7 +6,6 @@ softmax stay in float32 whatever it is.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,10 +20,7 @@ from jaxtyping import Array, Float
 
 from anyup_core import geometry
 from anyup_core.config import NORM_GROUPS
-from anyup_jax.blocked import map_rows
-from anyup_jax.convolution import convolve, precision
-from anyup_jax.pooling import adaptive_average_pool
-from anyup_jax.rotation import rotate
+from anyup_jax.blocked import convolve, map_rows, precision, rotate
 from anyup_jax.row_shards import ALL_ROWS, Rows
 
 GROUP_NORM_EPS = 1e-5
@@ -77,13 +73,10 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Float[Array, "B _ W inputs"], rows: Rows = ALL_ROWS) -> Float[Array, "B _ W outputs"]:
         kernel, x = self.kernel[...].astype(self.dtype), x.astype(self.dtype)
-        if kernel.shape[:2] == (1, 1):
-            return convolve(x, kernel, ((0, 0), (0, 0)))
-        half = kernel.shape[0] // 2
-        if self.padding == "reflect":
+        half, edges = kernel.shape[0] // 2, ((0, 0), (0, 0))
+        if half and self.padding == "reflect":
             x = jnp.take(rows.reflect(x, half), geometry.reflection(x.shape[2], half), 2)
-            edges = ((0, 0), (0, 0))
-        else:
+        elif half:
             x, zero_rows = rows.pad(x, half)
             edges = (zero_rows, (half, half))
         return convolve(x, kernel, edges)
@@ -95,10 +88,6 @@ class GroupNorm(nnx.Module):
     def __init__(self, channels: int):
         self.scale = nnx.Param(jnp.ones(channels))
         self.bias = nnx.Param(jnp.zeros(channels))
-
-    def __call__(self, x: Float[Array, "B H W channels"]) -> Float[Array, "B H W channels"]:
-        scale, shift = self.affine(x)
-        return (x * scale + shift).astype(x.dtype)
 
     def affine(
         self, x: Float[Array, "B H W channels"], rows: Rows = ALL_ROWS
@@ -112,13 +101,8 @@ class GroupNorm(nnx.Module):
         return scale[:, None, None], (self.bias[...] - mean * scale)[:, None, None]
 
 
-Pooled = Any  # averages over a grid of cells, (B, h, w, D), or a dictionary of several by their sizes
+Pooled = Any  # averages over a grid of cells, (B, h, w, D), or a dictionary of several
 Pool = Callable[[Float[Array, "B H W D"]], Pooled]
-
-
-def pooling(size: tuple[int, int] | None) -> Pool | None:
-    """Return the average over a grid of `size` cells; None for None."""
-    return None if size is None else functools.partial(adaptive_average_pool, size=size)
 
 
 class ResBlock(nnx.Module):
@@ -131,61 +115,32 @@ class ResBlock(nnx.Module):
         self.conv2 = Conv(outputs, outputs, dtype=dtype, rngs=rngs)
         self.shortcut = Conv(inputs, outputs, dtype=dtype, rngs=rngs) if inputs != outputs else None
 
-    def __call__(
-        self, x: Float[Array, "B H W inputs"], size: tuple[int, int] | None = None
-    ) -> Float[Array, "B h w outputs"]:
-        """Apply the block, then average the result over a grid of `size` positions (None: every position).
+    def __call__(self, x: Float[Array, "B H W inputs"], pool: Pool | None = None, rows: Rows = ALL_ROWS) -> Pooled:
+        """Apply the block, then average the result over cells with `pool` (None: every position, (B, H, W, outputs)).
 
         Everything after the second SiLU is linear in the positions, so averaging comes before the last convolution.
-        """
-        return self.forward_into(x, pooling(size))[0]
-
-    def forward_into(
-        self,
-        x: Float[Array, "B H W inputs"],
-        pool: Pool | None = None,
-        buffer: Float[Array, "B H W outputs"] | None = None,
-        rows: Rows = ALL_ROWS,
-    ) -> tuple[Pooled, Float[Array, "B H W outputs"]]:
-        """Do the same in the memory of `buffer`, a map that is read by nobody else; return the next such map as well.
-
-        XLA has no uninitialised memory: without a buffer it copies x to have a map to write into. Temporary memory is
-        the same, but a forward pass at 448 x 448 reads and writes 4.7 GB instead of 5.7. Where `pool` returns a
-        dictionary of averages, so does this method.
+        Where `pool` returns a dictionary of averages, so does this method.
         """
         shortcut = self.shortcut or (lambda x: x)
         norm1 = self.norm1.affine(x, rows)
-        hidden = map_rows(lambda x: self.conv1(normed_silu(x, norm1)), x, buffer=buffer)
+        hidden = map_rows(lambda x: self.conv1(normed_silu(x, norm1)), x)
         norm2 = self.norm2.affine(hidden, rows)
         if pool is None:
-            return map_rows(lambda x, hidden: shortcut(x) + self.conv2(normed_silu(hidden, norm2)), x, hidden), hidden
+            return map_rows(lambda x, hidden: shortcut(x) + self.conv2(normed_silu(hidden, norm2)), x, hidden)
         hidden = map_rows(lambda hidden: normed_silu(hidden, norm2), hidden)
-        joined = jax.tree.map(lambda x, hidden: shortcut(x) + self.conv2(hidden), pool(x), pool(hidden))
-        return joined, hidden
+        return jax.tree.map(lambda x, hidden: shortcut(x) + self.conv2(hidden), pool(x), pool(hidden))
 
 
 class ConvEncoder(nnx.Module):
-    """A k x k convolution with reflected borders and two ResBlocks; its methods are those of a ResBlock."""
+    """A k x k convolution with reflected borders and two ResBlocks; `pool` is that of a ResBlock."""
 
     def __init__(self, inputs: int, outputs: int, kernel_size: int = 1, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.conv = Conv(inputs, outputs, kernel_size, dtype=dtype, rngs=rngs)
         self.block1 = ResBlock(outputs, outputs, dtype=dtype, rngs=rngs)
         self.block2 = ResBlock(outputs, outputs, dtype=dtype, rngs=rngs)
 
-    def __call__(
-        self, x: Float[Array, "B H W inputs"], size: tuple[int, int] | None = None
-    ) -> Float[Array, "B h w outputs"]:
-        return self.forward_into(x, pooling(size))[0]
-
-    def forward_into(
-        self,
-        x: Float[Array, "B H W inputs"],
-        pool: Pool | None = None,
-        buffer: Float[Array, "B H W outputs"] | None = None,
-        rows: Rows = ALL_ROWS,
-    ) -> tuple[Pooled, Float[Array, "B H W outputs"]]:
-        x, buffer = self.block1.forward_into(self.conv(x, rows), buffer=buffer, rows=rows)
-        return self.block2.forward_into(x, pool, buffer, rows)
+    def __call__(self, x: Float[Array, "B H W inputs"], pool: Pool | None = None, rows: Rows = ALL_ROWS) -> Pooled:
+        return self.block2(self.block1(self.conv(x, rows), rows=rows), pool, rows)
 
 
 class FeatureUnification(nnx.Module):
@@ -203,10 +158,9 @@ class FeatureUnification(nnx.Module):
         self, filters: int, kernel_size: int, init_gaussian_derivatives: bool, *, dtype: DTypeLike, rngs: nnx.Rngs
     ):
         if init_gaussian_derivatives:
-            basis = jnp.asarray(geometry.gaussian_derivatives(filters, kernel_size))
+            self.basis = nnx.Param(jnp.asarray(geometry.gaussian_derivatives(filters, kernel_size)))
         else:
-            basis = jax.random.normal(rngs.params(), (filters, kernel_size, kernel_size))
-        self.basis = nnx.Param(basis)
+            self.basis = nnx.Param(jax.random.normal(rngs.params(), (filters, kernel_size, kernel_size)))
         self.dtype = dtype
 
     def __call__(self, features: Float[Array, "B h w C"]) -> Float[Array, "B h w M"]:
@@ -266,13 +220,7 @@ class Linear(nnx.Module):
     """`x @ kernel + bias`."""
 
     def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        *,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
-        variable: type[nnx.Variable] = nnx.Param,
+        self, inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs, variable: type[nnx.Variable] = nnx.Param
     ):
         self.kernel = variable(uniform(rngs, (inputs, outputs), (6 / (inputs + outputs)) ** 0.5))
         self.bias = variable(jnp.zeros(outputs))

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -70,12 +72,9 @@ class CrossAttention(nnx.Module):
         query = self.project_query(query, rows)
         attend = functools.partial(window_attention, num_heads=self.num_heads, backend=backend, strip=rows.index())
         return [
-            attend(query, self.project_key(key), jnp.asarray(values), *window, q_chunk_size=q_chunk_size)
+            attend(query, self.key(self.norm_k(key)), jnp.asarray(values), *window, q_chunk_size=q_chunk_size)
             for (key, values), window in zip(maps, windows)
         ]
-
-    def project_key(self, key: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
-        return self.key(self.norm_k(key))
 
     def project_query(self, query: Float[Array, "B _ Wo D"], rows: Rows = ALL_ROWS) -> Float[Array, "B _ Wo D"]:
         return map_rows(lambda query: self.query(self.norm_q(query)), self.conv(query, rows))
@@ -163,19 +162,16 @@ class AnyUp(nnx.Module):
             sizes: heights and widths of the outputs.
             rows: which rows of the image are here; `sizes` are those of the whole output.
         """
-        guide, buffer = self.image_encoder.forward_into(jnp.asarray(image, self.dtype), rows=rows)
-        guide = self.rope(guide, rows)
-        keys, buffer = self.key_encoder.forward_into(
-            guide, lambda x: {grid: rows.pool(x, grid) for grid in grids}, buffer, rows
-        )
+        guide = self.rope(self.image_encoder(jnp.asarray(image, self.dtype), rows=rows), rows)
+        keys = self.key_encoder(guide, lambda x: {grid: rows.pool(x, grid) for grid in grids}, rows)
         guide = after(guide, keys)
         shapes = {size: (size[0] // rows.count, size[1]) for size in sizes}
         if set(shapes.values()) == {guide.shape[1:3]}:  # nothing to average: the last block stays in its memory
-            query: Array = self.query_encoder.forward_into(guide, None, buffer, rows)[0]
-            return ImageCode(keys, dict.fromkeys(shapes, query), rows)
-        queries, _ = self.query_encoder.forward_into(
-            guide, lambda x: {size: adaptive_average_pool(x, shape) for size, shape in shapes.items()}, buffer, rows
-        )
+            queries = dict.fromkeys(shapes, self.query_encoder(guide, rows=rows))
+        else:
+            queries = self.query_encoder(
+                guide, lambda x: {size: adaptive_average_pool(x, shape) for size, shape in shapes.items()}, rows
+            )
         return ImageCode(keys, queries, rows)
 
     def describe(
@@ -287,7 +283,7 @@ def _run(model: AnyUp, image, maps, size: Size, q_chunk_size: int | None) -> lis
     if (spread := sharding.row_sharding(image)) is None:
         return compiled(*nnx.split(model), image, maps, size, q_chunk_size)
     sharding.check(model.config, image.shape, size, spread.mesh, spread.spec)
-    maps = sharding.place(maps, spread)
+    maps = jax.device_put(maps, NamedSharding(spread.mesh, P(spread.spec[0])))  # whole, but for the batch
     return sharding.compiled(*nnx.split(model), image, maps, size, q_chunk_size, spread.mesh, spread.spec)
 
 

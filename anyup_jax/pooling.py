@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from anyup_core import geometry
@@ -28,11 +27,3 @@ def pool_axis(x: Float[Array, "B H W D"], out: int, axis: int) -> Float[Array, "
     shape = [-1 if a == axis else 1 for a in range(x.ndim)]
     taps = (jnp.take(x, i, axis).astype(jnp.float32) * w.reshape(shape) for i, w in zip(index.T, weights.T))
     return functools.reduce(jnp.add, taps).astype(x.dtype)
-
-
-def pooling_matrix(size: int, out: int) -> Float[np.ndarray, "out size"]:
-    """Return what each of `size` positions contributes to each of `out` averages along one axis."""
-    index, weights = geometry.pool_bins(size, out)
-    matrix = np.zeros((out, size), np.float32)
-    np.add.at(matrix, (np.arange(out)[:, None], index), weights)
-    return matrix

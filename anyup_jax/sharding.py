@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -24,20 +23,15 @@ def row_sharding(image: Float[Array | np.ndarray, "B H W input_dim"]) -> NamedSh
     return sharding
 
 
-def place(maps: Sequence, sharding: NamedSharding) -> Sequence:
-    """Put features and values where the image is: spread over the batch as it is, whole otherwise."""
-    return jax.device_put(maps, NamedSharding(sharding.mesh, P(sharding.spec[0])))
-
-
 def check(
     config: AnyUpConfig, image: tuple[int, ...], output_size: tuple[int, int], mesh: Mesh | AbstractMesh, spec: P
 ) -> None:
     """Raise ValueError if an image of this shape, or its output, cannot be cut into equal shards."""
-    count = _size(mesh, spec[1])
     if any(axis is not None for axis in spec[2:]):
         raise ValueError(f"An image may be spread over its batch and its rows only, got {spec}.")
     if isinstance(spec[1], tuple) and len(spec[1]) > 1:
         raise ValueError(f"The rows of an image may be spread over one mesh axis, got {spec[1]}.")
+    count = mesh.shape[_axis(spec)]
     if image[1] % count or output_size[0] % count:
         raise ValueError(
             f"The rows of the image ({image[1]}) and of the output ({output_size[0]}) must be multiples of the "
@@ -59,8 +53,8 @@ def compiled(
     Every device keeps all keys and values, which are small, and its own rows of the guide and of the queries. Norms
     exchange their sums, convolutions a row with the neighbours, and the keys' pooling its result.
     """
-    batch, axis = spec[0], spec[1][0] if isinstance(spec[1], tuple) else spec[1]
-    rows = DeviceRows(axis, _size(mesh, axis))
+    batch, axis = spec[0], _axis(spec)
+    rows = DeviceRows(axis, mesh.shape[axis])
 
     def attend(state, image, maps):
         return nnx.merge(graph, state).attend(image, maps, output_size, q_chunk_size, rows)
@@ -70,9 +64,6 @@ def compiled(
     return shards(state, image, maps)
 
 
-def _size(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    size = 1
-    for name in names:
-        size *= mesh.shape[name]
-    return size
+def _axis(spec: P) -> str:
+    """Return the mesh axis that the rows are spread over."""
+    return spec[1][0] if isinstance(spec[1], tuple) else spec[1]

@@ -56,10 +56,14 @@ def work(backend: str, axis: AxisWindow) -> Work:
         keys = axis.neighbourhood.kernel**2
         return Work(keys, 2 * keys * (DIM + HEADS * CHANNELS), ITEM * (2 * (DIM + CHANNELS) + 2 * HEADS * CHANNELS))
     if backend == "pallas_tpu":
-        from anyup_jax.attention.pallas_tpu import plan_tables
+        import jax
 
-        tables = plan_tables(axis, axis, DIM, CHANNELS, HEADS, ITEM)
-        (_, height, tall), (_, width, wide) = tables.row_bias.shape, tables.col_bias.shape
+        from anyup_jax.attention.pallas_tpu import kernel_tables
+
+        shapes = (SIDE, DIM), (CELLS, DIM), (CELLS, CHANNELS)
+        arrays = [jax.ShapeDtypeStruct((1, n, n, c), "float32") for n, c in shapes]
+        tables = kernel_tables(*arrays, axis, axis, HEADS)
+        (_, height, tall), (_, width, wide) = tables.rows.bias.shape, tables.cols.bias.shape
         # the heads share one product of all D lanes each
         return Work.of_tiles(height * width, tall * wide, scored=HEADS)
     if backend == "triton":

@@ -52,6 +52,7 @@ def jax_stages(job: Job) -> dict[str, Callable[[], object]]:
 
     from anyup_jax import AnyUp
     from anyup_jax.attention import window_attention
+    from anyup_jax.pooling import adaptive_average_pool
 
     model = AnyUp(rngs=nnx.Rngs(0))
     image, features = map(jnp.asarray, inputs(job))
@@ -67,7 +68,7 @@ def jax_stages(job: Job) -> dict[str, Callable[[], object]]:
     return {
         "image encoder": call(model.image_encoder, image),
         "rotation": call(model.rope, pixels),
-        "key encoder": call(lambda x: model.key_encoder(x, size), pixels),
+        "key encoder": call(lambda x: model.key_encoder(x, lambda x: adaptive_average_pool(x, size)), pixels),
         "unification": call(model.key_features_encoder, features),
         "query encoder": call(model.query_encoder, pixels),
         "query projection": call(decode.project_query, pixels),

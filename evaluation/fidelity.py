@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from anyup_core.encoders.frozen import FrozenEncoder
-from anyup_jax.layers import adaptive_average_pool
+from anyup_jax.pooling import adaptive_average_pool
 from evaluation.frozen import encode
 from evaluation.methods import Method
 

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 import anyup_jax.attention
 import anyup_torch.attention
+from anyup_jax.pooling import adaptive_average_pool
 from parity_tests import tolerances
 from parity_tests.golden import CASES, GOLDEN, needs_golden
 
@@ -99,7 +100,8 @@ def stages(framework: str) -> dict[str, np.ndarray]:
         image, features = jnp.asarray(last(given["image"])), jnp.asarray(last(given["features"]))
         encoded = net.image_encoder(image)
         guide = net.rope(encoded)
-        query, key = net.query_encoder(guide, size), net.key_encoder(guide, cells)
+        query = net.query_encoder(guide, lambda x: adaptive_average_pool(x, size))
+        key = net.key_encoder(guide, lambda x: adaptive_average_pool(x, cells))
         unified = net.key_features_encoder.unify(features / jnp.linalg.norm(features, axis=-1, keepdims=True))
         described = net.key_features_encoder(features)
         combined = net.aggregation(jnp.concatenate([key, described], -1))

@@ -78,6 +78,6 @@ def test_annotations_hold(program: str) -> None:
 
 @pytest.mark.slow
 def test_the_check_can_fail() -> None:
-    wrong = "anyup_jax.layers.adaptive_average_pool(image[0], (2, 2))"
+    wrong = "anyup_jax.row_shards.adaptive_average_pool(image[0], (2, 2))"
     run = subprocess.run([sys.executable, "-c", HOOK + wrong], capture_output=True, text=True, check=False)
     assert "TypeCheckError" in run.stderr

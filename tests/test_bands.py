@@ -116,8 +116,7 @@ def test_norms_are_those_of_the_whole_image():
     """Sums over strips lose no digits, also where a channel's mean is far larger than its spread."""
     model = anyup_jax.AnyUp(anyup_jax.AnyUpConfig(**SMALL), rngs=nnx.Rngs(0))
     image = 30 + np.random.default_rng(0).standard_normal((2, 40, 31, 3), np.float32)
-    graph, state = nnx.split(model)
-    maps = bands.prepare(model, graph, state, jnp.asarray(image))
+    maps = bands.prepare(model, jnp.asarray(image))
     assert maps.held
     x = np.asarray(model.image_encoder.conv(jnp.asarray(image)), np.float64).reshape(2, -1, 8, 8)
     scale = 1 / np.sqrt(x.var((1, 3)) + 1e-5)

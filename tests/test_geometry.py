@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from anyup_core import geometry
 from anyup_core.geometry import AxisWindow, axis_window
-from anyup_jax import layers
+from anyup_jax.pooling import adaptive_average_pool
 from parity_tests.golden import GOLDEN, needs_golden
 
 AXES = [
@@ -138,7 +138,7 @@ def test_pool_bins(size: int, out: int) -> None:
 @pytest.mark.parametrize("size", [(4, 5), (3, 7), (24, 30), (12, 1)])
 def test_adaptive_average_pool(size: tuple[int, int]) -> None:
     x = torch.randn(2, 3, 12, 15, generator=torch.Generator().manual_seed(0))
-    ours = np.asarray(layers.adaptive_average_pool(jnp.asarray(x.permute(0, 2, 3, 1).numpy()), size))
+    ours = np.asarray(adaptive_average_pool(jnp.asarray(x.permute(0, 2, 3, 1).numpy()), size))
     np.testing.assert_allclose(ours.transpose(0, 3, 1, 2), F.adaptive_avg_pool2d(x, size).numpy(), atol=1e-6)
 
 
@@ -146,7 +146,7 @@ def test_adaptive_average_pool(size: tuple[int, int]) -> None:
 def test_pooling_is_the_references() -> None:
     arrays = load_file(GOLDEN / "resampling.safetensors")
     for size in ((130, 50), (7, 9)):
-        ours = np.asarray(layers.adaptive_average_pool(jnp.asarray(arrays["image"].transpose(0, 2, 3, 1)), size))
+        ours = np.asarray(adaptive_average_pool(jnp.asarray(arrays["image"].transpose(0, 2, 3, 1)), size))
         expected = arrays[f"adaptive_avg_pool_{size[0]}x{size[1]}"]
         np.testing.assert_allclose(ours.transpose(0, 3, 1, 2), expected, atol=1e-6)
 

@@ -12,8 +12,8 @@ from flax import nnx
 from PIL import Image
 
 from anyup_core.config import AnyUpConfig
-from anyup_jax.layers import adaptive_average_pool
 from anyup_jax.model import AnyUp
+from anyup_jax.pooling import adaptive_average_pool
 from tests.training import metrics, train
 from train import program
 from train.config import Config, DatasetConfig, EncoderConfig, LossConfig

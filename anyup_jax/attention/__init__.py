@@ -22,11 +22,10 @@ def resolve(backend: str) -> Callable[..., Float[Array, "B Ho Wo E"]]:
     Raises:
         ValueError: if there is no such backend.
     """
-    if backend == "auto":
-        return automatic
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is unknown; choose one of auto, {', '.join(BACKENDS)}.")
-    return BACKENDS[backend]
+    functions = {"auto": automatic, **BACKENDS}
+    if backend not in functions:
+        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(functions)}.")
+    return functions[backend]
 
 
 def window_attention(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 from jax import lax
@@ -32,40 +33,37 @@ def automatic(
     tiles = tile_tables(query, rows, cols, q_chunk_size, strip)
     kernels = kernel_tables(query, key, values, rows, cols, num_heads, q_chunk_size, strip)
     if kernels is None:
-        return attend_tiles(query, key, values, *tiles, num_heads)
+        return attend_tiles(query, key, values, tiles, num_heads)
     return _automatic(query, key, values, tiles, kernels, num_heads)
 
 
-def _on_tpu(query, key, values, tiles, kernels, num_heads):
-    return attend(query, key, values, kernels, num_heads=num_heads)
+def _by_platform(function: Callable, num_heads: int, tiles, kernels, *operands):
+    """Call `function(attend, *operands)` with the attention of the program's platform."""
 
+    def on_tpu(tiles, kernels, *operands):
+        return function(lambda *x: attend(*x, kernels, num_heads), *operands)
 
-def _elsewhere(query, key, values, tiles, kernels, num_heads):
-    return attend_tiles(query, key, values, *tiles, num_heads)
+    def elsewhere(tiles, kernels, *operands):
+        return function(lambda *x: attend_tiles(*x, tiles, num_heads), *operands)
 
-
-BY_PLATFORM = dict(tpu=_on_tpu, default=_elsewhere)
+    return lax.platform_dependent(tiles, kernels, *operands, tpu=on_tpu, default=elsewhere)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _automatic(query, key, values, tiles, kernels, num_heads):
-    chosen = {platform: functools.partial(attend, num_heads=num_heads) for platform, attend in BY_PLATFORM.items()}
-    return lax.platform_dependent(query, key, values, tiles, kernels, **chosen)
+    return _by_platform(lambda attend, *x: attend(*x), num_heads, tiles, kernels, query, key, values)
 
 
-def _forward(query, key, values, tiles, kernels, num_heads):
-    return _automatic(query, key, values, tiles, kernels, num_heads), (query, key, values, tiles, kernels)
+def _forward(*arguments):
+    return _automatic(*arguments), arguments[:-1]
 
 
 def _backward(num_heads, saved, cotangent):
-    def pull(attend):
-        def gradient(query, key, values, tiles, kernels, cotangent):
-            return jax.vjp(lambda *x: attend(*x, tiles, kernels, num_heads), query, key, values)[1](cotangent)
+    def gradients(attend, cotangent, *inputs):
+        return jax.vjp(attend, *inputs)[1](cotangent)
 
-        return gradient
-
-    pulls = {platform: pull(attend) for platform, attend in BY_PLATFORM.items()}
-    return *lax.platform_dependent(*saved, cotangent, **pulls), None, None
+    query, key, values, tiles, kernels = saved
+    return *_by_platform(gradients, num_heads, tiles, kernels, cotangent, query, key, values), None, None
 
 
 _automatic.defvjp(_forward, _backward)

@@ -27,6 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from anyup_core.geometry import AxisTiles, AxisWindow, tile_axis
+from anyup_jax.attention.tiled import TileTables
 
 LANES, SUBLANES = 128, 8  # a TPU register; slabs start at multiples of SUBLANES columns
 VMEM_LIMIT = 60 << 20  # bytes the compiler may use
@@ -42,28 +43,16 @@ class KernelTables:
     """The tiles of both axes and their slabs of keys, as arrays, so that they may differ from device to device.
 
     Attributes:
-        row_start, col_start: first key row and column of the slabs; columns are multiples of 8.
-        row_bias: (runs, size, span) float32, the logarithm of how often a query row of a tile sees a key row of its
-            slab, minus infinity for never. Queries past the end of the axis repeat the last one.
-        col_bias: the same along the columns; size and span are multiples of 8.
+        rows, cols: where the slabs begin, and what the queries of a tile see of them. Queries past the end of an axis
+            repeat the last one. Columns start at multiples of 8, and their size and span are such multiples too.
         width: key columns after padding, such that every slab lies inside.
         channels: channels of the values worked on at once, a multiple of 128.
     """
 
-    row_start: Int[Array, " down"]
-    row_bias: Float[Array, "down rows row_span"]
-    col_start: Int[Array, " across"]
-    col_bias: Float[Array, "across cols col_span"]
+    rows: TileTables
+    cols: TileTables
     width: int = dataclasses.field(metadata=dict(static=True))
     channels: int = dataclasses.field(metadata=dict(static=True))
-
-    def strip(self, index: Int[Array, ""] | int, strips: int) -> KernelTables:
-        """The tables of one of several equal strips of query rows."""
-        if strips == 1:
-            return self
-        runs = len(self.row_start) // strips
-        start, bias = (lax.dynamic_slice_in_dim(x, index * runs, runs) for x in (self.row_start, self.row_bias))
-        return dataclasses.replace(self, row_start=start, row_bias=bias)
 
 
 def pallas_tpu(
@@ -76,7 +65,7 @@ def pallas_tpu(
     num_heads: int,
     q_chunk_size: int | None = None,
     strip: Int[Array, ""] | int = 0,
-    interpret: bool = False,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> Float[Array, "B Ho Wo E"]:
     """Compute `window_attention` with Pallas kernels for TPU; differentiable in queries, keys and values.
 
@@ -93,57 +82,30 @@ def pallas_tpu(
             f"windows of {rows.span} x {cols.span} need more than its {VMEM_BUDGET >> 20} MiB: use "
             'backend="tiled", a smaller window_ratio or bfloat16.'
         )
-    return attend(query, key, values, tables, num_heads=num_heads, interpret=interpret)
+    return attend(query, key, values, tables, num_heads, interpret)
 
 
 def kernel_tables(
-    query: Float[Array, "B Ho Wo D"],
-    key: Float[Array, "B h w D"],
-    values: Float[Array, "B h w E"],
+    query: Float[Array | jax.ShapeDtypeStruct, "B Ho Wo D"],
+    key: Float[Array | jax.ShapeDtypeStruct, "B h w D"],
+    values: Float[Array | jax.ShapeDtypeStruct, "B h w E"],
     rows: AxisWindow,
     cols: AxisWindow,
     num_heads: int,
-    q_chunk_size: int | None,
-    strip: Int[Array, ""] | int,
+    q_chunk_size: int | None = None,
+    strip: Int[Array, ""] | int = 0,
 ) -> KernelTables | None:
-    """Return the tables for the rows of queries that are here; None if the keys of no tile fit in VMEM."""
+    """Choose a tile and a block of channels, and return the tables of all tiles of the rows of queries that are here.
+
+    Of the arrays only shapes and types are read. The result is None if the keys of no tile fit in the VMEM of a core.
+    """
     strips = rows.queries // query.shape[1]
     itemsize = max(x.dtype.itemsize for x in (query, key, values))
-    tables = plan_tables(rows, cols, query.shape[-1], values.shape[-1], num_heads, itemsize, q_chunk_size, strips)
-    return None if tables is None else tables.strip(strip, strips)
-
-
-def plan_tables(
-    rows: AxisWindow,
-    cols: AxisWindow,
-    dim: int,
-    channels: int,
-    num_heads: int,
-    itemsize: int,
-    queries: int | None = None,
-    strips: int = 1,
-) -> KernelTables | None:
-    """Choose a tile of at most `queries` queries and a block of channels, and make the tables of all tiles.
-
-    Args:
-        rows, cols: the windows.
-        dim, channels: channels of queries and keys, and of the values.
-        num_heads: number of heads.
-        itemsize: bytes of an element of the widest operand.
-        queries: most queries a tile may have; None for what is fastest.
-        strips: no tile crosses the border between two of so many equal strips of query rows.
-
-    Returns:
-        None if even the smallest tile needs more than the VMEM of a TPU core.
-    """
-    plan = _plan(rows, cols, dim, channels, num_heads, itemsize, queries, strips)
+    plan = _plan(rows, cols, query.shape[-1], values.shape[-1], num_heads, itemsize, q_chunk_size, strips)
     if plan is None:
         return None
     tall, wide, block, width = plan
-    with np.errstate(divide="ignore"):
-        row_bias, col_bias = (np.log(x.count.astype(np.float32)) for x in (tall, wide))
-    arrays = map(jnp.asarray, (tall.start, row_bias, wide.start, col_bias))
-    return KernelTables(*arrays, width=width, channels=block)
+    return KernelTables(TileTables.of(tall).strip(strip, strips), TileTables.of(wide), width, block)
 
 
 @functools.lru_cache(maxsize=256)
@@ -163,12 +125,10 @@ def _plan(rows, cols, dim, channels, num_heads, itemsize, queries, strips):
             tall = _cut(rows, down, strips)
             block = LANES * math.ceil(channels / LANES)
             keys = tall.span * wide.span
-            while True:
-                size = _tile_bytes(down, across, keys, dim, block, num_heads, itemsize)
-                if size <= VMEM_BUDGET or block == LANES:
-                    break
+            size = functools.partial(_tile_bytes, down, across, keys, dim, num_heads, itemsize)
+            while size(block) > VMEM_BUDGET and block > LANES:
                 block = LANES * math.ceil(block / LANES / 2)
-            if size > VMEM_BUDGET:
+            if size(block) > VMEM_BUDGET:
                 continue
             padded = LANES * math.ceil(keys / LANES)
             work = down * across * padded * (num_heads * HEAD_COST + channels)
@@ -179,7 +139,7 @@ def _plan(rows, cols, dim, channels, num_heads, itemsize, queries, strips):
     return None if best is None else best[1]
 
 
-def _tile_bytes(down: int, across: int, keys: int, dim: int, block: int, heads: int, itemsize: int) -> int:
+def _tile_bytes(down: int, across: int, keys: int, dim: int, heads: int, itemsize: int, block: int) -> int:
     """VMEM that the larger kernel takes: blocks twice, for the pipeline, and what lies between the products."""
     dim, keys = (LANES * math.ceil(x / LANES) for x in (dim, keys))
     queries = down * across
@@ -210,7 +170,11 @@ def _align(tiles: AxisTiles) -> AxisTiles:
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
-    """Static sizes of one call: queries, keys, a tile, its slab, channels and blocks of them."""
+    """Static sizes of one call: queries, keys, a tile, its slab, channels and blocks of them.
+
+    The block specifications say which part of its operands a step of the grid (batch, tile row, tile column, block of
+    channels) works on.
+    """
 
     batch: int
     queries: tuple[int, int]
@@ -221,7 +185,7 @@ class _Sizes:
     channels: int
     block: int
     heads: int
-    interpret: bool
+    interpret: bool | pltpu.InterpretParams
 
     @property
     def keys(self) -> int:
@@ -231,147 +195,115 @@ class _Sizes:
     def blocks(self) -> int:
         return math.ceil(self.channels / self.block)
 
+    def query_spec(self) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *self.tile, self.dim), lambda b, i, j, c, rows, cols: (b, i, j, 0))
+
+    def output_spec(self) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *self.tile, self.block), lambda b, i, j, c, rows, cols: (b, i, j, c))
+
+    def key_spec(self) -> pl.BlockSpec:
+        shape = tuple(map(pl.Element, (1, *self.slab, self.dim)))
+        return pl.BlockSpec(shape, lambda b, i, j, c, rows, cols: (b, rows[i], pl.multiple_of(cols[j], SUBLANES), 0))
+
+    def values_spec(self) -> pl.BlockSpec:
+        def place(b, i, j, c, rows, cols):
+            return b, rows[i], pl.multiple_of(cols[j], SUBLANES), pl.multiple_of(c * self.block, LANES)
+
+        return pl.BlockSpec(tuple(map(pl.Element, (1, *self.slab, self.block))), place)
+
 
 def attend(
     query: Float[Array, "B Ho Wo D"],
     key: Float[Array, "B h w D"],
     values: Float[Array, "B h w E"],
     tables: KernelTables,
-    *,
     num_heads: int,
-    interpret: bool = False,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> Float[Array, "B Ho Wo E"]:
     """Compute the attention of the tiles that the tables describe; they may be known only when the program runs."""
     dtype = jnp.promote_types(query.dtype, key.dtype)
     batch, height, width, dim = query.shape
-    (down, *size_rows), (across, *size_cols) = tables.row_bias.shape, tables.col_bias.shape
-    (tile, slab), channels = zip(size_rows, size_cols), values.shape[-1]
-    grid = down, across
-    sizes = _Sizes(
-        batch, (height, width), tile, slab, grid, dim, channels, tables.channels, num_heads, interpret
-    )  # fmt: skip
+    rows, cols, channels = tables.rows, tables.cols, values.shape[-1]
+    grid, tile, slab = zip(rows.bias.shape, cols.bias.shape)
+    sizes = _Sizes(batch, (height, width), tile, slab, grid, dim, channels, tables.channels, num_heads, interpret)
     columns = (0, tables.width - key.shape[2])
     key = jnp.pad(key, ((0, 0), (0, 0), columns, (0, 0)))
     values = jnp.pad(values, ((0, 0), (0, 0), columns, (0, sizes.blocks * sizes.block - channels)))
-    row_bias = jnp.repeat(tables.row_bias, slab[1], axis=2)
-    col_bias = jnp.tile(tables.col_bias, (1, 1, slab[0]))
-    arrays = (query.astype(dtype), key.astype(dtype), values)
-    places = (tables.row_start, tables.col_start, row_bias, col_bias)
-    return _attend(*arrays, *places, sizes)
+    biases = jnp.repeat(rows.bias, slab[1], axis=2), jnp.tile(cols.bias, (1, 1, slab[0]))
+    return _attend(query.astype(dtype), key.astype(dtype), values, (rows.start, cols.start, *biases), sizes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _attend(query, key, values, row_start, col_start, row_bias, col_bias, sizes):
-    places = row_start, col_start
-    specs = _Specs(sizes)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(query, key, values, places, sizes):
     (output,) = _call(
-        functools.partial(_forward_kernel, sizes),
+        _forward_kernel,
         sizes,
         places,
-        [(query, specs.tile(sizes.dim)), (key, specs.slab(sizes.dim)), (values, specs.slab_block())],
-        (row_bias, col_bias),
-        [((sizes.batch, *sizes.queries, sizes.channels), values.dtype, specs.tile_block())],
+        [(query, sizes.query_spec()), (key, sizes.key_spec()), (values, sizes.values_spec())],
+        [((sizes.batch, *sizes.queries, sizes.channels), values.dtype, sizes.output_spec())],
         [pltpu.VMEM((math.prod(sizes.tile), sizes.keys), values.dtype)],
     )
     return output
 
 
-def _attend_forward(query, key, values, row_start, col_start, row_bias, col_bias, sizes):
-    saved = query, key, values, row_start, col_start, row_bias, col_bias
-    return _attend(*saved, sizes), saved
+def _attend_forward(query, key, values, places, sizes):
+    return _attend(query, key, values, places, sizes), (query, key, values, places)
 
 
 def _attend_backward(sizes, saved, gradient):
     # one after the other under `vmap`: a batched operand in device memory has no lowering for TPU
     gradients = jax.custom_batching.sequential_vmap(functools.partial(_gradients, sizes))(*saved, gradient)
-    return *gradients, None, None, None, None
+    return *gradients, None
 
 
-def _gradients(sizes, query, key, values, row_start, col_start, row_bias, col_bias, gradient):
-    specs, places, biases = _Specs(sizes), (row_start, col_start), (row_bias, col_bias)
+def _gradients(sizes, query, key, values, places, gradient):
     tile, (high, wide) = math.prod(sizes.tile), sizes.slab
     lanes = LANES * math.ceil(sizes.dim / LANES)
-    operands = [
-        (query, specs.tile(sizes.dim)),
-        (key, specs.slab(sizes.dim)),
-        (values, specs.slab_block()),
-        (gradient, specs.tile_block()),
-    ]
+    scored = [(query, sizes.query_spec()), (key, sizes.key_spec())]
+    d_output = (gradient, sizes.output_spec())
     d_query, d_key = _call(
-        functools.partial(_query_key_kernel, sizes),
+        _query_key_kernel,
         sizes,
         places,
-        operands,
-        biases,
-        [(query.shape, query.dtype, specs.tile(sizes.dim)), ((*key.shape[:3], lanes), jnp.float32, None)],
+        [*scored, (values, sizes.values_spec()), d_output],
+        [(query.shape, query.dtype, sizes.query_spec()), ((*key.shape[:3], lanes), jnp.float32, None)],
         [
             pltpu.VMEM((tile, sizes.keys), jnp.float32),
             pltpu.VMEM((sizes.keys, lanes), jnp.float32),
             pltpu.VMEM((high, wide, lanes), jnp.float32),
-            pltpu.SemaphoreType.DMA,
         ],
     )
     (d_values,) = _call(
-        functools.partial(_values_kernel, sizes),
+        _values_kernel,
         sizes,
         places,
-        [operands[0], operands[1], operands[3]],
-        biases,
+        [*scored, d_output],
         [(values.shape, jnp.float32, None)],
         [
             pltpu.VMEM((tile, sizes.keys), values.dtype),
             pltpu.VMEM((high, wide, sizes.block), jnp.float32),
-            pltpu.SemaphoreType.DMA,
         ],
     )
-    d_key = d_key[..., : sizes.dim].astype(key.dtype)
-    return d_query, d_key, d_values.astype(values.dtype)
+    return d_query, d_key[..., : sizes.dim].astype(key.dtype), d_values.astype(values.dtype)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Specs:
-    """Which block of its operands a step of the grid (batch, tile row, tile column, block of channels) works on."""
-
-    sizes: _Sizes
-
-    def tile(self, channels: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, *self.sizes.tile, channels), lambda b, i, j, c, rows, cols: (b, i, j, 0))
-
-    def tile_block(self) -> pl.BlockSpec:
-        return pl.BlockSpec((None, *self.sizes.tile, self.sizes.block), lambda b, i, j, c, rows, cols: (b, i, j, c))
-
-    def slab(self, channels: int) -> pl.BlockSpec:
-        shape = map(pl.Element, (1, *self.sizes.slab, channels))
-        return pl.BlockSpec(
-            tuple(shape), lambda b, i, j, c, rows, cols: (b, rows[i], pl.multiple_of(cols[j], SUBLANES), 0)
-        )
-
-    def slab_block(self) -> pl.BlockSpec:
-        shape, block = map(pl.Element, (1, *self.sizes.slab, self.sizes.block)), self.sizes.block
-        return pl.BlockSpec(
-            tuple(shape),
-            lambda b, i, j, c, rows, cols: (
-                b, rows[i], pl.multiple_of(cols[j], SUBLANES), pl.multiple_of(c * block, LANES)
-            ),
-        )  # fmt: skip
-
-
-def _call(kernel, sizes, places, operands, biases, results, scratch):
+def _call(kernel, sizes, places, operands, results, scratch):
     """Run a kernel over all tiles; results without a block lie in device memory, begin at zero and are summed there."""
     row_spec = pl.BlockSpec((None, sizes.tile[0], sizes.keys), lambda b, i, j, c, rows, cols: (i, 0, 0))
     col_spec = pl.BlockSpec((None, sizes.tile[1], sizes.keys), lambda b, i, j, c, rows, cols: (j, 0, 0))
-    operands = [*operands, (biases[0], row_spec), (biases[1], col_spec)]
+    *starts, row_bias, col_bias = places
+    operands = [*operands, (row_bias, row_spec), (col_bias, col_spec)]
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     aliases = {}
     for index, (shape, dtype, spec) in enumerate(results):
         if spec is None:
-            aliases[len(places) + len(operands)] = index
+            aliases[len(starts) + len(operands)] = index
             operands.append((jnp.zeros(shape, dtype), anywhere))
     return pl.pallas_call(
-        kernel,
+        functools.partial(kernel, sizes),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(sizes.batch, *sizes.grid, sizes.blocks),
@@ -383,7 +315,7 @@ def _call(kernel, sizes, places, operands, biases, results, scratch):
         input_output_aliases=aliases,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * 4, vmem_limit_bytes=VMEM_LIMIT),
         interpret=sizes.interpret,
-    )(*places, *(array for array, _ in operands))
+    )(*starts, *(array for array, _ in operands))
 
 
 def _dot(a, b, contract: tuple[int, int]):
@@ -419,8 +351,7 @@ def _gradient(sizes: _Sizes, place, ref, row):
 def _stack(sizes: _Sizes, query):
     """Stack the heads of (tile columns, D) queries along the rows, each with the other heads' channels zero."""
     head = lax.broadcasted_iota(jnp.int32, query.shape, 1) // (sizes.dim // sizes.heads)
-    parts = [jnp.where(head == n, query, jnp.zeros_like(query)) for n in range(sizes.heads)]
-    return jnp.concatenate(parts, 0)
+    return jnp.concatenate([jnp.where(head == n, query, jnp.zeros_like(query)) for n in range(sizes.heads)], 0)
 
 
 def _weights(sizes: _Sizes, stacked, keys, row_ref, col_ref, row):
@@ -433,32 +364,32 @@ def _weights(sizes: _Sizes, stacked, keys, row_ref, col_ref, row):
 
 
 def _mean_weights(sizes: _Sizes, place, query_ref, key_ref, row_ref, col_ref, weight_ref):
-    """Write the weights of all queries of the tile, averaged over the heads."""
-    keys = key_ref[0].reshape(sizes.keys, sizes.dim)
+    """Write the weights of all queries of the tile, averaged over the heads, before its first block of channels."""
 
-    def step(row, carry):
-        stacked = _stack(sizes, _inside(sizes, place, query_ref[row], row))
-        weights, total = _weights(sizes, stacked, keys, row_ref, col_ref, row)
-        mean = (weights * (1 / (sizes.heads * total))).sum(0)
-        weight_ref[pl.ds(pl.multiple_of(row * sizes.tile[1], SUBLANES), sizes.tile[1])] = mean.astype(weight_ref.dtype)
-        return carry
+    @pl.when(place[3] == 0)
+    def _():
+        keys = key_ref[0].reshape(sizes.keys, sizes.dim)
 
-    lax.fori_loop(0, sizes.tile[0], step, 0)
+        def step(row, carry):
+            stacked = _stack(sizes, _inside(sizes, place, query_ref[row], row))
+            weights, total = _weights(sizes, stacked, keys, row_ref, col_ref, row)
+            mean = (weights * (1 / (sizes.heads * total))).sum(0)
+            index = pl.ds(pl.multiple_of(row * sizes.tile[1], SUBLANES), sizes.tile[1])
+            weight_ref[index] = mean.astype(weight_ref.dtype)
+            return carry
+
+        lax.fori_loop(0, sizes.tile[0], step, 0)
 
 
 def _forward_kernel(sizes, rows, cols, query, key, values, row_bias, col_bias, output, weights):
     place = _place()
-
-    @pl.when(place[3] == 0)
-    def _():
-        _mean_weights(sizes, place, query, key, row_bias, col_bias, weights)
-
+    _mean_weights(sizes, place, query, key, row_bias, col_bias, weights)
     product = _dot(weights[...], values[0].reshape(sizes.keys, sizes.block), (1, 0))
     output[...] = product.reshape(*sizes.tile, sizes.block).astype(output.dtype)
 
 
 def _query_key_kernel(
-    sizes, rows, cols, query, key, values, gradient, row_bias, col_bias, _, d_query, d_key, d_weights, part, sums, done
+    sizes, rows, cols, query, key, values, gradient, row_bias, col_bias, _, d_query, d_key, d_weights, part, sums
 ):
     block = values[0].reshape(sizes.keys, sizes.block)
     keys = key[0].reshape(sizes.keys, sizes.dim)
@@ -484,10 +415,8 @@ def _query_key_kernel(
         d_scores = d_scores.reshape(sizes.heads * wide, sizes.keys).astype(keys.dtype)
         heads = _dot(d_scores, keys, (1, 0))
         head = lax.broadcasted_iota(jnp.int32, (wide, sizes.dim), 1) // (sizes.dim // sizes.heads)
-        total = jnp.zeros((wide, sizes.dim), jnp.float32)
-        for n in range(sizes.heads):
-            total += jnp.where(head == n, heads[n * wide : (n + 1) * wide], 0.0)
-        d_query[row] = total.astype(d_query.dtype)
+        own = (jnp.where(head == n, heads[n * wide : (n + 1) * wide], 0.0) for n in range(sizes.heads))
+        d_query[row] = functools.reduce(jnp.add, own).astype(d_query.dtype)
         part[:, : sizes.dim] += _dot(d_scores, stacked, (0, 0))
         return carry
 
@@ -495,15 +424,12 @@ def _query_key_kernel(
     def _():
         part[...] = jnp.zeros_like(part)
         lax.fori_loop(0, sizes.tile[0], inner, 0)
-        _add(sizes, place, rows, cols, d_key, slice(None), part[...], sums, done)
+        _add(sizes, place, rows, cols, d_key, slice(None), part[...], sums)
 
 
-def _values_kernel(sizes, rows, cols, query, key, gradient, row_bias, col_bias, _, d_values, weights, sums, done):
+def _values_kernel(sizes, rows, cols, query, key, gradient, row_bias, col_bias, _, d_values, weights, sums):
     place = _place()
-
-    @pl.when(place[3] == 0)
-    def _():
-        _mean_weights(sizes, place, query, key, row_bias, col_bias, weights)
+    _mean_weights(sizes, place, query, key, row_bias, col_bias, weights)
 
     def step(row, part):
         index = pl.ds(pl.multiple_of(row * sizes.tile[1], SUBLANES), sizes.tile[1])
@@ -511,21 +437,13 @@ def _values_kernel(sizes, rows, cols, query, key, gradient, row_bias, col_bias, 
 
     part = lax.fori_loop(0, sizes.tile[0], step, jnp.zeros((sizes.keys, sizes.block), jnp.float32))
     channels = pl.ds(pl.multiple_of(place[3] * sizes.block, LANES), sizes.block)
-    _add(sizes, place, rows, cols, d_values, channels, part, sums, done)
+    _add(sizes, place, rows, cols, d_values, channels, part, sums)
 
 
-def _add(sizes, place, rows, cols, target, channels, part, sums, done):
+def _add(sizes, place, rows, cols, target, channels, part, sums):
     """Add (keys, channels) to the tile's slab of `target` in device memory, by way of `sums` in VMEM."""
-    slab = (
-        place[0],
-        pl.ds(rows[place[1]], sizes.slab[0]),
-        pl.ds(pl.multiple_of(cols[place[2]], SUBLANES), sizes.slab[1]),
-        channels,
-    )
-    fetch = pltpu.make_async_copy(target.at[slab], sums, done)
-    fetch.start()
-    fetch.wait()
+    (b, i, j, _), (height, width) = place, sizes.slab
+    slab = b, pl.ds(rows[i], height), pl.ds(pl.multiple_of(cols[j], SUBLANES), width), channels
+    pltpu.sync_copy(target.at[slab], sums)
     sums[...] += part.reshape(sums.shape)
-    store = pltpu.make_async_copy(sums, target.at[slab], done)
-    store.start()
-    store.wait()
+    pltpu.sync_copy(sums, target.at[slab])

@@ -44,6 +44,8 @@ class TileTables(NamedTuple):
 
     def strip(self, index: Int[Array, ""] | int, strips: int) -> TileTables:
         """The runs of one of several equal strips of queries, which no run may cross; `first` counts within it."""
+        if strips == 1:
+            return self
         runs = len(self.first) // strips
         start, bias = (lax.dynamic_slice_in_dim(x, index * runs, runs) for x in (self.start, self.bias))
         return TileTables(self.first[:runs], start, bias)
@@ -61,7 +63,7 @@ def tiled(
     strip: Int[Array, ""] | int = 0,
 ) -> Float[Array, "B Ho Wo E"]:
     """Compute `window_attention` one tile of queries after the other; a tile has at most `q_chunk_size` of them."""
-    return attend_tiles(query, key, values, *tile_tables(query, rows, cols, q_chunk_size, strip), num_heads)
+    return attend_tiles(query, key, values, tile_tables(query, rows, cols, q_chunk_size, strip), num_heads)
 
 
 def tile_tables(
@@ -74,16 +76,15 @@ def tile_tables(
     """Return the tables of both axes, for the rows of queries that are here."""
     strips = rows.queries // query.shape[1]
     tall, wide = map(TileTables.of, plan_tiles(rows, cols, q_chunk_size, strips))
-    return tall.strip(strip, strips) if strips > 1 else tall, wide
+    return tall.strip(strip, strips), wide
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend_tiles(
     query: Float[Array, "B Ho Wo D"],
     key: Float[Array, "B h w D"],
     values: Float[Array, "B h w E"],
-    rows: TileTables,
-    cols: TileTables,
+    tables: tuple[TileTables, TileTables],
     num_heads: int,
 ) -> Float[Array, "B Ho Wo E"]:
     """Compute the attention of the tiles that the tables describe; they may be known only when the program runs.
@@ -92,60 +93,54 @@ def attend_tiles(
     """
 
     def step(t, output):
-        b, i, j = position(t, rows, cols)
-        place, slab = (b, rows.first[i], cols.first[j], 0), (b, rows.start[i], cols.start[j], 0)
-        queries, keys, seen = slices((query, key, values), (place, slab, slab), rows, cols)
-        tile = attend_tile(queries, keys, seen, rows.bias[i], cols.bias[j], num_heads)
-        return lax.dynamic_update_slice(output, tile, place)
+        _, place, _, inputs, biases = tile_of(t, query, key, values, tables)
+        return lax.dynamic_update_slice(output, attend_tile(*inputs, *biases, num_heads), place)
 
     output = jnp.zeros((*query.shape[:3], values.shape[-1]), values.dtype)
-    return lax.fori_loop(0, tiles_of(query, rows, cols), step, output)
+    return lax.fori_loop(0, tiles_of(query, tables), step, output)
 
 
-def _forward(query, key, values, rows, cols, num_heads):
-    return attend_tiles(query, key, values, rows, cols, num_heads), (query, key, values, rows, cols)
+def _forward(query, key, values, tables, num_heads):
+    return attend_tiles(query, key, values, tables, num_heads), (query, key, values, tables)
 
 
 def _backward(num_heads, saved, cotangent):
-    query, key, values, rows, cols = saved
+    query, key, values, tables = saved
 
     def step(t, gradients):
-        b, i, j = position(t, rows, cols)
-        place, slab = (b, rows.first[i], cols.first[j], 0), (b, rows.start[i], cols.start[j], 0)
-        inputs = slices((query, key, values), (place, slab, slab), rows, cols)
-        _, pull = jax.vjp(lambda *x: attend_tile(*x, rows.bias[i], cols.bias[j], num_heads), *inputs)
-        (tile,) = slices((cotangent,), (place,), rows, cols)
+        (i, j), place, slab, inputs, biases = tile_of(t, query, key, values, tables)
+        output, pull = jax.vjp(lambda *x: attend_tile(*x, *biases, num_heads), *inputs)
+        tile = lax.dynamic_slice(cotangent, place, output.shape)
         # where the last tile covers what the one before it computed, only the last one counts
-        kept = rows.last_word(i)[:, None, None] & cols.last_word(j)[:, None]
+        kept = tables[0].last_word(i)[:, None, None] & tables[1].last_word(j)[:, None]
         changes = pull(jnp.where(kept, tile, 0))
         return tuple(add_slice(total, change, at) for total, change, at in zip(gradients, changes, (place, slab, slab)))
 
     wide = jnp.promote_types(key.dtype, jnp.float32)  # keys and values sum over many tiles
     zeros = jnp.zeros_like(query), jnp.zeros(key.shape, wide), jnp.zeros(values.shape, wide)
-    to_query, to_key, to_values = lax.fori_loop(0, tiles_of(query, rows, cols), step, zeros)
-    return to_query, to_key.astype(key.dtype), to_values.astype(values.dtype), None, None
+    to_query, to_key, to_values = lax.fori_loop(0, tiles_of(query, tables), step, zeros)
+    return to_query, to_key.astype(key.dtype), to_values.astype(values.dtype), None
 
 
 attend_tiles.defvjp(_forward, _backward)
 
 
-def tiles_of(query: Float[Array, "B Ho Wo D"], rows: TileTables, cols: TileTables) -> int:
-    return len(query) * len(rows.first) * len(cols.first)
+def tiles_of(query: Float[Array, "B Ho Wo D"], tables: tuple[TileTables, TileTables]) -> int:
+    return len(query) * len(tables[0].first) * len(tables[1].first)
 
 
-def position(t: Int[Array, ""], rows: TileTables, cols: TileTables) -> tuple[Int[Array, ""], ...]:
-    """Image, tile row and tile column of tile number t."""
+def tile_of(t: Int[Array, ""], query, key, values, tables: tuple[TileTables, TileTables]) -> tuple:
+    """Return row and column of tile number t, where it and its slab begin, queries, keys and values, and biases."""
+    rows, cols = tables
     down, across = len(rows.first), len(cols.first)
-    return t // (down * across), t // across % down, t % across
-
-
-def slices(arrays: tuple, places: tuple, rows: TileTables, cols: TileTables) -> list[Float[Array, "1 _ _ _"]]:
-    """Cut a tile of queries, and slabs of keys and values of it, out of whole arrays."""
-    sizes = tuple(zip(rows.bias.shape[1:], cols.bias.shape[1:]))
-    return [
-        lax.dynamic_slice(array, place, (1, *sizes[n > 0], array.shape[-1]))
-        for n, (array, place) in enumerate(zip(arrays, places))
+    b, i, j = t // (down * across), t // across % down, t % across
+    place, slab = (b, rows.first[i], cols.first[j], 0), (b, rows.start[i], cols.start[j], 0)
+    tile_size, slab_size = zip(rows.bias.shape[1:], cols.bias.shape[1:])
+    inputs = [
+        lax.dynamic_slice(array, at, (1, *size, array.shape[-1]))
+        for array, at, size in ((query, place, tile_size), (key, slab, slab_size), (values, slab, slab_size))
     ]
+    return (i, j), place, slab, inputs, (rows.bias[i], cols.bias[j])
 
 
 def add_slice(total: Float[Array, "B _ _ E"], change: Float[Array, "1 _ _ E"], place: tuple) -> Float[Array, "B _ _ E"]:
