@@ -1,23 +1,27 @@
 """The state of a training, weights with AdamW's moments and step, between PyTorch and a run of `train`.
 
-PyTorch numbers the optimizer's state by the order of the model's parameters. A run keeps trees of Flax paths: the Orbax
-items `params`, `optimizer` and `progress` in `checkpoints/STEP/`. The trainer adds `data` and `config`; a run written
-here lacks them, and takes both from the step and the command. Both become PyTorch's names and layout here.
+PyTorch numbers the optimizer's state by the order of the model's parameters, which is that of the key table. A run
+keeps trees of Flax paths: the Orbax items `params`, `optimizer` and `progress` in `checkpoints/STEP/`. The trainer adds
+`data` and `config`; a run written here lacks them, and takes both from the step and the command. Both become PyTorch's
+names and layout here.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from anyup_core.checkpoints import formats, key_table, orbax_directory, run_directory, torch_file, unwrapping
-from anyup_core.checkpoints.checkpoint import Checkpoint
+from anyup_core.checkpoints import formats, orbax_directory, run_directory, torch_file, unwrapping
+from anyup_core.checkpoints.checkpoint import Checkpoint, to_flax, to_torch
+from anyup_core.encoders.rows import Row
 from anyup_core.replacement import replacing
+from anyup_core.settings import require
 
 OPTIMIZER_KEYS = ("optimizer_anyup", "optimizer", "optimizer_state_dict")
 HYPER_PARAMETERS: Mapping[str, Any] = {"lr": 2e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-5}
@@ -26,19 +30,9 @@ HYPER_PARAMETERS: Mapping[str, Any] = {"lr": 2e-4, "betas": (0.9, 0.999), "eps":
 _OF_RUN = {"lr": "learning_rate", "betas": "betas", "eps": "eps", "weight_decay": "weight_decay"}
 """AdamW's settings by PyTorch's name -> by the name in a run's configuration."""
 
-FIXED = {
-    **{"amsgrad": False, "maximize": False, "foreach": None, "capturable": False},
-    **{"differentiable": False, "fused": None, "decoupled_weight_decay": True},
-}
+FIXED = {"amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False}
+FIXED |= {"fused": None, "decoupled_weight_decay": True}
 """What else PyTorch keeps in a group of parameters."""
-
-_MODULES = (
-    *("image_encoder", "key_encoder", "query_encoder", "key_features_encoder"),
-    *("cross_decode.cross_attn", "cross_decode", "aggregation", "rope"),
-)
-"""The model's parts in the order in which PyTorch counts their parameters; the table has the order within each."""
-
-Moments = Mapping[str, np.ndarray | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +42,7 @@ class TrainingState:
     Attributes:
         checkpoint: the weights.
         step: optimizer steps taken.
-        mu: PyTorch key -> first moment, like the weight; None for a weight that never got a gradient.
+        mu: PyTorch key -> first moment, like the weight; nothing for a weight that never got a gradient.
         nu: the second moments alike.
         hyper_parameters: `lr`, `betas`, `eps` and `weight_decay`.
         epoch: of the data; only PyTorch's trainer counts it.
@@ -59,22 +53,21 @@ class TrainingState:
 
     checkpoint: Checkpoint
     step: int
-    mu: Moments
-    nu: Moments
+    mu: Mapping[str, np.ndarray]
+    nu: Mapping[str, np.ndarray]
     hyper_parameters: Mapping[str, Any] = dataclasses.field(default_factory=lambda: dict(HYPER_PARAMETERS))
     epoch: int = 0
 
     def __post_init__(self) -> None:
-        if self.step < 0:
-            raise ValueError(f"The optimizer took {self.step} steps, which cannot be; give 0 or more.")
-        for moments in (self.mu, self.nu):
-            if set(moments) != set(self.checkpoint.tensors):
-                odd = sorted(set(moments) ^ set(self.checkpoint.tensors))
-                raise ValueError(f"The moments must be those of the weights; only one of the two has {', '.join(odd)}.")
-        for name, weight in self.checkpoint.tensors.items():
-            shapes = [None if moments[name] is None else moments[name].shape for moments in (self.mu, self.nu)]
-            if shapes not in ([None, None], [weight.shape] * 2):
-                raise ValueError(f"The moments of {name} have the shapes {shapes}; both must have {weight.shape}.")
+        require(self.step >= 0, "step", self.step, "the optimizer takes 0 steps or more")
+        shapes = {name: weight.shape for name, weight in self.checkpoint.tensors.items()}
+        for name in sorted({*self.mu, *self.nu}):
+            moment_shapes = [moments[name].shape if name in moments else None for moments in (self.mu, self.nu)]
+            if moment_shapes != [shapes.get(name)] * 2:
+                raise ValueError(
+                    f"The moments of {name} have the shapes {moment_shapes}; both must have that of the weight, "
+                    f"{shapes.get(name, 'which does not exist')}."
+                )
 
     @classmethod
     def from_torch(cls, saved: Any, origin: str | Path = "the checkpoint") -> TrainingState:
@@ -85,51 +78,42 @@ class TrainingState:
         """
         tensors, config = unwrapping.unwrap(saved, Path(origin), averages=False)
         checkpoint = Checkpoint(tensors, config)
+        names = list(checkpoint.tensors)
         optimizer = next((saved[key] for key in OPTIMIZER_KEYS if isinstance(saved.get(key), Mapping)), None)
-        if optimizer is None:
-            raise ValueError(
-                f"{origin} has no optimizer state (none of {', '.join(OPTIMIZER_KEYS)}); convert its weights alone, "
-                "without --training."
-            )
-        states, group = _parts(optimizer, origin)
-        names = parameter_order(checkpoint)
+        states, group = _states_and_group(optimizer, origin)
         if list(group.get("params", ())) != list(range(len(names))):
             raise ValueError(f"{origin}: the optimizer must hold the model's {len(names)} weights, and no others.")
         if unknown := sorted(set(states) - set(range(len(names)))):
             raise ValueError(f"{origin}: the optimizer has the state of weight {unknown[0]}, which does not exist.")
-        steps = {int(state["step"]) for state in states.values()}
+        steps = sorted({int(state["step"]) for state in states.values()}) or [0]
         if len(steps) > 1:
             raise ValueError(
-                f"{origin}: the optimizer took {', '.join(map(str, sorted(steps)))} steps for different weights; "
+                f"{origin}: the optimizer took {', '.join(map(str, steps))} steps for different weights; "
                 "a run counts one for all."
             )
-        mu, nu = (
-            {name: states[index][kind] if index in states else None for index, name in enumerate(names)}
-            for kind in ("exp_avg", "exp_avg_sq")
-        )
+        mu, nu = ({names[i]: state[kind] for i, state in states.items()} for kind in ("exp_avg", "exp_avg_sq"))
         hyper = {name: group.get(name, default) for name, default in HYPER_PARAMETERS.items()}
         epoch = saved.get("epoch")
-        return cls(checkpoint, steps.pop() if steps else 0, mu, nu, hyper, epoch if isinstance(epoch, int) else 0)
+        return cls(checkpoint, steps[0], mu, nu, hyper, epoch if isinstance(epoch, int) else 0)
 
     def to_torch(self) -> dict[str, Any]:
         """Return what the published trainer saves, with `cfg` as a plain dict, and the step by itself."""
-        names = parameter_order(self.checkpoint)
         states = {
             index: {
                 "step": np.array(self.step, np.float32),
                 "exp_avg": np.ascontiguousarray(self.mu[name]),
                 "exp_avg_sq": np.ascontiguousarray(self.nu[name]),
             }
-            for index, name in enumerate(names)
-            if self.mu[name] is not None
+            for index, name in enumerate(self.checkpoint.tensors)
+            if name in self.mu
         }
-        group = {**self.hyper_parameters, **FIXED, "params": list(range(len(names)))}
+        group = {**self.hyper_parameters, **FIXED, "params": list(range(len(self.checkpoint.tensors)))}
         return {
             "optimizer_anyup": {"state": states, "param_groups": [group]},
             "epoch": self.epoch,
             "step": self.step,
             "cfg": {"model": dict(self.checkpoint.config)},
-            "anyup": collections.OrderedDict((name, self.checkpoint.tensors[name]) for name in names),
+            "anyup": collections.OrderedDict(self.checkpoint.tensors),
         }
 
     @classmethod
@@ -140,7 +124,12 @@ class TrainingState:
             FileNotFoundError: if there is no checkpoint, or it has no optimizer state.
             ValueError: if it is damaged, or its optimizer is not AdamW's of these weights.
         """
-        step = _step_directory(Path(directory))
+        step = run_directory.step_directory(Path(directory))
+        if step is None:
+            expected = Path(directory) / run_directory.CHECKPOINTS
+            raise FileNotFoundError(f"{directory} is no run with a checkpoint: {expected} has no directory of a step.")
+        if not (step / "optimizer").is_dir():
+            raise FileNotFoundError(f"{step} has no optimizer/, so no training can go on from it; choose another step.")
         optimizer = orbax_directory.read_tree(step / "optimizer")
         trees: dict[str, dict[str, np.ndarray]] = {"count": {}, "mu": {}, "nu": {}}
         for path, array in optimizer.items():
@@ -148,15 +137,13 @@ class TrainingState:
             trees.setdefault(item, {})[name] = array
         if len(trees) > 3 or not all(trees.values()):
             raise ValueError(f"{step / 'optimizer'} holds {', '.join(trees)}; it must hold count, mu and nu.")
-        configuration, progress = (_record(step / item) for item in ("config", "progress"))
-        model = configuration.get("model") or progress.get("model") or {}
-        fields = {name: value for name, value in model.items() if value is not None and name != "backend"}
-        checkpoint = Checkpoint.from_flax(orbax_directory.read_tree(step / "params"), fields)
+        params = orbax_directory.read_tree(step / run_directory.PARAMS)
+        checkpoint = Checkpoint.from_flax(params, run_directory.config(step))
         mu, nu = (trained_to_torch(trees[name], checkpoint, step / "optimizer") for name in ("mu", "nu"))
-        settings = configuration.get("optimizer") or progress.get("optimizer") or {}
+        settings = run_directory.recorded(step, "optimizer") or {}
         hyper = {key: settings.get(name, HYPER_PARAMETERS[key]) for key, name in _OF_RUN.items()}
         hyper["betas"] = tuple(hyper["betas"])
-        return cls(checkpoint, int(optimizer["count"]), mu, nu, hyper, progress.get("epoch", 0))
+        return cls(checkpoint, int(optimizer["count"]), mu, nu, hyper, run_directory.recorded(step, "epoch") or 0)
 
     def write_run(self, directory: str | Path) -> Path:
         """Write a run that `train` resumes at this step, and return the directory.
@@ -183,7 +170,8 @@ class TrainingState:
             step.mkdir(parents=True)
             orbax_directory.write_tree(step / "params", params)
             orbax_directory.write_tree(step / "optimizer", optimizer)
-            orbax_directory.write_record(step / "progress", progress)
+            (step / "progress").mkdir()
+            (step / "progress" / "metadata").write_text(json.dumps(progress))  # as Orbax's JsonSave does
             handlers = dict.fromkeys(("params", "optimizer"), orbax_directory.STANDARD)
             orbax_directory.write_checkpoint_metadata(step, handlers | {"progress": orbax_directory.RECORD})
         return directory
@@ -202,26 +190,23 @@ def write(path: str | Path, state: TrainingState) -> Path:
     return path
 
 
-def parameter_order(checkpoint: Checkpoint) -> list[str]:
-    """Return the PyTorch keys in the order of the PyTorch model's `parameters()`."""
-
-    def part(name: str) -> int:
-        return next(index for index, module in enumerate(_MODULES) if name.startswith(f"{module}."))
-
-    return sorted(checkpoint.tensors, key=part)
-
-
-def _parts(optimizer: Mapping[str, Any], origin: str | Path) -> tuple[Mapping[int, Any], Mapping[str, Any]]:
+def _states_and_group(
+    optimizer: Mapping[str, Any] | None, origin: str | Path
+) -> tuple[Mapping[int, Any], Mapping[str, Any]]:
     """Return the state of each weight and the one group of parameters of an AdamW."""
     match optimizer:
         case {"state": Mapping() as states, "param_groups": [Mapping() as group]}:
             pass
         case {"state": Mapping(), "param_groups": [_, _, *_] as groups}:
             raise ValueError(f"{origin}: the optimizer has {len(groups)} groups of weights; only one is understood.")
+        case None:
+            raise ValueError(
+                f"{origin} has no optimizer state (none of {', '.join(OPTIMIZER_KEYS)}); convert its weights alone, "
+                "without --training."
+            )
         case _:
             raise ValueError(f"{origin}: its optimizer state is not what torch.optim.AdamW.state_dict() returns.")
-    if any(not isinstance(state, Mapping) or not {"step", "exp_avg", "exp_avg_sq"} <= set(state)
-           for state in states.values()):  # fmt: skip
+    if any(not (isinstance(x, Mapping) and {"step", "exp_avg", "exp_avg_sq"} <= set(x)) for x in states.values()):
         raise ValueError(f"{origin}: its optimizer is not AdamW, which keeps step, exp_avg and exp_avg_sq.")
     if group.get("amsgrad") or group.get("maximize") or not group.get("decoupled_weight_decay", True):
         raise ValueError(f"{origin}: a run has plain AdamW only, without amsgrad and maximize, with decoupled decay.")
@@ -250,15 +235,14 @@ def convert(source: Path, destination: Path, overwrite: bool, complete: Callable
     kinds = formats.format_of(source), formats.format_of(destination)
     if kinds == (formats.ORBAX, formats.TORCH):
         formats.check_destination(destination, overwrite=overwrite)
-        state = TrainingState.from_run(source)
     elif kinds == (formats.TORCH, formats.ORBAX):
         check_new(destination)
-        state = read(source)
     else:
         raise ValueError(
             "--training converts the directory of a run to a .pth file, or a .pth file to a new directory; "
             f"{source} and {destination} are no such pair."
         )
+    state = TrainingState.from_run(source) if kinds[0] == formats.ORBAX else read(source)
     state = dataclasses.replace(state, checkpoint=complete(state.checkpoint))
     if kinds[1] == formats.TORCH:
         write(destination, state)
@@ -273,49 +257,19 @@ def check_new(directory: Path) -> None:
         raise FileExistsError(f"{directory} is not empty and stays as it is; name a new directory for the run.")
 
 
-def trained_to_flax(moments: Mapping[str, np.ndarray | None], checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+def trained_to_flax(moments: Mapping[str, np.ndarray], checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     """Return Flax path -> moment of each trained parameter; zeros where PyTorch had no gradient yet."""
-    result = {}
-    for entry in checkpoint.entries:
-        if _is_trained(entry):
-            moment = moments[entry.torch]
-            moment = np.zeros(entry.torch_shape) if moment is None else moment
-            result[entry.flax] = np.ascontiguousarray(entry.to_flax(moment), dtype=np.float32)
-    return result
+    complete = {name: moments.get(name, np.zeros(weight.shape)) for name, weight in checkpoint.tensors.items()}
+    return {path: x.astype(np.float32) for path, x in to_flax(trained(checkpoint), complete).items()}
 
 
 def trained_to_torch(
     moments: Mapping[str, np.ndarray], checkpoint: Checkpoint, origin: str | Path
-) -> dict[str, np.ndarray | None]:
-    """Return PyTorch key -> moment, None for what is not trained. Raises ValueError for moments of another model."""
-    trained = {entry.flax: entry.flax_shape for entry in checkpoint.entries if _is_trained(entry)}
-    if {name: moment.shape for name, moment in moments.items()} != trained:
-        odd = sorted(name for name in {**trained, **moments} if name not in moments
-                     or moments[name].shape != trained.get(name))  # fmt: skip
-        raise ValueError(f"{origin} does not fit the weights: the moments of {', '.join(odd)} are missing or differ.")
-    parts: dict[str, list[np.ndarray]] = {}
-    for entry in checkpoint.entries:
-        if _is_trained(entry):
-            parts.setdefault(entry.torch, []).append(entry.op.to_torch(moments[entry.flax]))
-    return {name: np.concatenate(parts[name]) if name in parts else None for name in checkpoint.tensors}
+) -> dict[str, np.ndarray]:
+    """Return PyTorch key -> moment of each trained weight. Raises ValueError for moments of another model."""
+    return to_torch(f"the moments of its weights in {origin}", trained(checkpoint), moments)
 
 
-def _is_trained(entry: key_table.Entry) -> bool:
-    """Whether the optimizer holds it: all but the output projection, which no output depends on in either framework."""
-    return not (entry.unused and entry.part is None)
-
-
-def _step_directory(directory: Path) -> Path:
-    step = run_directory.step_directory(directory)
-    if step is None:
-        expected = directory / run_directory.CHECKPOINTS
-        raise FileNotFoundError(f"{directory} is no run with a checkpoint: {expected} holds no directory of a step.")
-    for item in ("params", "optimizer"):
-        if not (step / item).is_dir():
-            raise FileNotFoundError(f"{step} has no {item}/, so no training can go on from it; choose another step.")
-    return step
-
-
-def _record(item: Path) -> dict[str, Any]:
-    path = item / "metadata"  # where Orbax's JsonSave puts it
-    return run_directory.read_json(path) if path.is_file() else {}
+def trained(checkpoint: Checkpoint) -> list[Row]:
+    """Return the rows that the optimizer holds: all but the output projection, which no output depends on."""
+    return [row for row in checkpoint.rows if row.part is not None or not row.unused]

@@ -13,15 +13,25 @@ CELLS = (4, 5)  # of the image that encoders see
 
 
 def compare(torch_side: Checkpoint | EncoderCheckpoint, flax_side: Checkpoint | EncoderCheckpoint) -> str:
-    """Return a line on the largest difference between both frameworks. Raises ValueError if it exceeds TOLERANCE."""
-    if isinstance(torch_side, EncoderCheckpoint) and isinstance(flax_side, EncoderCheckpoint):
-        difference = largest_encoder_difference(torch_side, flax_side)
-        line = f"largest difference between timm and Flax: {difference:.2e} of the largest feature"
-    elif isinstance(torch_side, Checkpoint) and isinstance(flax_side, Checkpoint):
-        difference = largest_difference(torch_side, flax_side)
-        line = f"largest difference between PyTorch and Flax: {difference:.2e}"
-    else:
-        raise TypeError("one side is AnyUp and the other an encoder; compare a model with itself in another format.")
+    """Return a line on the largest difference between both frameworks.
+
+    Raises:
+        ValueError: if it exceeds TOLERANCE.
+        ImportError: if a framework is not installed.
+    """
+    try:
+        if isinstance(torch_side, EncoderCheckpoint) and isinstance(flax_side, EncoderCheckpoint):
+            difference = largest_encoder_difference(torch_side, flax_side)
+            line = f"largest difference between timm and Flax: {difference:.2e} of the largest feature"
+        elif isinstance(torch_side, Checkpoint) and isinstance(flax_side, Checkpoint):
+            difference = largest_difference(torch_side, flax_side)
+            line = f"largest difference between PyTorch and Flax: {difference:.2e}"
+        else:
+            raise TypeError(
+                "one side is AnyUp and the other an encoder; compare a model with itself in another format."
+            )
+    except ImportError as error:
+        raise ImportError(f"--verify runs both frameworks, and {error.name} is not installed.") from error
     if not difference <= TOLERANCE:
         raise ValueError(f"the frameworks differ by {difference:.2e}, more than {TOLERANCE:.0e}.")
     return line
@@ -38,17 +48,14 @@ def largest_difference(torch_side: Checkpoint, flax_side: Checkpoint, *, seed: i
     Raises:
         ImportError: if a framework is not installed.
     """
-    try:
-        import torch
-        from flax import nnx
+    import torch
+    from flax import nnx
 
-        import anyup_jax.pretrained
-        import anyup_torch.pretrained
-    except ImportError as error:
-        raise ImportError(f"--verify runs both frameworks, and {error.name} is not installed.") from error
+    import anyup_jax.pretrained
+    import anyup_torch.pretrained
+
     random = np.random.default_rng(seed)
-    channels = flax_side.config["input_dim"]
-    image = random.standard_normal((*IMAGE[:3], channels), dtype=np.float32)
+    image = random.standard_normal((*IMAGE[:3], flax_side.config["input_dim"]), dtype=np.float32)
     features = random.standard_normal(FEATURES, dtype=np.float32)
     upsample = nnx.jit(lambda model, *inputs: model(*inputs))
     flax_output = np.asarray(upsample(anyup_jax.pretrained.build(flax_side), image, features))
@@ -66,13 +73,12 @@ def largest_encoder_difference(torch_side: EncoderCheckpoint, flax_side: Encoder
     Raises:
         ImportError: if a framework is not installed.
     """
-    try:
-        import torch
+    import jax.numpy as jnp
+    import torch
 
-        import anyup_torch.encoders
-        from anyup_jax.encoders import creation
-    except ImportError as error:
-        raise ImportError(f"--verify runs both frameworks, and {error.name} is not installed.") from error
+    import anyup_torch.encoders
+    from anyup_jax.encoders import creation
+
     published = flax_side.published
     class_token = bool(published.config.class_tokens)
     flax = creation.build(flax_side, class_token=class_token)
@@ -82,9 +88,7 @@ def largest_encoder_difference(torch_side: EncoderCheckpoint, flax_side: Encoder
     encoder.model.load_state_dict(state, strict=False)  # without the head, which may have any number of classes
     shape = (1, *(cells * flax.stride for cells in CELLS), 3)
     image = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-    ours, theirs = flax(image), encoder(torch.from_numpy(image.transpose(0, 3, 1, 2).copy()))
-    maps, expected = (ours[0], theirs[0]) if class_token else (ours, theirs)
-    pairs = [(np.asarray(maps), expected.permute(0, 2, 3, 1).numpy())]
-    if class_token:
-        pairs.append((np.asarray(ours[1]), theirs[1].numpy()))
-    return max(float(np.abs(left - right).max() / np.abs(right).max()) for left, right in pairs)
+    ours, theirs = flax(jnp.asarray(image)), encoder(torch.from_numpy(image.transpose(0, 3, 1, 2).copy()))
+    (maps, *token), (expected, *expected_token) = (ours, theirs) if class_token else ((ours,), (theirs,))
+    pairs = zip((maps, *token), (expected.permute(0, 2, 3, 1), *expected_token))
+    return max(float(np.abs(np.asarray(x) - y.numpy()).max() / np.abs(y.numpy()).max()) for x, y in pairs)

@@ -20,7 +20,7 @@ from timm.layers import GELUTanh, GluMlp, QuickGELU
 from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
 from torch import nn
 
-from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint, present, table
+from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint, present
 from anyup_core.encoders import catalogue
 from anyup_core.encoders import vit as sizes
 from anyup_core.encoders.dinov3 import DINOv3
@@ -316,7 +316,7 @@ def test_sizes_and_key_table_are_timms(name):
     classifier = model.pretrained_cfg["classifier"]
     without_head = {key: x for key, x in with_head.items() if not key.startswith(f"{classifier}.")}
     for state in with_head, without_head:
-        rows = present(table(config), state)
+        rows = present(config.rows(), state)
         expected = {key: row for row in rows for key in row.keys}
         assert expected.keys() == state.keys()
         assert len(expected) == sum(len(row.keys) for row in rows)
@@ -324,7 +324,7 @@ def test_sizes_and_key_table_are_timms(name):
             assert tuple(7 if size is None else size for size in row.shape) == tuple(state[key].shape), key
             assert state[key].is_floating_point() != row.integer
     if name in catalogue.EFFICIENTNET:
-        assert [key for row in table(config) for key in row.keys] == list(with_head)  # the packages rely on the order
+        assert [key for row in config.rows() for key in row.keys] == list(with_head)  # the packages rely on the order
 
 
 @pytest.mark.parametrize("name", sorted({*NAMES} | catalogue.ARCHITECTURES.keys() - catalogue.VIT.keys()))
@@ -332,7 +332,7 @@ def test_key_table_fills_the_module(name):
     config = catalogue.ARCHITECTURES[name].config
     state = nnx.state(nnx.eval_shape(lambda: creation.backbone(config, jnp.float32, False, 0)))
     held = {".".join(map(str, path)): variable.get_value().shape for path, variable in nnx.to_flat_state(state)}
-    shapes = {row.flax: row.flax_shape for row in table(config) if not row.unused}
+    shapes = {row.flax: row.flax_shape for row in config.rows() if not row.unused}
     assert {path: tuple(1000 if n is None else n for n in shape) for path, shape in shapes.items()} == held
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from anyup_core.checkpoints.encoder_checkpoint import table
 from anyup_core.encoders import catalogue
 
 CLASSES = 10
@@ -14,7 +13,7 @@ def random_state(name: str, *, seed: int = 0, optional: bool = True) -> dict[str
     """Return a state dict of an encoder; `optional=False` leaves its optional tensors out, such as the classifier's."""
     random = np.random.default_rng(seed)
     tensors = {}
-    for row in table(catalogue.find(name).config):
+    for row in catalogue.find(name).config.rows():
         if row.optional and not optional:
             continue
         for key in row.keys:

@@ -17,7 +17,7 @@ import torch
 
 import convert
 from anyup_core.checkpoints import encoder_files, listing, torch_file
-from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint, table
+from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint
 from convert import __main__ as cli
 from convert import verify
 from tests.encoder_weights import random_state
@@ -192,7 +192,7 @@ def test_inspect_lists_every_tensor_in_both_names(tmp_path, name, state, file, f
         arguments = [str(convert.write(tmp_path / form, EncoderCheckpoint(name, state)))]
     assert cli.main([*arguments, "--inspect"]) == 0
     printed = capsys.readouterr().out
-    rows = table(EncoderCheckpoint(name, state).published.config)
+    rows = list(EncoderCheckpoint(name, state).published.config.rows())
     count = len(rows) if form == "orbax" else len(state)
     assert name in printed
     assert f"{count} tensors, {sum(tensor.size for tensor in state.values()):,} parameters" in printed
@@ -218,7 +218,7 @@ def test_inspect_shows_what_is_wrong_with_a_file(flax):
     tensors["extra"] = np.zeros(3, np.float32)
     tensors[norm] = np.zeros(3, np.float32)
     del tensors[head], tensors[block]
-    lines = {line.flax if flax else line.torch: line for line in listing.encoder_lines(tensors, TINY, flax=flax)}
+    lines = {line.flax if flax else line.torch: line for line in listing.lines(tensors, flax=flax, name=TINY)}
     assert lines["extra"].note == "not in the table"
     assert lines[norm].note == "must be (192)"
     assert [lines[key].note for key in (head, block)] == ["missing"] * 2

@@ -13,7 +13,7 @@ EQUAL = {"D": 16, "M": 16, "I": 3, "k": 1, "u": 5}  # no shortcut in the first R
 def random_weights(sizes: dict[str, int] = SMALL, *, seed: int = 0, dtype: type = np.float32) -> dict[str, np.ndarray]:
     """Return a state dict of a model of these sizes; among the numbers are a negative zero and a NaN."""
     random = np.random.default_rng(seed)
-    shapes = {entry.torch: entry.torch_shape for entry in key_table.expand(sizes)}
+    shapes = {row.torch: row.shape for row in key_table.expand(sizes)}
     tensors = {name: (0.1 * random.standard_normal(shape)).astype(dtype) for name, shape in shapes.items()}
     tensors["cross_decode.cross_attn.attention.out_proj.bias"][:2] = -0.0, np.nan  # carried: never reaches the output
     return tensors

@@ -9,27 +9,18 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from anyup_core.checkpoints.checkpoint import Checkpoint, faults, listed
+from anyup_core.checkpoints import key_table
+from anyup_core.checkpoints.checkpoint import by_name, faults, listed, to_flax, to_torch
 from anyup_core.encoders import catalogue
 from anyup_core.encoders.rows import Row
 
 FOREIGN = {
-    "embeddings.": "Hugging Face transformers",
-    "encoder.layer.": "Hugging Face transformers",
-    "dinov2.": "Hugging Face transformers",
-    "resnet.": "Hugging Face transformers",
-    "vision_model.": "Hugging Face transformers",
-    "vit.": "Hugging Face transformers",
-    "visual.": "OpenCLIP",
-    "encoder.layers.encoder_layer_": "torchvision",
-    **dict.fromkeys(("storage_tokens", "rope_embed.", "mask_token"), "Meta"),
+    "Hugging Face transformers": ("embeddings.", "encoder.layer.", "dinov2.", "resnet.", "vision_model.", "vit."),
+    "OpenCLIP": ("visual.",),
+    "torchvision": ("encoder.layers.encoder_layer_",),
+    "Meta": ("storage_tokens", "rope_embed.", "mask_token"),
 }
-"""How the keys of other libraries begin -> the library."""
-
-
-def table(config: catalogue.Config) -> tuple[Row, ...]:
-    """Return the rows of an architecture."""
-    return tuple(config.rows())
+"""Library -> how its keys begin."""
 
 
 class EncoderCheckpoint:
@@ -51,10 +42,10 @@ class EncoderCheckpoint:
 
     def __init__(self, name: str, tensors: Mapping[str, np.ndarray]):
         self.published = catalogue.find(name)
-        self.rows = present(table(self.published.config), tensors)
-        if lines := row_faults(self.rows, tensors):
+        self.rows = present(self.published.config.rows(), tensors)
+        if lines := faults(self.rows, tensors):
             raise ValueError(refusal(name, tensors, lines))
-        self.tensors = {key: np.asarray(tensors[key], order="C") for row in self.rows for key in row.keys}
+        self.tensors = {key: np.asarray(tensors[key], order="C") for key in by_name(self.rows)}
 
     @property
     def config(self) -> dict[str, str]:
@@ -63,53 +54,36 @@ class EncoderCheckpoint:
 
     def flax(self, *, unused: bool = True) -> dict[str, np.ndarray]:
         """Return Flax path -> array in Flax's layout; without the `unused` ones if asked."""
-        arrays = {}
-        for row in self.rows:
-            if unused or not row.unused:
-                layers = [row.op.to_flax(self.tensors[key]) for key in row.keys]
-                arrays[row.flax] = np.stack(layers) if row.stack else np.asarray(layers[0], order="C")
-        return arrays
+        return to_flax([row for row in self.rows if unused or not row.unused], self.tensors)
 
     @classmethod
     def from_flax(cls, name: str, parameters: Mapping[str, np.ndarray]) -> EncoderCheckpoint:
         """Build from Flax path -> array in Flax's layout. Raises ValueError as the class does, with the Flax paths."""
-        known = table(catalogue.find(name).config)
-        groups = {row.optional for row in known if row.flax in parameters}
-        rows = [row for row in known if not row.optional or row.optional in groups]
-        expected = {row.flax: row.flax_shape for row in rows}
-        if lines := faults(parameters, expected, {row.flax for row in rows if row.integer}):
-            raise ValueError(listed(name, lines))
-        tensors = {}
-        for row in rows:
-            layers = parameters[row.flax] if row.stack else [parameters[row.flax]]
-            tensors |= {key: row.op.to_torch(np.asarray(layer)) for key, layer in zip(row.keys, layers)}
-        return cls(name, tensors)
+        rows = present(catalogue.find(name).config.rows(), parameters)
+        return cls(name, to_torch(name, rows, parameters))
 
 
-def present(rows: Iterable[Row], tensors: Iterable[str]) -> tuple[Row, ...]:
-    """Return the rows that a checkpoint must have: all but the optional groups of which it has nothing."""
-    rows, tensors = tuple(rows), set(tensors)
-    groups = {row.optional for row in rows if tensors.intersection(row.keys)}
+def present(rows: Iterable[Row], names: Iterable[str]) -> tuple[Row, ...]:
+    """Return the rows that a checkpoint must have: all but the optional groups of which it has nothing.
+
+    Args:
+        rows: the table.
+        names: of the checkpoint's arrays, PyTorch keys or Flax paths.
+    """
+    rows, names = tuple(rows), set(names)
+    groups = {row.optional for row in rows if not names.isdisjoint((row.flax, *row.keys))}
     return tuple(row for row in rows if not row.optional or row.optional in groups)
-
-
-def row_faults(rows: Iterable[Row], tensors: Mapping[str, np.ndarray]) -> list[str]:
-    """Return a line for every tensor that is not as the rows say; see `checkpoint.faults`."""
-    by_key = {key: row for row in rows for key in row.keys}
-    return faults(
-        tensors, {key: row.shape for key, row in by_key.items()}, {key for key, row in by_key.items() if row.integer}
-    )
 
 
 def refusal(name: str, tensors: Mapping[str, np.ndarray], lines: Sequence[str]) -> str:
     """Say whose weights these are; where that is unknown, list the faults."""
     if fitting := architectures(tensors):
         return f"These are the weights of {any_of(fitting)}, not of {name}."
-    if is_anyup(tensors):
+    if not faults(key_table.expand(key_table.sizes_of(tensors)), tensors):
         return f"These are the weights of AnyUp, not of {name}."
-    if layout := next((FOREIGN[part] for key in tensors for part in FOREIGN if key.startswith(part)), None):
+    if library := next((name for key in tensors for name, starts in FOREIGN.items() if key.startswith(starts)), None):
         return (
-            f"These weights have the keys of {layout} instead of timm's; give the model.safetensors of the repository "
+            f"These weights have the keys of {library} instead of timm's; give the model.safetensors of the repository "
             f"{catalogue.find(name).repository} on the Hugging Face hub."
         )
     return listed(name, lines)
@@ -117,17 +91,8 @@ def refusal(name: str, tensors: Mapping[str, np.ndarray], lines: Sequence[str]) 
 
 def architectures(tensors: Mapping[str, np.ndarray]) -> list[str]:
     """Return the names of all architectures whose weights these can be, by names, shapes and types."""
-    tables = ((name, table(entry.config)) for name, entry in catalogue.ARCHITECTURES.items())
-    return [name for name, rows in tables if not row_faults(present(rows, tensors), tensors)]
-
-
-def is_anyup(tensors: Mapping[str, np.ndarray]) -> bool:
-    """Whether these are the weights of AnyUp, in PyTorch's layout."""
-    try:
-        Checkpoint(tensors)
-    except ValueError:
-        return False
-    return True
+    tables = ((name, present(entry.config.rows(), tensors)) for name, entry in catalogue.ARCHITECTURES.items())
+    return [name for name, rows in tables if not faults(rows, tensors)]
 
 
 def any_of(names: Sequence[str]) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
-from anyup_core.checkpoints import fetching, formats
+from anyup_core.checkpoints import fetching, formats, packaged
 from anyup_core.checkpoints.checkpoint import warn_unless_finite
 from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint
 from anyup_core.encoders import catalogue
-
-HUB = "https://huggingface.co"  # or the environment variable HF_ENDPOINT
 
 
 def load(name: str, weights: str | os.PathLike | None = None) -> EncoderCheckpoint:
@@ -27,8 +26,6 @@ def load(name: str, weights: str | os.PathLike | None = None) -> EncoderCheckpoi
     if weights is not None:
         return read(Path(weights).expanduser(), name)
     if name in catalogue.PACKAGED:
-        from anyup_core.checkpoints import packaged
-
         return EncoderCheckpoint(name, packaged.read(name))
     return read(fetch(name), name)
 
@@ -49,7 +46,10 @@ def read(path: Path, name: str, *, kind: str | None = None) -> EncoderCheckpoint
     tensors, config = formats.read_tensors(path, kind=kind)
     try:
         if formats.ENCODER_KEY in config:
-            name = _agreed(name, config[formats.ENCODER_KEY])
+            asked, in_file = catalogue.find(name), catalogue.find(config[formats.ENCODER_KEY])
+            if asked.architecture != in_file.architecture or ("." in name and asked.full_name != in_file.full_name):
+                raise ValueError(f"These are the weights of {config[formats.ENCODER_KEY]}, not of {name}.")
+            name = config[formats.ENCODER_KEY]
         elif kind == formats.ORBAX:
             raise ValueError(
                 "this is no encoder's checkpoint, its config.json names none; anyup_jax.from_pretrained loads AnyUp's."
@@ -73,8 +73,12 @@ def fetch(name: str) -> Path:
     path = fetching.cache_directory() / "encoders" / f"{published.full_name}.safetensors"
     if path.exists():
         return path
-    if (cached := _in_hub_cache(published.repository)) is not None:
-        return cached
+    with contextlib.suppress(ImportError):
+        import huggingface_hub
+
+        cached = huggingface_hub.try_to_load_from_cache(published.repository, "model.safetensors")
+        if isinstance(cached, str):
+            return Path(cached)
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise ConnectionError(
             f"{address(name)} is in no cache, and HF_HUB_OFFLINE is set. Fetch it by other means and put it at {path}."
@@ -82,26 +86,7 @@ def fetch(name: str) -> Path:
     return fetching.obtain(address(name), path, lambda part: read(part, name, kind=formats.SAFETENSORS))
 
 
-def _in_hub_cache(repository: str) -> Path | None:
-    """Return the weights of a repository that `huggingface_hub` has fetched before; None without it or them."""
-    try:
-        import huggingface_hub
-    except ImportError:
-        return None
-    path = huggingface_hub.try_to_load_from_cache(repository, "model.safetensors")
-    return Path(path) if isinstance(path, str) else None
-
-
 def address(name: str) -> str:
     """Return where the published weights of an encoder are."""
-    endpoint = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     return f"{endpoint}/{catalogue.find(name).repository}/resolve/main/model.safetensors"
-
-
-def _agreed(name: str, name_in_file: str) -> str:
-    """Return the name in a file, if it is the one asked for or adds the tag to it."""
-    asked, there = catalogue.find(name), catalogue.find(name_in_file)
-    same = asked.full_name == there.full_name if "." in name else asked.architecture == there.architecture
-    if not same:
-        raise ValueError(f"These are the weights of {name_in_file}, not of {name}.")
-    return name_in_file

@@ -68,8 +68,9 @@ def obtain(url: str, path: Path, check: Callable[[Path], object]) -> Path:
                 _download(url, part)  # the older half may be of another file: once more, from the start
                 check(part)
         except (OSError, http.client.HTTPException) as error:
+            reason = str(error.reason if type(error) is urllib.error.URLError else error) or type(error).__name__
             raise ConnectionError(
-                f"Could not fetch {url} ({_reason(error)}). Fetch it by other means and put it at {path}."
+                f"Could not fetch {url} ({reason}). Fetch it by other means and put it at {path}."
             ) from error
         except ValueError as error:
             part.unlink(missing_ok=True)
@@ -113,11 +114,14 @@ def _transfer(url: str, part: Path) -> None:
             start = 0
         length = response.headers.get("Content-Length")
         total = None if length is None else start + int(length)
-        with part.open("ab" if start else "wb") as file, _progress(part.stem, start, total) as advance:
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        bar = Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
+        with part.open("ab" if start else "wb") as file, bar:
+            task = bar.add_task(part.stem, completed=start, total=total)
             began, received = time.monotonic(), 0
             while chunk := response.read1(CHUNK):  # whatever has arrived
                 file.write(chunk)
-                advance(len(chunk))
+                bar.advance(task, len(chunk))
                 received += len(chunk)
                 if (elapsed := time.monotonic() - began) >= PERIOD:
                     if received < LOWEST_SPEED * elapsed:
@@ -150,15 +154,6 @@ def _answer(request: urllib.request.Request) -> http.client.HTTPResponse:
 
 
 @contextlib.contextmanager
-def _progress(name: str, start: int, total: int | None) -> Iterator:
-    """Show a bar on an interactive stderr; gives the function that advances it by a number of bytes."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task(name, completed=start, total=total)
-        yield lambda count: progress.advance(task, count)
-
-
-@contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Hold an exclusive lock that ends with the process; whoever waits for it says on stderr which process has it."""
     import filelock
@@ -176,8 +171,3 @@ def _lock(path: Path) -> Iterator[None]:
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
-
-
-def _reason(error: Exception) -> str:
-    reason = error.reason if type(error) is urllib.error.URLError else error
-    return str(reason) or type(error).__name__

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,16 +126,16 @@ def write(path: str | Path, checkpoint: Checkpoint | EncoderCheckpoint, *, overw
     """
     path, kind = Path(path), format_of(path)
     check_destination(path, overwrite=overwrite)
+    config = json.dumps(checkpoint.config, indent=2) + "\n"
     with replacing(path) as temporary:
         if kind == TORCH:
             torch_file.write(temporary, checkpoint.tensors)
         elif kind == SAFETENSORS:
-            config = checkpoint.config
-            metadata = config if isinstance(checkpoint, EncoderCheckpoint) else {METADATA_KEY: _to_json(config)}
+            metadata = checkpoint.config if isinstance(checkpoint, EncoderCheckpoint) else {METADATA_KEY: config}
             safetensors_file.write(temporary, checkpoint.tensors, metadata)
         else:
             temporary.mkdir()
-            (temporary / "config.json").write_text(_to_json(checkpoint.config))
+            (temporary / "config.json").write_text(config)
             orbax_directory.write_tree(temporary / "params", checkpoint.flax())
             orbax_directory.write_checkpoint_metadata(temporary / "params", orbax_directory.TREE)
     return path
@@ -157,7 +156,7 @@ def _orbax_config(path: Path) -> dict[str, Any]:
             f"{path} is no Orbax checkpoint of AnyUp or of an encoder, and no run of train.run: it must be a directory "
             "with config.json and params/, or a run's output_dir with checkpoints/STEP/."
         )
-    config = run_directory.read_json(path / "config.json")
+    config = run_directory.parse_json((path / "config.json").read_bytes(), str(path / "config.json"))
     if not isinstance(config.get(ENCODER_KEY, ""), str):
         raise ValueError(f"{path / 'config.json'} names the encoder {config[ENCODER_KEY]!r}, which is no name.")
     return config
@@ -165,10 +164,6 @@ def _orbax_config(path: Path) -> dict[str, Any]:
 
 def is_orbax(path: Path) -> bool:
     return (path / "config.json").is_file() and (path / "params").is_dir()
-
-
-def _to_json(config: Mapping[str, Any]) -> str:
-    return json.dumps(dict(config), indent=2) + "\n"
 
 
 def check_destination(path: str | Path, *, overwrite: bool = False) -> None:
@@ -181,10 +176,8 @@ def check_destination(path: str | Path, *, overwrite: bool = False) -> None:
         raise FileNotFoundError(f"{path} cannot be written: the directory {parent} does not exist.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionError(f"{path} cannot be written: the directory {parent} is not writable.")
-    if not path.exists():
-        return
-    if kind == ORBAX and not is_orbax(path):
+    if path.exists() and kind == ORBAX and not is_orbax(path):
         what = "a directory that is no Orbax checkpoint" if path.is_dir() else "a file"
         raise FileExistsError(f"{path} is {what} and stays as it is; choose another name.")
-    if not overwrite:
+    if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists already; choose another name, or allow overwriting it (--overwrite).")

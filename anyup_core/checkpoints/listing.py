@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 from rich.table import Table
 
-from anyup_core.checkpoints import encoder_checkpoint, key_table
-from anyup_core.checkpoints.checkpoint import fits, shape_text, sizes_of_flax
+from anyup_core.checkpoints import key_table
+from anyup_core.checkpoints.checkpoint import by_name, fits, shape_text
+from anyup_core.checkpoints.encoder_checkpoint import present
 from anyup_core.encoders import catalogue
 
 
@@ -37,53 +38,37 @@ class Line(NamedTuple):
         return math.prod(self.shape) if self.dtype else 0
 
 
-def lines(tensors: Mapping[str, np.ndarray], *, flax: bool) -> Iterator[Line]:
-    """Yield the table's lines, then those of tensors that it does not know; `flax`: the names are Flax paths."""
-    sizes = sizes_of_flax(tensors) if flax else key_table.sizes_of({name: x.shape for name, x in tensors.items()})
-    entries = key_table.expand(sizes)
-    for entry in entries:
-        name, must = (entry.flax, entry.flax_shape) if flax else (entry.torch, entry.torch_shape)
-        part = "" if entry.part is None else f" [{entry.part[0] + 1}/{entry.part[1]}]"
-        if name not in tensors:
-            yield Line(entry.torch + part, entry.flax, must, "", "missing")
-            continue
-        shape, note = tensors[name].shape, "unused" if entry.unused else ""
-        if shape != must:
-            note = f"must be {must}"
-        elif entry.part is not None and not flax:
-            shape = (shape[0] // entry.part[1], *shape[1:])
-        yield Line(entry.torch + part, entry.flax, shape, str(tensors[name].dtype), note)
-    yield from _unknown(tensors, {entry.flax if flax else entry.torch for entry in entries}, flax=flax)
+def lines(tensors: Mapping[str, np.ndarray], *, flax: bool, name: str | None = None) -> Iterator[Line]:
+    """Yield the lines of AnyUp's table, or of an encoder's, and then those of tensors that it does not know.
 
-
-def encoder_lines(tensors: Mapping[str, np.ndarray], name: str, *, flax: bool) -> Iterator[Line]:
-    """Yield the lines of an encoder's table, then those of tensors that it does not know."""
-    rows = encoder_checkpoint.table(catalogue.find(name).config)
-    if flax:
-        groups = {row.optional for row in rows if row.flax in tensors}
-        rows = [row for row in rows if not row.optional or row.optional in groups]
-        expected = [(row.flax, row.torch, row.flax, row.flax_shape, row) for row in rows]
+    Args:
+        tensors: of the file, by PyTorch keys, or by Flax paths if `flax`.
+        flax: which of the two.
+        name: of the encoder.
+    """
+    if name is None:
+        rows = key_table.expand(key_table.sizes_of(tensors, flax=flax))
     else:
-        expected = [
-            (key, key, f"{row.flax} [{layer}/{row.stack}]" if row.stack else row.flax, row.shape, row)
-            for row in encoder_checkpoint.present(rows, tensors)
-            for layer, key in enumerate(row.keys, start=1)
-        ]
-    for name_in_file, torch, path, must, row in expected:
-        if name_in_file not in tensors:
-            yield Line(torch, path, tuple(size or 0 for size in must), "", "missing")
-            continue
-        shape, note = tensors[name_in_file].shape, "unused" if row.unused else ""
-        if not fits(shape, must):
-            note = f"must be {shape_text(must)}"
-        yield Line(torch, path, shape, str(tensors[name_in_file].dtype), note)
-    yield from _unknown(tensors, {name_in_file for name_in_file, *_ in expected}, flax=flax)
-
-
-def _unknown(tensors: Mapping[str, np.ndarray], known: Collection[str], *, flax: bool) -> Iterator[Line]:
-    for name, tensor in tensors.items():
-        if name not in known:
-            torch, path = ("-", name) if flax else (name, "-")
+        rows = present(catalogue.find(name).config.rows(), tensors)
+    for row in rows:
+        part = "" if row.part is None else f" [{row.part[0] + 1}/{row.part[1]}]"
+        must = row.flax_shape if flax else row.shape
+        for layer, key in enumerate((row.torch,) if flax else row.keys, start=1):
+            torch, path = key + part, f"{row.flax} [{layer}/{row.stack}]" if row.stack and not flax else row.flax
+            tensor = tensors.get(row.flax if flax else key)
+            if tensor is None:
+                yield Line(torch, path, tuple(size or 0 for size in must), "", "missing")
+                continue
+            shape, note = tensor.shape, "unused" if row.unused else ""
+            if not fits(shape, must):
+                note = f"must be {shape_text(must)}"
+            elif row.part is not None and not flax:
+                shape = (shape[0] // row.part[1], *shape[1:])
+            yield Line(torch, path, shape, str(tensor.dtype), note)
+    known = by_name(rows, flax=flax)
+    for unknown, tensor in tensors.items():
+        if unknown not in known:
+            torch, path = ("-", unknown) if flax else (unknown, "-")
             yield Line(torch, path, tensor.shape, str(tensor.dtype), "not in the table")
 
 
@@ -94,7 +79,7 @@ def render(tensors: Mapping[str, np.ndarray], *, flax: bool, name: str | None = 
     title = f"{name or 'AnyUp'}: {len(tensors)} tensors, {total:,} parameters, in {layout}'s layout"
     grid = Table("PyTorch", "Flax", "shape", "type", "parameters", "note", title=title)
     grid.columns[4].justify = "right"
-    for line in encoder_lines(tensors, name, flax=flax) if name else lines(tensors, flax=flax):
+    for line in lines(tensors, flax=flax, name=name):
         shape = " x ".join(str(size or "any") for size in line.shape) or "scalar"
         torch, path = (text.replace("[", r"\[") for text in (line.torch, line.flax))
         grid.add_row(torch, path, shape, line.dtype, f"{line.parameters:,}", line.note)

@@ -20,9 +20,8 @@ TREE = f"{_HANDLERS}.pytree_checkpoint_handler.PyTreeCheckpointHandler"
 STANDARD = f"{_HANDLERS}.standard_checkpoint_handler.StandardCheckpointHandler"
 RECORD = f"{_HANDLERS}.json_checkpoint_handler.JsonCheckpointHandler"
 
-METADATA, CHECKPOINT_METADATA = "_METADATA", "_CHECKPOINT_METADATA"
+METADATA = "_METADATA"
 EMPTY = ("None", "Dict", "List", "Tuple", "NamedTuple")  # types of leaves without an array
-_DICT_KEY = 2  # Orbax's number for a key of a dictionary
 
 
 def read_tree(path: Path) -> dict[str, np.ndarray]:
@@ -93,7 +92,7 @@ def write_tree(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         raise OSError(f"{path} could not be written: {error}") from error
     leaves = {
         str(tuple(name.split("."))): {
-            "key_metadata": [{"key": key, "key_type": _DICT_KEY} for key in name.split(".")],
+            "key_metadata": [{"key": key, "key_type": 2} for key in name.split(".")],  # 2: of a dictionary
             "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
         }
         for name in arrays
@@ -102,13 +101,7 @@ def write_tree(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     (path / METADATA).write_text(json.dumps({"tree_metadata": leaves, **options, "custom_metadata": None}))
 
 
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a JSON record as Orbax's JsonSave does; the directory is made."""
-    path.mkdir()
-    (path / "metadata").write_text(json.dumps(dict(record)))
-
-
-def write_checkpoint_metadata(path: Path, handlers: str | Mapping[str, str]) -> None:
+def write_checkpoint_metadata(path: Path, handlers: str | dict[str, str]) -> None:
     """Say how Orbax restores the directory `path`: by one handler, or each of its items by one.
 
     Args:
@@ -116,12 +109,9 @@ def write_checkpoint_metadata(path: Path, handlers: str | Mapping[str, str]) -> 
         handlers: one of TREE, STANDARD and RECORD, or item -> one of them.
     """
     now = time.time_ns()
-    metadata = {
-        "item_handlers": handlers if isinstance(handlers, str) else dict(handlers),
-        **{"metrics": {}, "performance_metrics": {}},
-        **{"init_timestamp_nsecs": now, "commit_timestamp_nsecs": now, "custom_metadata": {}},
-    }
-    (path / CHECKPOINT_METADATA).write_text(json.dumps(metadata))
+    times = {"init_timestamp_nsecs": now, "commit_timestamp_nsecs": now}
+    nothing = {"metrics": {}, "performance_metrics": {}, "custom_metadata": {}}
+    (path / "_CHECKPOINT_METADATA").write_text(json.dumps({"item_handlers": handlers, **times, **nothing}))
 
 
 def _key_value_store(path: Path, name: str, *, ocdbt: bool) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from anyup_core.checkpoints import torch_file
-from anyup_core.checkpoints.encoder_checkpoint import table
+from anyup_core.checkpoints.checkpoint import fits
 from anyup_core.encoders import catalogue
 
 
@@ -24,11 +24,11 @@ def read(name: str) -> dict[str, np.ndarray]:
     """
     path = find(name)
     source = {key: x for key, x in torch_file.read(path).items() if not key.endswith("num_batches_tracked")}
-    target = [(key, row) for row in table(catalogue.find(name).config) if not row.integer for key in row.keys]
+    target = [(key, row) for row in catalogue.find(name).config.rows() if not row.integer for key in row.keys]
     if len(source) != len(target):
         raise ValueError(f"{path} holds {len(source)} tensors, {name} needs {len(target)}; install another release.")
     for (ours, row), (theirs, tensor) in zip(target, source.items()):
-        if len(tensor.shape) != len(row.shape) or any(n not in (None, m) for n, m in zip(row.shape, tensor.shape)):
+        if not fits(tensor.shape, row.shape):
             raise ValueError(f"{path}: {theirs} has shape {tensor.shape}, but {ours} needs {row.shape}.")
     return {key: tensor for (key, _), tensor in zip(target, source.values())}
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import io
 import pickle
 import struct
@@ -23,17 +24,16 @@ MOST_SPARSE_KEYS = 4096
 """Numbers used as keys in one pickle, besides whole numbers from 0 to 65535; more could be chosen to collide."""
 
 _INERT_MODULES = ("omegaconf.", "typing.")
-_INERT_NAMES = frozenset(
-    (
-        *("collections.defaultdict", "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath"),
-        *(
-            f"{module}.{name}"
-            for module in ("builtins", "__builtin__")
-            for name in ("bool", "dict", "float", "int", "list", "long", "object", "str", "tuple", "unicode")
-        ),
-    )
+_BUILTINS = ("bool", "dict", "float", "int", "list", "long", "object", "str", "tuple", "unicode")
+_INERT_NAMES = (
+    *("collections.defaultdict", "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath"),
+    *(f"builtins.{name}" for name in _BUILTINS),
 )
 _SCALARS = (str, bytes, int, float, complex, bool, type(None))
+_DAMAGE = (
+    *(IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, MemoryError),
+    *(EOFError, AssertionError, struct.error, pickle.UnpicklingError),
+)
 
 
 class ForbiddenGlobal(ValueError):
@@ -41,7 +41,6 @@ class ForbiddenGlobal(ValueError):
 
     def __init__(self, name: str):
         super().__init__(f"it mentions {name}, which is not plain data")
-        self.name = name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,16 +97,8 @@ def loads(data: Any, constructors: Mapping[str, Callable[..., Any] | None], pers
     try:
         file = io.BytesIO(data) if isinstance(data, bytes) else data
         return _Reader(file, constructors, persistent).load()
-    except ValueError:
-        raise
     except _DAMAGE as error:
         raise ValueError(f"the pickle is damaged ({type(error).__name__}: {error})") from error
-
-
-_DAMAGE = (
-    *(IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, MemoryError),
-    *(EOFError, AssertionError, struct.error, pickle.UnpicklingError),
-)
 
 
 _Unpickler: Any = pickle._Unpickler  # whose parts the type stubs do not know
@@ -127,10 +118,10 @@ class _Reader(_Unpickler):
         self.sparse_keys = self.copied = 0
 
     def find_class(self, module: str, name: str) -> Global:
-        full = f"{module}.{name}"
+        full = f"{'builtins' if module == '__builtin__' else module}.{name}"  # as Python 2 called it
         known = (self.constructors, _CONTAINERS, _INERT_NAMES)
         if not (any(full in names for names in known) or full.startswith(_INERT_MODULES)):
-            raise ForbiddenGlobal(full)
+            raise ForbiddenGlobal(f"{module}.{name}")
         return Global(full)
 
     def reduce(self) -> None:
@@ -190,45 +181,32 @@ class _Memo(dict[int, Any]):
         super().__setitem__(index, value)
 
 
-def _replace(opcode: str, instruction: Callable[[_Reader], None]) -> None:
-    _Reader.dispatch[getattr(pickle, opcode)[0]] = instruction
+def _check_keys(opcode: str, keys: slice, reader: _Reader) -> None:
+    """Run an instruction after a check of what it hashes: these objects of the stack, down to the last mark."""
+    reader.keys(reader.stack[keys])
+    _Unpickler.dispatch[getattr(pickle, opcode)[0]](reader)
 
 
-def _check_keys(opcode: str, keys: Callable[[list[Any]], list[Any]]) -> None:
-    """Have an instruction check what it hashes, given what is on the stack, down to the last mark."""
-    original = _Unpickler.dispatch[getattr(pickle, opcode)[0]]
-
-    def instruction(reader: _Reader) -> None:
-        reader.keys(keys(reader.stack))
-        original(reader)
-
-    _replace(opcode, instruction)
+def _refuse(opcode: str, _: _Reader) -> None:
+    raise ValueError(f"it uses the instruction {opcode}, which plain data does not need")
 
 
-def _refuse(opcode: str) -> None:
-    def instruction(_: _Reader) -> None:
-        raise ValueError(f"it uses the instruction {opcode}, which plain data does not need")
-
-    _replace(opcode, instruction)
-
-
-_replace("REDUCE", _Reader.reduce)
-_replace("NEWOBJ", _Reader.reduce)
-_replace("BUILD", _Reader.build)
-_replace("BYTEARRAY8", _Reader.byte_array)
-_check_keys("SETITEM", lambda stack: stack[-2:-1])
-_check_keys("SETITEMS", lambda stack: stack[::2])
-_check_keys("DICT", lambda stack: stack[::2])
-_check_keys("ADDITEMS", lambda stack: stack)
-_check_keys("FROZENSET", lambda stack: stack)
-for _opcode in ("INST", "OBJ", "NEWOBJ_EX", "PERSID", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"):
-    _refuse(_opcode)
+_KEYS = {
+    "SETITEM": slice(-2, -1),
+    **dict.fromkeys(("SETITEMS", "DICT"), slice(None, None, 2)),
+    **dict.fromkeys(("ADDITEMS", "FROZENSET"), slice(None)),
+}
+_REFUSED = ("INST", "OBJ", "NEWOBJ_EX", "PERSID", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER")
+_INSTRUCTIONS = {
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), _Reader.reduce),
+    **{"BUILD": _Reader.build, "BYTEARRAY8": _Reader.byte_array},
+    **{opcode: functools.partial(_check_keys, opcode, keys) for opcode, keys in _KEYS.items()},
+    **{opcode: functools.partial(_refuse, opcode) for opcode in _REFUSED},
+}
+_Reader.dispatch |= {getattr(pickle, opcode)[0]: instruction for opcode, instruction in _INSTRUCTIONS.items()}
 
 _CONTAINERS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _Reader.ordered_dict,
-    **{
-        f"{module}.{kind.__name__}": lambda reader, items=(), kind=kind: kind(reader.keys(list(items)))
-        for module in ("builtins", "__builtin__")
-        for kind in (set, frozenset)
-    },
+    "builtins.set": lambda reader, items=(): set(reader.keys(list(items))),
+    "builtins.frozenset": lambda reader, items=(): frozenset(reader.keys(list(items))),
 }

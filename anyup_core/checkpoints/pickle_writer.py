@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from anyup_core.checkpoints.pickle_reader import Global
+
 
 def dumps(value: Any, store: Callable[[np.ndarray], tuple[int, str]]) -> bytes:
     """Return the pickle of dicts, lists, tuples, numbers, strings, None and arrays, which become contiguous tensors.
@@ -50,39 +52,27 @@ class _Writer(_Pickler):
 
     def save(self, obj: Any, save_persistent_id: bool = True) -> None:
         match obj:
+            case Global():
+                self.write(pickle.GLOBAL + "{}\n{}\n".format(*obj.name.rsplit(".", 1)).encode())
             case None | bool() | list() | tuple():
                 super().save(obj)
             case int() | float() | str():  # also NumPy's
                 super().save(next(kind for kind in (int, float, str) if isinstance(obj, kind))(obj))
             case np.ndarray():
-                self.save_tensor(obj)
+                index, kind = self.store(obj)
+                strides = tuple(int(np.prod(obj.shape[axis + 1 :], dtype=np.int64)) for axis in range(obj.ndim))
+                self.save(Global("torch._utils._rebuild_tensor_v2"))
+                self.write(pickle.MARK)
+                self.save(("storage", Global(f"torch.{kind}"), str(index), "cpu", obj.size))
+                self.write(pickle.BINPERSID)
+                for item in (0, obj.shape, strides, False, collections.OrderedDict()):  # offset 0, without gradient
+                    self.save(item)
+                self.write(pickle.TUPLE + pickle.REDUCE)
             case Mapping():
                 if wrong := [key for key in obj if not isinstance(key, str | int)]:
                     raise TypeError(f"A .pth file cannot hold the key {wrong[0]!r}; keys are strings or whole numbers.")
-                self.save_empty(ordered=isinstance(obj, collections.OrderedDict))
-                self._batch_setitems(obj.items())
+                super().save(obj if isinstance(obj, collections.OrderedDict) else dict(obj))
+            case collections.OrderedDict:
+                super().save(obj)
             case _:
                 raise TypeError(f"A .pth file cannot hold a {type(obj).__name__}; give plain data and numpy arrays.")
-
-    def save_name(self, module: str, attribute: str) -> None:
-        self.write(pickle.GLOBAL + f"{module}\n{attribute}\n".encode())
-
-    def save_empty(self, *, ordered: bool) -> None:
-        if ordered:
-            self.save_name("collections", "OrderedDict")
-        self.write(pickle.EMPTY_TUPLE + pickle.REDUCE if ordered else pickle.EMPTY_DICT)
-
-    def save_tensor(self, array: np.ndarray) -> None:
-        index, kind = self.store(array)
-        self.save_name("torch._utils", "_rebuild_tensor_v2")
-        self.write(pickle.MARK + pickle.MARK)
-        self.save("storage")
-        self.save_name("torch", kind)
-        for item in (str(index), "cpu", array.size):
-            self.save(item)
-        self.write(pickle.TUPLE + pickle.BINPERSID)
-        strides = tuple(int(np.prod(array.shape[axis + 1 :], dtype=np.int64)) for axis in range(array.ndim))
-        for item in (0, array.shape, strides, False):  # from the first element, without gradient
-            self.save(item)
-        self.save_empty(ordered=True)
-        self.write(pickle.TUPLE + pickle.REDUCE)

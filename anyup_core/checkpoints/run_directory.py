@@ -25,16 +25,15 @@ def step_directory(path: Path) -> Path | None:
 
 def config(step: Path) -> dict[str, Any]:
     """Return the fields of `AnyUpConfig` that the run says; where the computation runs is not part of them."""
-    for item in ("config", "progress"):
-        record = step / item / "metadata"
-        if record.is_file() and (model := read_json(record).get("model")):
-            return {name: value for name, value in model.items() if name != "backend"}
-    return {}
+    return {name: value for name, value in (recorded(step, "model") or {}).items() if name != "backend"}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises ValueError if it holds anything else."""
-    return parse_json(path.read_bytes(), str(path))
+def recorded(step: Path, name: str) -> Any:
+    """Return an entry of the run's configuration, or else of its progress; None without one."""
+    records = (step / item / "metadata" for item in ("config", "progress"))  # where Orbax's JsonSave puts them
+    return next(
+        (x for path in records if path.is_file() and (x := parse_json(path.read_bytes(), str(path)).get(name))), None
+    )
 
 
 def parse_json(text: str | bytes, origin: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ storage, and a tensor is an offset, a shape and strides within a storage. Files 
 from __future__ import annotations
 
 import collections
+import functools
 import io
 import itertools
 import math
@@ -22,18 +23,12 @@ import numpy as np
 from anyup_core.checkpoints import pickle_reader, pickle_writer, torch_legacy_file
 
 STORAGES = {
-    "FloatStorage": np.dtype(np.float32),
-    "DoubleStorage": np.dtype(np.float64),
-    "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ShortStorage": np.dtype(np.int16),
-    "CharStorage": np.dtype(np.int8),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(np.bool_),
-    "ComplexFloatStorage": np.dtype(np.complex64),
-    "ComplexDoubleStorage": np.dtype(np.complex128),
+    f"{name}Storage": np.dtype(kind)
+    for name, kind in (
+        *(("Float", np.float32), ("Double", np.float64), ("Half", np.float16), ("BFloat16", ml_dtypes.bfloat16)),
+        *(("Long", np.int64), ("Int", np.int32), ("Short", np.int16), ("Char", np.int8), ("Byte", np.uint8)),
+        *(("Bool", np.bool_), ("ComplexFloat", np.complex64), ("ComplexDouble", np.complex128)),
+    )
 }
 UNTYPED = ("torch.storage.UntypedStorage", "torch.UntypedStorage")
 DTYPES = {
@@ -51,7 +46,7 @@ RESAVE = (
 
 
 class Storage(NamedTuple):
-    """A run of memory: its bytes, and their type where the pickle says it."""
+    """A run of memory: its bytes, and the type of its elements where the pickle says it."""
 
     key: str
     data: bytes
@@ -107,7 +102,7 @@ def _read_archive(archive: zipfile.ZipFile) -> Any:
 
 def _load(pickle: bytes, memory: Callable[[str], bytes]) -> Any:
     """Return the object of a pickle, given the memory of each storage by its key."""
-    storages: dict[str, Storage] = {}
+    memory = functools.cache(memory)
 
     def storage(reference: Any) -> Storage:
         match reference:
@@ -117,10 +112,7 @@ def _load(pickle: bytes, memory: Callable[[str], bytes]) -> Any:
                 raise ValueError("it refers to something that is no storage")
         if kind not in UNTYPED and kind.removeprefix("torch.") not in STORAGES:
             raise pickle_reader.ForbiddenGlobal(kind)
-        dtype = None if kind in UNTYPED else STORAGES[kind.removeprefix("torch.")]
-        if key not in storages:
-            storages[key] = Storage(key, memory(key), None)
-        data = storages[key].data
+        dtype, data = STORAGES.get(kind.removeprefix("torch.")), memory(key)
         size = count * (1 if dtype is None else dtype.itemsize)
         if not 0 <= size <= len(data):
             raise ValueError(f"storage {key} should have {size} bytes and has {len(data)}")
@@ -139,41 +131,31 @@ def _record(archive: zipfile.ZipFile, name: str) -> bytes:
     return archive.read(info)
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: np.dtype | None) -> np.ndarray:
-    """View a storage as a tensor, after checking that every element lies within."""
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *options: Any) -> np.ndarray:
+    """View a storage as a tensor, after checking that every element lies within.
+
+    `_rebuild_tensor_v3` names the type among its options; the older functions take that of the storage.
+    """
+    types = [DTYPES.get(option.name) for option in options if isinstance(option, pickle_reader.Global)]
+    dtype = types[0] if types else getattr(storage, "dtype", None)
     if not isinstance(storage, Storage) or dtype is None:
         raise ValueError("a tensor has no storage or no type")
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in numbers):
         raise ValueError(f"a tensor in storage {storage.key} has impossible strides")
-    memory = np.frombuffer(storage.data, dtype, len(storage.data) // dtype.itemsize)
     if 0 in shape:
         return np.empty(shape, dtype)
-    if math.prod(shape) > len(memory):
+    elements = len(storage.data) // dtype.itemsize
+    if math.prod(shape) > elements:
         raise ValueError(
-            f"a tensor of shape {shape} has more elements than its storage {storage.key}, which holds {len(memory)}; "
+            f"a tensor of shape {shape} has more elements than its storage {storage.key}, which holds {elements}; "
             "save tensor.contiguous() instead of an expanded tensor"
         )
     strides = [stride if size > 1 else 0 for size, stride in zip(shape, strides)]
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides))
-    if last >= len(memory):
-        raise ValueError(f"a tensor needs number {last} of storage {storage.key}, which holds {len(memory)}")
-    steps = [stride * dtype.itemsize for stride in strides]
-    return np.lib.stride_tricks.as_strided(memory[offset:], shape, steps, writeable=False)
-
-
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_hooks: Any) -> np.ndarray:
-    return _tensor(storage, offset, shape, strides, getattr(storage, "dtype", None))
-
-
-def _rebuild_tensor_v3(
-    storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, *_metadata: Any
-) -> np.ndarray:
-    return _tensor(storage, offset, shape, strides, DTYPES.get(getattr(dtype, "name", None)))
-
-
-def _rebuild_parameter(data: Any, *_state: Any) -> Any:
-    return data
+    if last >= elements:
+        raise ValueError(f"a tensor needs number {last} of storage {storage.key}, which holds {elements}")
+    return np.ndarray(shape, dtype, storage.data, offset * dtype.itemsize, [x * dtype.itemsize for x in strides])
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -182,31 +164,15 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _size(items: Any = ()) -> tuple[Any, ...]:
-    return tuple(items)
-
-
-def _device(kind: str, index: int | None = None) -> str:
-    return kind if index is None else f"{kind}:{int(index)}"
-
-
 CONSTRUCTORS: dict[str, Any] = {
-    "torch._utils._rebuild_tensor": _rebuild_tensor,
-    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
-    "torch._utils._rebuild_parameter": _rebuild_parameter,
-    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
-    "torch.Size": _size,
-    "torch.device": _device,
+    **dict.fromkeys((f"torch._utils._rebuild_tensor{version}" for version in ("", "_v2", "_v3")), _tensor),
+    "torch._utils._rebuild_parameter": lambda data, *_state: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *_state: data,
+    "torch.Size": tuple,
+    "torch.device": lambda kind, index=None: kind if index is None else f"{kind}:{int(index)}",
     "_codecs.encode": _encode,
-    **{
-        f"{module}.{name}": constructor
-        for module in ("builtins", "__builtin__")
-        for name, constructor in (
-            ("bytes", lambda: b""),
-            ("complex", lambda real, imag: complex(float(real), float(imag))),
-        )
-    },
+    "builtins.bytes": lambda: b"",
+    "builtins.complex": lambda real, imag: complex(float(real), float(imag)),
     **dict.fromkeys((*UNTYPED, *DTYPES, *(f"torch.{name}" for name in STORAGES))),  # constants
 }
 

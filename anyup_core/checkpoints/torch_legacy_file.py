@@ -34,11 +34,8 @@ def split(
     """
     stream = io.BytesIO(content)
     _, _, machine = (pickle_reader.loads(stream, {}, _refuse) for _ in range(3))
-    match machine:
-        case {"little_endian": True}:
-            pass
-        case _:
-            raise ValueError("its byte order is big; save it on a little-endian machine")
+    if not isinstance(machine, dict) or machine.get("little_endian") is not True:
+        raise ValueError("its byte order is big; save it on a little-endian machine")
     kinds: dict[str, np.dtype] = {}
 
     def note(reference: Any) -> None:
@@ -46,7 +43,7 @@ def split(
             case ("storage", pickle_reader.Global(kind), str(key), *_) if kind.removeprefix("torch.") in dtypes:
                 kinds[key] = dtypes[kind.removeprefix("torch.")]
 
-    blank = {name: _nothing if "_rebuild_" in name else make for name, make in constructors.items()}
+    blank = {name: (lambda *_: None) if "_rebuild_" in name else make for name, make in constructors.items()}
     start = stream.tell()
     pickle_reader.loads(stream, blank, note)  # once for the storages, whose memory comes later
     pickle = content[start : stream.tell()]
@@ -65,7 +62,3 @@ def split(
 
 def _refuse(reference: Any) -> None:
     raise ValueError(f"it refers to {reference!r} where plain data is expected")
-
-
-def _nothing(*_: Any) -> None:
-    return None

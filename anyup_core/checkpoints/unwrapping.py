@@ -25,7 +25,6 @@ PREFIXES = ("module.", "_orig_mod.", "anyup.", "model.", "net.", "upsampler.")
 ARGUMENTS = ("window_ratio", "num_heads", "init_gaussian_derivatives", "window")
 """Arguments of the model that its weights do not tell, and that are therefore taken from a saved configuration."""
 
-
 _MISSING = "???"  # as omegaconf writes it
 
 
@@ -53,13 +52,14 @@ def unwrap(saved: Any, origin: Path, *, averages: bool = True) -> tuple[dict[str
         config = _arguments(saved.get("cfg")) | config
         saved = _strip(saved, origin)
         keys = (*AVERAGES, *STATE_KEYS) if averages else (*STATE_KEYS, *AVERAGES)
-        states = [key for key in keys if _may_hold_weights(saved.get(key))]
+        inner = ((key, saved[key]) for key in keys if isinstance(saved.get(key), Mapping))
+        states = [key for key, x in inner if any(isinstance(item, np.ndarray | Mapping) for item in x.values())]
         if not states:
             break
         if averages and states[0] in AVERAGES and len(states) > 1:
             LOG.warning("%s: took the averaged weights in %s, not those in %s.", origin, states[0], states[-1])
         saved = saved[states[0]]
-    others = [_shown(key) for key, value in saved.items() if not isinstance(key, str) or not _is_array(value)]
+    others = [_shown(key) for key, x in saved.items() if not (isinstance(key, str) and isinstance(x, np.ndarray))]
     if others or not saved:
         content = ", ".join(others[:8]) + (", ..." if len(others) > 8 else "") or "nothing"
         raise ValueError(
@@ -67,14 +67,6 @@ def unwrap(saved: Any, origin: Path, *, averages: bool = True) -> tuple[dict[str
             "Save the model's state_dict()."
         )
     return dict(saved), config
-
-
-def _may_hold_weights(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(_is_array(x) or isinstance(x, Mapping) for x in value.values())
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray)
 
 
 def _shown(key: Any) -> str:
@@ -85,7 +77,7 @@ def _shown(key: Any) -> str:
 def _strip(saved: Mapping[Any, Any], origin: Path) -> Mapping[Any, Any]:
     """Remove prefixes that all keys share, or all but a few beside them, which are left out and logged."""
     for _ in range(16):  # a key may repeat a prefix as often as it likes
-        names = [key for key, value in saved.items() if isinstance(key, str) and _is_array(value)]
+        names = [key for key, value in saved.items() if isinstance(key, str) and isinstance(value, np.ndarray)]
         prefixed = {prefix: [name for name in names if name.startswith(prefix)] for prefix in PREFIXES}
         prefix = max(PREFIXES, key=lambda prefix: len(prefixed[prefix]))
         if not prefixed[prefix] or 10 * len(prefixed[prefix]) < 9 * len(saved):
@@ -97,26 +89,17 @@ def _strip(saved: Mapping[Any, Any], origin: Path) -> Mapping[Any, Any]:
 
 
 def _arguments(cfg: Any) -> dict[str, Any]:
-    model = _children(_children(cfg).get("model"))
-    given = {name: _value(node) for name, node in model.items()}
-    known = {name: given[name] for name in ARGUMENTS if not _is_open(given.get(name, _MISSING))}
-    return known | ({"window": "natten"} if given.get("use_natten") is True else {})
+    """Return the model's arguments; omegaconf's ??? and references to other settings are no values."""
+    cfg = _plain(cfg, "_content")
+    model = _plain(cfg.get("model"), "_content") if isinstance(cfg, Mapping) else None
+    values = {name: _plain(node, "_val") for name, node in model.items()} if isinstance(model, Mapping) else {}
+    arguments = {name: values[name] for name in ARGUMENTS if name in values and not isinstance(values[name], Inert)}
+    known = {name: x for name, x in arguments.items() if not (isinstance(x, str) and x.startswith((_MISSING, "${")))}
+    return known | ({"window": "natten"} if values.get("use_natten") is True else {})
 
 
-def _children(node: Any) -> Mapping[Any, Any]:
-    """Return the entries of a mapping, or of a stand-in for a mapping of omegaconf; nothing for any other object."""
+def _plain(node: Any, attribute: str) -> Any:
+    """Return a plain value, also from a stand-in for an object of omegaconf, which holds it in an attribute."""
     if isinstance(node, Inert):
-        node = node.state.get("_content") if isinstance(node.state, Mapping) else None
-    return node if isinstance(node, Mapping) else {}
-
-
-def _value(node: Any) -> Any:
-    """Return a plain value, also from a stand-in for a value of omegaconf."""
-    if isinstance(node, Inert):
-        return node.state.get("_val", _MISSING) if isinstance(node.state, Mapping) else _MISSING
+        return node.state.get(attribute, _MISSING) if isinstance(node.state, Mapping) else _MISSING
     return node
-
-
-def _is_open(value: Any) -> bool:
-    """Whether a setting has no value of its own: omegaconf's ??? or a reference to another setting."""
-    return value == _MISSING or (isinstance(value, str) and value.startswith("${")) or isinstance(value, Inert)

@@ -1,4 +1,4 @@
-"""Rows of the encoders' key tables: which tensor of timm is which Flax parameter."""
+"""Rows of key tables: which PyTorch tensor is which Flax parameter."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from anyup_core.layouts import OIHW_TO_HWIO, SAME, TRANSPOSE, Op
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One correspondence between timm and Flax.
+    """One correspondence between PyTorch and Flax.
 
     Attributes:
-        torch: timm's key; with `{i}`, one key for each of `stack` layers.
+        torch: PyTorch key; with `{i}`, one key for each of `stack` layers.
         shape: of the PyTorch tensor; None stands for any size (the number of classes).
         flax: dot-joined path in the Flax module; stacked layers share it, along a new first axis.
         op: how the layout of one layer changes.
@@ -24,6 +24,7 @@ class Row:
         unused: the features do not depend on it; files keep it, so that nothing is lost, and the Flax module does not.
         optional: name of a group of rows that a checkpoint has all of or none of, such as "head".
         integer: holds whole numbers, such as a counter of batches; otherwise floating point.
+        part: (i, n): the Flax parameter is only the i-th of n equal parts along the PyTorch tensor's first axis.
     """
 
     torch: str
@@ -35,19 +36,27 @@ class Row:
     unused: bool = False
     optional: str = ""
     integer: bool = False
+    part: tuple[int, int] | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """timm's keys of this row, in the order of the layers."""
+        """The PyTorch keys of this row, in the order of the layers."""
         layers = range(self.first, self.first + self.stack)
         return tuple(self.torch.format(i=i) for i in layers) if self.stack else (self.torch,)
 
     @property
     def flax_shape(self) -> tuple[int | None, ...]:
         """The shape of the Flax parameter."""
-        layer = self.op.to_flax(np.broadcast_to(np.float32(0), [size or 0 for size in self.shape]))
+        layer = self.to_flax(np.broadcast_to(np.float32(0), [size or 0 for size in self.shape]))
         sizes = tuple(size or None for size in layer.shape)
         return (self.stack, *sizes) if self.stack else sizes
+
+    def to_flax(self, tensor: np.ndarray) -> np.ndarray:
+        """Return the Flax parameter, one layer of it if it is stacked: a view."""
+        if self.part is not None:
+            index, parts = self.part
+            tensor = np.split(tensor, parts)[index]
+        return self.op.to_flax(tensor)
 
 
 def linear(torch: str, inputs: int, outputs: int | None, flax: str, **options) -> Iterator[Row]:

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from anyup_core.checkpoints import encoder_files
-from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint, table
+from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint
 from anyup_core.encoders import catalogue
 from anyup_jax.encoders import convnext, dinov3, efficientnet, resnet, vit
 from anyup_jax.encoders.encoder import Encoder
@@ -72,7 +72,7 @@ def build(checkpoint: EncoderCheckpoint, *, dtype: DTypeLike = jnp.float32, rema
     config, parameters = checkpoint.published.config, checkpoint.flax(unused=False)
     # shapes first and the weights after, so that no initial parameters are drawn
     abstract = nnx.eval_shape(lambda: backbone(config, dtype, remat, 0))
-    for row in table(config):
+    for row in config.rows():
         if row.optional and not row.unused and row.flax not in parameters:
             name, _, _ = row.flax.partition(".")
             setattr(abstract, name, None)  # an optional part, such as a classifier, is an attribute of the backbone
