@@ -29,7 +29,7 @@ def launch(settings: DictConfig) -> None:
     dry = bool(values.pop("dry_run", False))
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         values["output_dir"] = str(Path(values["output_dir"]) / str(HydraConfig.get().job.num))
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax also raises the errors that it logs
+    quieten_orbax()
     try:
         config = from_dict(Config, values)
         from train import loop  # imports jax, which an invalid configuration need not wait for
@@ -40,6 +40,18 @@ def launch(settings: DictConfig) -> None:
         status = IMPOSSIBLE
     if status:
         sys.exit(status)
+
+
+def quieten_orbax() -> None:
+    """Silence a failed save, whose error Orbax also raises, and the writes of other arrays that end after it."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+    def print_exception(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":  # TensorStore calls back after the failure
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = print_exception
 
 
 def main() -> None:
