@@ -53,14 +53,14 @@ class Encoder(EncoderSizes, nnx.Module):
         if class_token and not config.class_tokens:
             raise ValueError(f"{self.name} has no class token; leave class_token out.")
 
-    def normalize(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    def normalize(self, image: Float[Array | np.ndarray, "B H W 3"]) -> Float[Array, "B H W 3"]:
         """Return an image with values in [0, 1], normalised as in training. Raises TypeError for integers."""
         image = jnp.asarray(image)
         self.check_type(image)
         return (image - jnp.asarray(self.mean, image.dtype)) / jnp.asarray(self.std, image.dtype)
 
     def __call__(
-        self, image: Float[Array, "B H W 3"]
+        self, image: Float[Array | np.ndarray, "B H W 3"]
     ) -> Float[Array, "B h w C"] | tuple[Float[Array, "B h w C"], Float[Array, "B C"]]:
         """Return the features of a normalised image, h = H // stride, w = W // stride; and its class token on request.
 
