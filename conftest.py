@@ -1,5 +1,6 @@
 """What holds for all tests: the checkout is importable, no chip is looked for, and compiled programs are let go."""
 
+import inspect
 import os
 import sys
 from collections.abc import Iterator
@@ -8,7 +9,9 @@ from pathlib import Path
 import jaxtyping
 import pytest
 
-import tests.annotations  # noqa: F401 - by which pyproject.toml checks annotations
+from tests import annotations
+
+annotations.install(Path(__file__).parent)
 
 # for processes that tests start in other folders: `train`, `convert` and `evaluation` are not installed
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(
@@ -23,10 +26,16 @@ if not Path("/dev/accel0").exists() and not Path("/dev/vfio/0").exists():
 
 @pytest.fixture
 def unchecked() -> Iterator[None]:
-    """Annotations are not checked: the function itself has to refuse what does not fit."""
+    """Annotations are not checked, as for users: the function itself has to refuse what does not fit."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True)
+def _refusals_are_unchecked(request: pytest.FixtureRequest) -> None:
+    if "pytest.raises(" in inspect.getsource(request.function):
+        request.getfixturevalue("unchecked")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -80,7 +80,7 @@ def resize_image(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UI
     """Return the image at another (height, width), antialiased bicubic; the image itself where the size is its own."""
     if image.shape[:2] == tuple(size):
         return image
-    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 
 def read_features(path: str | os.PathLike) -> Float[np.ndarray, "h w C"]:

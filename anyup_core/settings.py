@@ -52,7 +52,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if origin is Literal:
         require(value in arguments, where, value, f"choose one of {', '.join(map(str, arguments))}")
         return value
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
         require(isinstance(value, Mapping), where, value, "give a group of settings")
@@ -70,10 +70,11 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
-def _tuple(value: Any, arguments: tuple[Any, ...], where: str) -> tuple[Any, ...]:
+def _tuple(given: Any, arguments: tuple[Any, ...], where: str) -> tuple[Any, ...]:
     """A single number stands for as many of them as the tuple has."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = [value] * (1 if arguments[-1] is Ellipsis else len(arguments))
+    value = given
+    if isinstance(given, int | float) and not isinstance(given, bool):
+        value = [given] * (1 if arguments[-1] is Ellipsis else len(arguments))
     require(isinstance(value, tuple | list), where, value, "give a list")
     kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
     require(len(kinds) == len(value), where, list(value), f"it must have {len(kinds)} entries")

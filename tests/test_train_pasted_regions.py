@@ -150,7 +150,7 @@ def test_the_term_is_that_of_upsampled_regions() -> None:
     model = AnyUp(AnyUpConfig(qk_dim=16, num_heads=2, backend="tiled"), rngs=nnx.Rngs(0))
     random = np.random.default_rng(0)
     shapes = (1, 8, 12, 3), (1, 2, 3, 5), (1, 1, 2, 2, 5)
-    image, lr, hr = (random.standard_normal(shape, np.float32) for shape in shapes)
+    image, lr, hr = (jnp.asarray(random.standard_normal(shape, np.float32)) for shape in shapes)
     regions, corner = jnp.repeat(halves(24), 2, 1), jnp.zeros((1, 1, 2), jnp.int32)
     views = Views(image, image, lr, hr, corner, regions)
     terms, plain = (

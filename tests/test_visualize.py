@@ -73,7 +73,7 @@ def test_constant_features_are_gray(value):
     assert (visualize.pca_colors(np.full((5, 6, 7), value, np.float32))[0] == 128).all()
 
 
-def test_maps_that_share_no_basis_are_refused(unchecked):
+def test_maps_that_share_no_basis_are_refused():
     for maps in ([], [features(4, 4, 3), features(4, 4, 2)], [features(4, 4)], [features(0, 4, 3)]):
         with pytest.raises(ValueError, match="same number of channels"):
             visualize.pca_basis(maps)

@@ -105,7 +105,7 @@ def _blur(image: Image.Image, rng: np.random.Generator) -> Image.Image:
         total += shifted[2] * np.uint16(256 - 2 * (one + two))
         return (total + 128) >> 8
 
-    def blur(pixels: UInt8[np.ndarray, "h+4 w+4 3"]) -> UInt16[np.ndarray, "h w 3"]:
+    def blur(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt16[np.ndarray, "h-4 w-4 3"]:
         levels = pixels.astype(np.uint16)
         levels = weigh([levels[:, first : first + image.width] for first in range(5)])
         return weigh([levels[first : len(levels) - 4 + first] for first in range(5)])

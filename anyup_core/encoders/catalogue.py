@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 from anyup_core.encoders.convnext import ConvNeXt
 from anyup_core.encoders.dinov3 import DINOv3
@@ -77,13 +78,13 @@ LARGE, SO400M, HUGE, GIANT = (1024, 24, 16), (1152, 27, 16), (1280, 32, 20), (15
 ROTARY = partial(DINOv3, 16, 256)
 DINOV2 = partial(ViT, 14, 518, layer_scale=True)
 DINOV2_REGISTERS = partial(DINOV2, registers=4, embed_prefix=False)
-SWIGLU = dict(activation="swiglu", mlp_ratio=8 / 3)
+SWIGLU: dict[str, Any] = dict(activation="swiglu", mlp_ratio=8 / 3)
 DEIT3 = partial(ViT, 16, layer_scale=True, embed_prefix=False)
 CLIP_VIT = partial(ViT, pre_norm=True, epsilon=1e-5)
-QUICK = dict(activation="quick_gelu")
+QUICK: dict[str, Any] = dict(activation="quick_gelu")
 SIGLIP = partial(ViT, class_tokens=0, attention_pool=True)
 SO_SIGLIP = partial(SIGLIP, mlp_ratio=4304 / 1152)
-TANH = dict(activation="gelu_tanh")
+TANH: dict[str, Any] = dict(activation="gelu_tanh")
 
 
 def _tags(preprocessing: Preprocessing, tags: str) -> dict[str, Preprocessing]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from anyup_core.encoders.rows import Row, linear
 from anyup_core.encoders.vit import ViT
@@ -32,8 +33,12 @@ class DINOv3(ViT):
     qkv_bias: bool = False
     gated_mlp: bool = False
 
-    grid_size = 0  # no table of position embeddings
     layer_scale_keys = ("gamma_1", "gamma_2")
+
+    @property
+    def grid_size(self) -> int:
+        """None: there is no table of position embeddings."""
+        return 0
 
     def __post_init__(self):
         if self.width % (4 * self.num_heads):
@@ -43,7 +48,8 @@ class DINOv3(ViT):
             )
 
     def qkv_rows(self) -> Iterator[Row]:
-        block, shape = dict(stack=self.depth), (3 * self.width, self.width)
+        block: dict[str, Any] = dict(stack=self.depth)
+        shape = 3 * self.width, self.width
         if self.qkv_bias:
             yield Row("blocks.{i}.attn.q_bias", shape[1:], "blocks.attention.query_bias", **block)
             yield Row("blocks.{i}.attn.v_bias", shape[1:], "blocks.attention.value_bias", **block)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from anyup_core.encoders.rows import Row, conv, linear, norm
 
@@ -85,7 +86,8 @@ class ViT:
 
     def rows(self) -> Iterator[Row]:
         """Yield timm's keys; the blocks are stacked."""
-        width, hidden, patch, block = self.width, self.mlp_width, self.patch_size, dict(stack=self.depth)
+        width, hidden, patch = self.width, self.mlp_width, self.patch_size
+        block: dict[str, Any] = dict(stack=self.depth)
         if self.class_tokens:
             yield Row("cls_token", (1, 1, width), "class_token")
         if self.registers:
@@ -121,7 +123,7 @@ class ViT:
 
 def _attention_pool(width: int, hidden: int) -> Iterator[Row]:
     """Yield the rows of the pool that SigLIP's image embedding is made with; timm also has models without it."""
-    unused = dict(unused=True, optional="attention pool")
+    unused: dict[str, Any] = dict(unused=True, optional="attention pool")
     yield Row("attn_pool.latent", (1, 1, width), "attention_pool.latent", **unused)
     yield from linear("attn_pool.q", width, width, "attention_pool.query", **unused)
     yield from linear("attn_pool.kv", width, 2 * width, "attention_pool.key_value", **unused)
