@@ -204,7 +204,7 @@ def test_local_weights_that_do_not_fit(tmp_path, tiny):
         encoders.load_weights(tiny.model, tmp_path / "absent.pth")
 
 
-def test_refused_inputs(unchecked, tiny):
+def test_refused_inputs(tiny):
     with pytest.raises(TypeError, match=r"torch\.uint8"):
         tiny(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"\(1, 32, 32, 3\)"):

@@ -125,7 +125,7 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("traced", [False, True])
-def test_wrong_images_are_refused(unchecked, encoder, wrong, traced):
+def test_wrong_images_are_refused(encoder, wrong, traced):
     image, kind, named = WRONG[wrong]
     with pytest.raises(kind, match="image") as error:
         (jax.jit(encoder) if traced else encoder)(jnp.asarray(image))
@@ -141,7 +141,7 @@ def test_normalize(dtype):
     np.testing.assert_allclose(normalized.astype(jnp.float32), expected, atol=0.1 if dtype == jnp.bfloat16 else 1e-5)
 
 
-def test_integers_are_not_normalised(unchecked):
+def test_integers_are_not_normalised():
     with pytest.raises(TypeError, match="uint8"):
         pools().normalize(np.zeros((1, 16, 16, 3), np.uint8))
 

@@ -66,7 +66,7 @@ def test_create_takes_the_options_of_torch():
         timm_bridge.create("resnet5")
 
 
-def test_wrong_images_are_refused(unchecked, bridge):
+def test_wrong_images_are_refused(bridge):
     with pytest.raises(ValueError, match=r"\(3, 64, 64\)"):
         bridge(jnp.zeros((3, 64, 64)))
     with pytest.raises(ValueError, match="4 x 64"):
