@@ -258,8 +258,9 @@ def test_activations(name, theirs):
 def test_attention():
     query, key, value = random_array(3, 2, 17, 3, 64) * np.float32([8, 1, 1])[:, None, None, None, None]
     heads_first = (torch.from_numpy(x).transpose(1, 2) for x in (query, key, value))
-    check(layers.attend(query, key, value), F.scaled_dot_product_attention(*heads_first).transpose(1, 2))
-    check(layers.attend(query, key, value), jax.nn.dot_product_attention(*map(jnp.asarray, (query, key, value))))
+    ours = layers.attend(*map(jnp.asarray, (query, key, value)))
+    check(ours, F.scaled_dot_product_attention(*heads_first).transpose(1, 2))
+    check(ours, jax.nn.dot_product_attention(*map(jnp.asarray, (query, key, value))))
     large = jnp.full((1, 2, 1, 4), 1e4)
     np.testing.assert_array_equal(layers.attend(large, large, jnp.ones((1, 2, 1, 4))), 1)
 

@@ -139,6 +139,9 @@ def test_normalize(dtype):
     expected = (image.astype(np.float64) - (0.5, 0.4, 0.3)) / (0.25, 0.2, 0.1)
     assert normalized.dtype == jnp.asarray(image).dtype
     np.testing.assert_allclose(normalized.astype(jnp.float32), expected, atol=0.1 if dtype == jnp.bfloat16 else 1e-5)
+
+
+def test_integers_are_not_normalised():
     with pytest.raises(TypeError, match="uint8"):
         pools().normalize(np.zeros((1, 16, 16, 3), np.uint8))
 

@@ -71,3 +71,5 @@ def test_wrong_images_are_refused(bridge):
         bridge(jnp.zeros((3, 64, 64)))
     with pytest.raises(ValueError, match="4 x 64"):
         bridge(jnp.zeros((1, 4, 64, 3)))
+    with pytest.raises(TypeError, match="int32"):
+        bridge.normalize(jnp.zeros((1, 64, 64, 3), jnp.int32))

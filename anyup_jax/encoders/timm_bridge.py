@@ -10,6 +10,7 @@ import importlib
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float
 
 from anyup_core.encoders.frozen import EncoderSizes
@@ -59,7 +60,7 @@ class Bridge(EncoderSizes):
         self.name, self.class_token = PREFIX + encoder.name, encoder.class_token
 
     def __call__(
-        self, image: Float[Array, "B H W 3"]
+        self, image: Float[Array | np.ndarray, "B H W 3"]
     ) -> Float[Array, "B h w C"] | tuple[Float[Array, "B h w C"], Float[Array, "B C"]]:
         """Return the features of a normalised image, h = H // stride, w = W // stride, where JAX computes by default;
         and its class token on request.
