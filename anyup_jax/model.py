@@ -167,11 +167,11 @@ class AnyUp(nnx.Module):
         guide = after(guide, keys)
         shapes = {size: (size[0] // rows.count, size[1]) for size in sizes}
         if set(shapes.values()) == {guide.shape[1:3]}:  # nothing to average: the last block stays in its memory
-            queries = dict.fromkeys(shapes, self.query_encoder(guide, rows=rows))
-        else:
-            queries = self.query_encoder(
-                guide, lambda x: {size: adaptive_average_pool(x, shape) for size, shape in shapes.items()}, rows
-            )
+            query: Array = self.query_encoder(guide, rows=rows)
+            return ImageCode(keys, dict.fromkeys(shapes, query), rows)
+        queries = self.query_encoder(
+            guide, lambda x: {size: adaptive_average_pool(x, shape) for size, shape in shapes.items()}, rows
+        )
         return ImageCode(keys, queries, rows)
 
     def describe(

@@ -206,7 +206,7 @@ def write(path: Path, content: Mapping[Any, Any]) -> None:
 def _store(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
     """Add a record whose first byte is aligned, by padding the header with an extra field."""
     info = zipfile.ZipInfo(name)  # dated 1980: the same tensors give the same file
-    header = archive.fp.tell() + 30 + len(name.encode()) + 4
+    header = archive.start_dir + 30 + len(name.encode()) + 4
     padding = -header % ALIGNMENT
     info.extra = b"FB" + struct.pack("<H", padding) + bytes(padding)
     archive.writestr(info, data)
