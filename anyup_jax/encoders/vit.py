@@ -146,7 +146,7 @@ def quick_gelu(x: Float[Array, ...]) -> Float[Array, ...]:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-def swiglu(x: Float[Array, "... 2*C"]) -> Float[Array, "... C"]:
+def swiglu(x: Float[Array, "... D"]) -> Float[Array, "... D//2"]:
     """The second half of the channels times the SiLU of the first (Shazeer, 2020, arXiv 2002.05202)."""
     gate, value = jnp.split(x, 2, -1)
     return jax.nn.silu(gate) * value
