@@ -13,7 +13,6 @@ from typing import IO, Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
 
 from anyup_core.replacement import replacing
 
@@ -32,18 +31,22 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
         OSError: if the file does not exist, is no image, or is damaged.
         ValueError: if its pixels have no known range (floating point, 32-bit integers above 65535), or it is too large.
     """
+    from PIL import ImageOps
+
     with open_image(path, path) as image:
         return np.asarray(to_rgb(ImageOps.exif_transpose(image), path))
 
 
 @contextlib.contextmanager
-def open_image(file: str | os.PathLike | IO[bytes] | io.BytesIO, name: str | os.PathLike) -> Iterator[Image.Image]:
-    """Give an image file, or one in memory, as Pillow opens it; errors, those of the block too, call it `name`.
+def open_image(file: str | os.PathLike | IO[bytes] | io.BytesIO, name: str | os.PathLike) -> Iterator[Any]:
+    """Give an image file, or one in memory, as Pillow's `Image`; errors, those of the block too, call it `name`.
 
     Raises:
         OSError: if the file does not exist, is no image, or is damaged.
         ValueError: if it is too large.
     """
+    from PIL import Image
+
     try:
         with Image.open(file) as image:
             yield image
@@ -57,12 +60,14 @@ def open_image(file: str | os.PathLike | IO[bytes] | io.BytesIO, name: str | os.
         raise OSError(f"{name} is damaged: {error}.") from error
 
 
-def to_rgb(image: Image.Image, path: str | os.PathLike) -> Image.Image:
-    """Return a Pillow image as 8-bit RGB; see `read_image`.
+def to_rgb(image: Any, path: str | os.PathLike) -> Any:
+    """Return a Pillow `Image` as one of 8-bit RGB; see `read_image`.
 
     Raises:
         ValueError: if its pixels have no known range.
     """
+    from PIL import Image
+
     if image.mode == "I" or image.mode.startswith("I;16"):  # grayscale of 16 bits, in 16 or in 32
         gray = np.asarray(image).astype(np.int64)
         if gray.min() < 0 or gray.max() > 65535:
@@ -80,6 +85,8 @@ def resize_image(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UI
     """Return the image at another (height, width), antialiased bicubic; the image itself where the size is its own."""
     if image.shape[:2] == tuple(size):
         return image
+    from PIL import Image
+
     return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 

@@ -151,6 +151,18 @@ def test_every_module_is_imported_with_the_forbidden_ones_blocked(package: str) 
     assert run.returncode == 0, run.stderr
 
 
+AT_ONCE = {"anyup_core", "numpy", "jaxtyping", "ml_dtypes", "safetensors", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("module", modules("anyup_core"))
+def test_the_core_imports_little_at_once(module: str) -> None:
+    """Pillow, rich, TensorStore and their like are imported by the functions that need them."""
+    tree = ast.parse(MODULES[module].read_text())
+    names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in tree.body if isinstance(node, ast.ImportFrom)}
+    assert {top(name) for name in names} <= AT_ONCE
+
+
 def test_mirrored_classes_stand_in_the_same_order() -> None:
     for name in ("layers", "model"):
         jax_side, torch_side = (

@@ -19,10 +19,6 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import platformdirs
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
 ATTEMPTS = 4
 DELAY = 1.0  # seconds before the second attempt; doubles each time
 TIMEOUT = 30.0  # seconds without an answer
@@ -34,6 +30,8 @@ TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses worth another a
 
 def cache_directory() -> Path:
     """Return where published checkpoints are kept: `ANYUP_CACHE`, or the user's cache directory."""
+    import platformdirs
+
     return Path(os.environ.get("ANYUP_CACHE") or platformdirs.user_cache_dir("anyup")).expanduser()
 
 
@@ -114,6 +112,9 @@ def _transfer(url: str, part: Path) -> None:
             start = 0
         length = response.headers.get("Content-Length")
         total = None if length is None else start + int(length)
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         bar = Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
         with part.open("ab" if start else "wb") as file, bar:

@@ -81,7 +81,9 @@ def sizes_of(tensors: Mapping[str, np.ndarray], *, flax: bool = False) -> dict[s
             for axis, size in zip(axes, tensors[name].shape):
                 if axis in letters:
                     votes[letters[axis]][size] += 1
-    return {letter: max(votes[letter], key=votes[letter].__getitem__, default=DEFAULT_SIZES[letter]) for letter in LETTERS}
+    return {
+        letter: max(votes[letter], key=votes[letter].__getitem__, default=DEFAULT_SIZES[letter]) for letter in LETTERS
+    }
 
 
 def config_of(sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from rich.table import Table
 
 from anyup_core.checkpoints import key_table
 from anyup_core.checkpoints.checkpoint import by_name, fits, shape_text
@@ -72,8 +71,10 @@ def lines(tensors: Mapping[str, np.ndarray], *, flax: bool, name: str | None = N
             yield Line(torch, path, tensor.shape, str(tensor.dtype), "not in the table")
 
 
-def render(tensors: Mapping[str, np.ndarray], *, flax: bool, name: str | None = None) -> Table:
+def render(tensors: Mapping[str, np.ndarray], *, flax: bool, name: str | None = None) -> Any:
     """Return the lines, an encoder's if `name` is given, as a rich table; the title counts tensors and parameters."""
+    from rich.table import Table
+
     total = sum(tensor.size for tensor in tensors.values())
     layout = "Flax" if flax else "PyTorch"
     title = f"{name or 'AnyUp'}: {len(tensors)} tensors, {total:,} parameters, in {layout}'s layout"
