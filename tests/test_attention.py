@@ -148,7 +148,7 @@ class TestContract:
 
 @pytest.mark.parametrize(("framework", "backend"), PORTABLE)
 @pytest.mark.parametrize("chunk", [1, 7, np.int64(7), 100, 10**9])
-def test_chunk_never_changes_the_result(framework: str, backend: str, chunk: int) -> None:
+def test_chunk_never_changes_the_result(unchecked, framework: str, backend: str, chunk: int) -> None:
     shape = SHAPES["fractional_ratio"]
     rows, cols = windows(shape, "paper")
     whole, parts = (

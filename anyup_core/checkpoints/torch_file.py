@@ -7,6 +7,7 @@ storage, and a tensor is an offset, a shape and strides within a storage. Files 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import io
 import itertools
@@ -15,7 +16,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -45,7 +46,8 @@ RESAVE = (
 )
 
 
-class Storage(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Storage:
     """A run of memory: its bytes, and the type of its elements where the pickle says it."""
 
     key: str
