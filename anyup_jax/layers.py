@@ -32,7 +32,7 @@ class Unused(nnx.Variable):
 
 
 @jax.custom_jvp
-def silu(x: Float[Array, ...]) -> Float[Array, ...]:
+def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """x / (1 + exp(-x)): `jax.nn.silu` with one operation less, which counts where memory is not the limit."""
     return x / (1 + jnp.exp(-x))
 
@@ -49,7 +49,7 @@ def normed_silu(x: Float[Array, "B H W C"], affine: tuple[Float[Array, "B 1 1 C"
     return silu(x * scale + shift).astype(x.dtype)
 
 
-def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float) -> Float[Array, ...]:
+def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float) -> Float[Array, "..."]:
     return jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
 
 

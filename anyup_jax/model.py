@@ -298,7 +298,7 @@ def compiled(
     return nnx.merge(graph, state).attend(image, maps, output_size, q_chunk_size)
 
 
-def check_finite(**arrays: Float[Array | np.ndarray, ...] | None) -> None:
+def check_finite(**arrays: Float[Array | np.ndarray, "..."] | None) -> None:
     """Raise ValueError naming the first array that holds NaN or infinity, TypeError inside a traced function."""
     for name, array in arrays.items():
         if isinstance(array, Tracer):

@@ -31,7 +31,7 @@ class Rows:
 
     count: int = 1
 
-    def mean(self, local: Float[Array, ...]) -> Float[Array, ...]:
+    def mean(self, local: Float[Array, "..."]) -> Float[Array, "..."]:
         """Return the mean over the image, given the mean over the rows that are here."""
         return local
 

@@ -267,7 +267,7 @@ def upsample_many(
     return model._upsample(image, features, chosen, size, q_chunk_size)
 
 
-def check_finite(**tensors: Float[Tensor, ...] | None) -> None:
+def check_finite(**tensors: Float[Tensor, "..."] | None) -> None:
     """Raise ValueError naming the first tensor that holds NaN or infinity."""
     for name, tensor in tensors.items():
         if tensor is not None and not tensor.isfinite().all():

@@ -20,7 +20,7 @@ from evaluation.frozen import encode
 from evaluation.methods import Method
 
 
-def cosine(a: Float[Array, "... C"], b: Float[Array, "... C"]) -> Float[Array, ...]:
+def cosine(a: Float[Array, "... C"], b: Float[Array, "... C"]) -> Float[Array, "..."]:
     """Return the cosine similarity along the last axis; 0 where either vector is 0."""
     norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
     return (a * b).sum(-1) / jnp.maximum(norms, 1e-12)

@@ -209,7 +209,7 @@ def depth_loss(
     return SCALE_INVARIANT_WEIGHT * scale_invariant + GRADIENT_WEIGHT * gradients
 
 
-def _absolute(x: Float[Array, ...]) -> Float[Array, ...]:
+def _absolute(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x * jnp.sign(x)  # its gradient at 0 is 0, that of jnp.abs is 1
 
 

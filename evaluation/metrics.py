@@ -117,7 +117,10 @@ class Confusion:
         self.counts: Integer[ndarray, "K K"] = np.zeros((classes, classes), np.int64)
 
     def add(
-        self, prediction: Integer[ndarray, ...], label: Integer[ndarray, ...], where: Bool[ndarray, ...] | None = None
+        self,
+        prediction: Integer[ndarray, "..."],
+        label: Integer[ndarray, "..."],
+        where: Bool[ndarray, "..."] | None = None,
     ) -> None:
         """Count the pixels of one image or of several.
 

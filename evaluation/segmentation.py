@@ -44,7 +44,7 @@ def init_heads(channels: int, classes: int, config: Config) -> Head:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *heads)
 
 
-def cross_entropy(logits: Float[Array, "... K"], labels: UInt8[Array, ...], ignore: int) -> Float[Array, ""]:
+def cross_entropy(logits: Float[Array, "... K"], labels: UInt8[Array, "..."], ignore: int) -> Float[Array, ""]:
     """Return the mean over all pixels whose label is not `ignore`; 0 if there are none."""
     valid = labels != ignore
     picked = jnp.where(valid, labels, 0).astype(jnp.int32)

@@ -125,7 +125,7 @@ def difference(prediction: Float[Array, "... C"], target: Float[Array, "... C"])
     return (1 - cosine).mean() + jnp.square((prediction - target) / width).mean()
 
 
-def _norm(x: Float[Array, "... C"]) -> Float[Array, ...]:
+def _norm(x: Float[Array, "... C"]) -> Float[Array, "..."]:
     square = jnp.square(x).sum(-1)
     return jnp.maximum(jnp.sqrt(jnp.where(square > 0, square, 1)) * (square > 0), NORM_EPS)
 

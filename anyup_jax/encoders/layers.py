@@ -138,7 +138,7 @@ class ConvBackbone(nnx.Module):
         return [(x, None) for i, x in enumerate(maps) if i in layers]
 
 
-def gelu(x: Float[Array, ...]) -> Float[Array, ...]:
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Return x Phi(x), Phi(x) = (1 + erf(x / sqrt(2))) / 2, computed in float32 and rounded as PyTorch rounds it.
 
     `jax.nn.gelu` computes in the type of x, and with erfc.

@@ -141,7 +141,7 @@ def scaled(x: Float[Array, "B T C"], scale: nnx.Param | None) -> Float[Array, "B
     return x if scale is None else scale[...].astype(x.dtype) * x
 
 
-def quick_gelu(x: Float[Array, ...]) -> Float[Array, ...]:
+def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """OpenAI's approximation in CLIP: x sigmoid(1.702 x)."""
     return x * jax.nn.sigmoid(1.702 * x)
 
