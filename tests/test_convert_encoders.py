@@ -104,7 +104,7 @@ class Model:
         return {key: torch.from_numpy(value) for key, value in self.state.items()}
 
 
-def test_weights_from_timm_itself(tmp_path, name, state, monkeypatch):
+def test_weights_from_timm_itself(unchecked, tmp_path, name, state, monkeypatch):
     asked = []
 
     def create_model(name: str, **options) -> Model:
