@@ -108,13 +108,13 @@ def test_weights_from_timm_itself(unchecked, tmp_path, name, state, monkeypatch)
     asked = []
 
     def create_model(name: str, **options) -> Model:
-        asked.append((name, options))
+        asked.append((name, options["pretrained"]))
         return Model(state)
 
     monkeypatch.setattr(timm, "create_model", create_model)
     assert cli.main(["--timm", name, str(tmp_path / "orbax")]) == 0
     assert cli.main(["--timm", FULL[name], str(tmp_path / "y.pth")]) == 0
-    assert asked == [(FULL[name], {"pretrained": True})] * 2
+    assert asked == [(FULL[name], True)] * 2
     assert_same_bits(state, encoder_files.read(tmp_path / "orbax", name).tensors)
     assert_same_bits(state, torch_file.read(tmp_path / "y.pth"))
 
