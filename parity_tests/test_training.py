@@ -38,11 +38,15 @@ def by_torch_key(state: nnx.State, carried: nnx.State) -> dict[str, np.ndarray]:
 def terms_and_gradients(remat: bool) -> tuple[dict[str, float], dict[str, np.ndarray], dict[str, np.ndarray]]:
     recorded = load_file(GOLDEN / "training_objective.safetensors")
     guidance, augmented, lr, hr = (
-        nhwc(recorded[name]) for name in ("guidance", "augmented_guidance", "lr_features", "hr_features")
+        jnp.asarray(nhwc(recorded[name])) for name in ("guidance", "augmented_guidance", "lr_features", "hr_features")
     )
     crops = len(hr) // len(lr)
     views = Views(
-        guidance, augmented, lr, hr.reshape(-1, crops, *hr.shape[1:]), recorded["crops"].reshape(-1, crops, 2)
+        guidance,
+        augmented,
+        lr,
+        hr.reshape(-1, crops, *hr.shape[1:]),
+        jnp.asarray(recorded["crops"]).reshape(-1, crops, 2),
     )
     graph, trained, carried = nnx.split(anyup_jax.from_pretrained(GOLDEN / "weights.pth"), nnx.Param, Unused)
 

@@ -39,7 +39,7 @@ class Views:
     lr_features: Float[Array, "B h w C"]
     hr_features: Float[Array, "B n hc wc C"]
     crops: Int[Array, "B n 2"]
-    regions: Float[Array, "B Hc Wc n"] | None = None
+    regions: Float[Array, "B Hc Wc k"] | None = None
 
 
 def objective(
@@ -95,7 +95,7 @@ def objective(
 
 def outlines(
     upsample: Callable[[Float[Array, "B h w n"]], Float[Array, "B H W n"]],
-    regions: Float[Array, "B Hc Wc n"],
+    regions: Float[Array, "B Hc Wc k"],
     cells: Size,
     size: Size,
 ) -> Float[Array, ""]:
