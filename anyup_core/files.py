@@ -137,6 +137,7 @@ def write_features(
 ) -> None:
     """Write a feature map; the suffix says how.
 
+    - .npy: the array alone, (H, W, C).
     - .npz: `features`, `image_size` (height, width) and `metadata`, a JSON object as a string.
     - .safetensors: the tensor `features`, and the metadata, each value as JSON, in the header.
 
@@ -145,11 +146,16 @@ def write_features(
         features: the feature map.
         metadata: where it comes from; JSON values, among them `image_size`.
         dtype: "float32" or "float16".
+
+    Raises:
+        ValueError: for another suffix.
     """
-    path = Path(path)
+    path = check_output(path, (".npy", *ARRAY_SUFFIXES))
     features = np.ascontiguousarray(features, dtype)
     with replacing(path) as temporary:
-        if path.suffix == ".npz":
+        if path.suffix == ".npy":
+            np.save(temporary, features)
+        elif path.suffix == ".npz":
             image_size = np.array(metadata["image_size"], np.int64)
             np.savez(temporary, features=features, image_size=image_size, metadata=np.array(json.dumps(metadata)))
         else:

@@ -232,3 +232,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         write_half()
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["out.npy"]
+
+
+def test_a_whole_map_as_npy_and_no_other_suffix(tmp_path):
+    features = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    files.write_features(tmp_path / "x.npy", features, {"image_size": [2, 3]})
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), features)
+    with pytest.raises(ValueError, match=r"\.tif"):
+        files.write_features(tmp_path / "x.tif", features, {"image_size": [2, 3]})
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
