@@ -12,11 +12,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
-def map_rows(function: Callable[..., Array], *images: Float[Array, "_ H _ _"]) -> Float[Array, "B H W D"]:
+def map_rows(
+    function: Callable[..., Array], *images: Float[Array, "_ H _ _"], buffer: Float[Array, "B H W _"] | None = None
+) -> Float[Array, "B H W D"]:
     """Apply a function of single pixels in blocks of image rows.
 
     The result is that of `function(*images)`. Intermediate arrays exist for one block only; the gradient keeps the
     images and computes the rest again, block by block. The images after the first one may have a batch or a width of 1.
+
+    The result takes the memory of the first image or, if that is read again later, of `buffer`, an array that is not:
+    XLA has no uninitialised memory, and copies an array that is read again in order to write into it.
     """
     height, rows = images[0].shape[1], block_rows(images[0].shape)
     block = jax.eval_shape(function, *(image[:, :1] for image in images))
@@ -29,7 +34,8 @@ def map_rows(function: Callable[..., Array], *images: Float[Array, "_ H _ _"]) -
     def of_block(images, constants):
         return converted[images[0].shape[1]](*images, *constants)
 
-    return _map_rows(of_block, images, constants)
+    fits = buffer is not None and (buffer.shape, buffer.dtype) == (images[0].shape, images[0].dtype)
+    return _map_rows(of_block, images, constants, lax.stop_gradient(buffer) if fits else None)
 
 
 def fold_rows(step: Callable, shape: tuple[int, ...], start):
@@ -41,16 +47,17 @@ def fold_rows(step: Callable, shape: tuple[int, ...], start):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _map_rows(function, images, constants):
+def _map_rows(function, images, constants, buffer):
     def step(first, size, result):
-        block = [lax.dynamic_slice_in_dim(image, first, size, 1) for image in (result, *images[1:])]
+        sources = (result, *images[1:]) if buffer is None else images
+        block = [lax.dynamic_slice_in_dim(image, first, size, 1) for image in sources]
         return lax.dynamic_update_slice_in_dim(result, function(block, constants), first, 1)
 
-    return fold_rows(step, images[0].shape, images[0])
+    return fold_rows(step, images[0].shape, images[0] if buffer is None else buffer)
 
 
-def _map_rows_forward(function, images, constants):
-    return _map_rows(function, images, constants), (images, constants)
+def _map_rows_forward(function, images, constants, buffer):
+    return _map_rows(function, images, constants, buffer), (images, constants)
 
 
 def _map_rows_backward(function, saved, cotangent):
@@ -67,7 +74,7 @@ def _map_rows_backward(function, saved, cotangent):
 
     wide = [jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for x in constants]
     to_images, to_constants = fold_rows(step, images[0].shape, ([jnp.zeros_like(x) for x in images], wide))
-    return tuple(to_images), [x.astype(c.dtype) for x, c in zip(to_constants, constants)]
+    return tuple(to_images), [x.astype(c.dtype) for x, c in zip(to_constants, constants)], None
 
 
 _map_rows.defvjp(_map_rows_forward, _map_rows_backward)
@@ -101,10 +108,14 @@ def convolve(
     XLA's gradient for the kernel is a convolution with a kernel of the image's size (of 1 x 1: a matrix product with a
     transposed copy of the image), which is slow on CPUs; there it is a matrix product for each tap and block of rows.
     """
+    return _correlate(x, kernel, edges)
+
+
+def _correlate(x, kernel, edges):
     if kernel.shape[:2] == (1, 1):
         return jnp.matmul(x, kernel[0, 0], precision=precision(x.dtype))
-    options = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision(x.dtype))
-    return lax.conv_general_dilated(x, kernel, (1, 1), edges, **options)
+    dimensions, exact = ("NHWC", "HWIO", "NHWC"), precision(x.dtype)
+    return lax.conv_general_dilated(x, kernel, (1, 1), edges, dimension_numbers=dimensions, precision=exact)
 
 
 def _convolve_forward(x, kernel, edges):
@@ -126,8 +137,7 @@ def _convolve_backward(edges, saved, cotangent):
 
             def tap(i, j):
                 pixels = strip[:, i : i + size, j : j + width].reshape(-1, inputs)
-                options = dict(precision=precision(x.dtype), preferred_element_type=jnp.float32)
-                return jnp.matmul(pixels.T, block, **options)
+                return jnp.matmul(pixels.T, block, precision=precision(x.dtype), preferred_element_type=jnp.float32)
 
             return total + jnp.stack([tap(i, j) for i in range(side) for j in range(side)])
 
@@ -135,7 +145,7 @@ def _convolve_backward(edges, saved, cotangent):
         return total.reshape(kernel.shape).astype(x.dtype)
 
     def whole(x, cotangent):
-        return jax.vjp(lambda kernel: convolve.fun(x, kernel, edges), kernel)[1](cotangent)[0]
+        return jax.vjp(lambda kernel: _correlate(x, kernel, edges), kernel)[1](cotangent)[0]
 
     return to_x, lax.platform_dependent(x, cotangent, cpu=taps, default=whole)
 

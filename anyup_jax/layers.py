@@ -118,12 +118,29 @@ class ResBlock(nnx.Module):
     def __call__(self, x: Float[Array, "B H W inputs"], pool: Pool | None = None, rows: Rows = ALL_ROWS) -> Pooled:
         """Apply the block, then average the result over cells with `pool` (None: every position, (B, H, W, outputs)).
 
-        Everything after the second SiLU is linear in the positions, so averaging comes before the last convolution.
         Where `pool` returns a dictionary of averages, so does this method.
         """
-        shortcut = self.shortcut or (lambda x: x)
+        return self.join(x, self.hidden(x, rows), pool, rows)
+
+    def hidden(
+        self, x: Float[Array, "B H W inputs"], rows: Rows = ALL_ROWS, buffer: Float[Array, "B H W _"] | None = None
+    ) -> Float[Array, "B H W outputs"]:
+        """Return the output of the first convolution; `buffer` is that of `map_rows`."""
         norm1 = self.norm1.affine(x, rows)
-        hidden = map_rows(lambda x: self.conv1(normed_silu(x, norm1)), x)
+        return map_rows(lambda x: self.conv1(normed_silu(x, norm1)), x, buffer=buffer)
+
+    def join(
+        self,
+        x: Float[Array, "B H W inputs"],
+        hidden: Float[Array, "B H W outputs"],
+        pool: Pool | None = None,
+        rows: Rows = ALL_ROWS,
+    ) -> Pooled:
+        """Return the block's output from its input and the output of its first convolution.
+
+        Everything after the second SiLU is linear in the positions, so averaging comes before the last convolution.
+        """
+        shortcut = self.shortcut or (lambda x: x)
         norm2 = self.norm2.affine(hidden, rows)
         if pool is None:
             return map_rows(lambda x, hidden: shortcut(x) + self.conv2(normed_silu(hidden, norm2)), x, hidden)
@@ -140,7 +157,11 @@ class ConvEncoder(nnx.Module):
         self.block2 = ResBlock(outputs, outputs, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W inputs"], pool: Pool | None = None, rows: Rows = ALL_ROWS) -> Pooled:
-        return self.block2(self.block1(self.conv(x, rows), rows=rows), pool, rows)
+        convolved = self.conv(x, rows)
+        hidden1 = self.block1.hidden(convolved, rows, buffer=x)  # no later reader, unless it is the caller
+        y = self.block1.join(convolved, hidden1, rows=rows)
+        hidden2 = self.block2.hidden(y, rows, buffer=hidden1)
+        return self.block2.join(y, hidden2, pool, rows)
 
 
 class FeatureUnification(nnx.Module):
