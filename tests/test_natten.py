@@ -1,4 +1,4 @@
-"""How the package NATTEN is called, and its outputs against the published ones; `test_torch_attention.py` has more."""
+"""How the package NATTEN is called, and its outputs against the published ones; `test_attention.py` has more."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from anyup_torch.attention import natten, window_attention
 from anyup_torch.attention.natten import installed
 from parity_tests import tolerances
 from parity_tests.golden import CASES, GOLDEN, needs_golden
-from tests.test_torch_attention import inputs
+from tests.test_attention import torch_inputs
 
 TOLERANCE = 2e-6
 needs_natten = pytest.mark.skipif(not installed(), reason="natten is not installed")
@@ -25,7 +25,7 @@ def test_na2d_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
 
     calls, real = [], package.na2d
     monkeypatch.setattr(package, "na2d", lambda *a, **k: calls.append((a[0].shape, k["kernel_size"])) or real(*a, **k))
-    tensors, windows, options = inputs("chunks_of_values", "natten")
+    tensors, windows, options = torch_inputs("c40", "natten")
     window_attention(*tensors, *windows, backend="natten", **options)
     assert calls == [((2, 4, 6, 2, 16), (3, 5))] * (9 * 3)
 
@@ -44,7 +44,7 @@ def test_one_dilated_call_for_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(package, "na2d", compute)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    tensors, windows, options = inputs("prime_sizes", "natten")
+    tensors, windows, options = torch_inputs("prime_sizes", "natten")
     output = natten(*tensors, *windows, **options)
     monkeypatch.undo()
     assert calls == [((1, 13, 17, 2, 8), 0, (2, 2), None)]

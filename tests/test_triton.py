@@ -1,4 +1,4 @@
-"""The Triton backend, compiled for GPUs that are not there; `test_torch_attention.py` runs it in the interpreter."""
+"""The Triton backend, compiled for GPUs that are not there; `test_attention.py` runs it in the interpreter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from anyup_torch.attention.triton import available, triton
 from benchmarks.gpu import SIZES, TARGETS, compile_size
-from tests.test_torch_attention import inputs
+from tests.test_attention import torch_inputs
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -22,7 +22,7 @@ def test_compiles_for_gpus(size, dtype, target):
 
 
 def test_refuses_cpu_tensors():
-    tensors, windows, options = inputs("square", "paper")
+    tensors, windows, options = torch_inputs("square", "paper")
     with pytest.raises(ValueError, match=r'runs on CUDA devices, the queries are on cpu.*backend="tiled"'):
         triton(*tensors, *windows, **options)
     assert not available(torch.device("cpu"))
@@ -30,6 +30,6 @@ def test_refuses_cpu_tensors():
 
 def test_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    tensors, windows, options = inputs("square", "paper")
+    tensors, windows, options = torch_inputs("square", "paper")
     with pytest.raises(ImportError, match="pip install triton"):
         triton(*tensors, *windows, **options)
