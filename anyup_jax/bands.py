@@ -26,7 +26,7 @@ from anyup_core.config import NORM_GROUPS
 from anyup_jax.blocked import BLOCK
 from anyup_jax.image_code import ImageCode
 from anyup_jax.layers import GROUP_NORM_EPS, ConvEncoder, GroupNorm, normed_silu
-from anyup_jax.model import AnyUp
+from anyup_jax.model import AnyUp, grid_of
 from anyup_jax.pooling import adaptive_average_pool
 from anyup_jax.row_shards import CutRows
 
@@ -65,7 +65,7 @@ def upsample_bands(
     if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 4:
         raise TypeError(f"dtype={dtype} must be a floating type of at most 32 bits: float32, float16 or bfloat16.")
     channels = len(image) * max(values.shape[-1], model.config.qk_dim)
-    plan = plan_bands(model.config, size, tuple(features.shape[1:3]), channels, rows, q_chunk_size)
+    plan = plan_bands(model.config, size, grid_of(features), channels, rows, q_chunk_size)
     return _bands(model, image, features, values, plan, dtype)
 
 
@@ -177,7 +177,8 @@ def affine(norm: GroupNorm, moments: Float[np.ndarray, "2 B D"]) -> Affine:
     scale, bias = (np.asarray(x[...], np.float64) for x in (norm.scale, norm.bias))
     mean, spread = (np.repeat(x, len(scale) // NORM_GROUPS, -1) for x in (mean, spread))
     scale = scale * spread
-    return tuple(jnp.asarray(x[:, None, None], jnp.float32) for x in (scale, bias - mean * scale))
+    scale, shift = (jnp.asarray(x[:, None, None], jnp.float32) for x in (scale, bias - mean * scale))
+    return scale, shift
 
 
 @functools.partial(jax.jit, static_argnames=("names",))
@@ -238,7 +239,7 @@ def describe(
     model: AnyUp, maps: RecomputedMaps, features: Float[Array, "B h w C"], starts, shares
 ) -> Float[Array, "B h w D"]:
     """Return the keys of the features."""
-    grid = features.shape[1:3]
+    grid = grid_of(features)
     key = pooled(model, "key_encoder", maps, starts, shares, grid[1])
     return model.describe(ImageCode({grid: key}, {}), features)
 

@@ -196,7 +196,10 @@ def test_gradient_of_the_image(model, remat):
     maps = theirs.forward_intermediates(pixels, indices=[layer], norm=True, intermediates_only=True)[0]
     weight = random_array(*nhwc(maps.detach()).shape)
     (maps * nchw(weight)).sum().backward()
-    features = lambda x: backbone.intermediates(x, (layer,), True)[0][0]  # noqa: E731
+
+    def features(x):
+        return backbone.intermediates(x, (layer,), True)[0][0]
+
     (gradient,) = jax.jit(lambda x: jax.vjp(features, x)[1](weight))(image)
     check(gradient, nhwc(pixels.grad), tolerances.GRADIENT)
 

@@ -41,10 +41,10 @@ def _by_platform(function: Callable, num_heads: int, tiles, kernels, *operands):
     """Call `function(attend, *operands)` with the attention of the program's platform."""
 
     def on_tpu(tiles, kernels, *operands):
-        return function(lambda *x: attend(*x, kernels, num_heads), *operands)
+        return function(lambda q, k, v: attend(q, k, v, kernels, num_heads), *operands)
 
     def elsewhere(tiles, kernels, *operands):
-        return function(lambda *x: attend_tiles(*x, tiles, num_heads), *operands)
+        return function(lambda q, k, v: attend_tiles(q, k, v, tiles, num_heads), *operands)
 
     return lax.platform_dependent(tiles, kernels, *operands, tpu=on_tpu, default=elsewhere)
 

@@ -94,7 +94,7 @@ def attend_tiles(
 
     def step(t, output):
         _, place, _, inputs, biases = tile_of(t, query, key, values, tables)
-        return lax.dynamic_update_slice(output, attend_tile(*inputs, *biases, num_heads), place)
+        return lax.dynamic_update_slice(output, attend_tile(*inputs, *biases, num_heads=num_heads), place)
 
     output = jnp.zeros((*query.shape[:3], values.shape[-1]), values.dtype)
     return lax.fori_loop(0, tiles_of(query, tables), step, output)
@@ -109,7 +109,7 @@ def _backward(num_heads, saved, cotangent):
 
     def step(t, gradients):
         (i, j), place, slab, inputs, biases = tile_of(t, query, key, values, tables)
-        output, pull = jax.vjp(lambda *x: attend_tile(*x, *biases, num_heads), *inputs)
+        output, pull = jax.vjp(lambda *x: attend_tile(*x, *biases, num_heads=num_heads), *inputs)
         tile = lax.dynamic_slice(cotangent, place, output.shape)
         # where the last tile covers what the one before it computed, only the last one counts
         kept = tables[0].last_word(i)[:, None, None] & tables[1].last_word(j)[:, None]

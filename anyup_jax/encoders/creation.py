@@ -60,7 +60,7 @@ def create(
         OSError: if there is no such file, or the weights cannot be fetched.
     """
     published = catalogue.find(name)
-    options = dict(layer=layer, norm=norm, class_token=class_token, dtype=dtype)
+    options: dict[str, Any] = dict(layer=layer, norm=norm, class_token=class_token, dtype=dtype)
     Encoder(nnx.Module(), published, **options)  # refuses impossible options before anything is fetched
     if weights is None and not pretrained:
         return Encoder(backbone(published.config, dtype, remat, seed), published, **options)

@@ -115,7 +115,8 @@ class ConvNorm(nnx.Module):
         rngs: nnx.Rngs,
     ):
         edges = (kernel_size // 2, kernel_size // 2)
-        options = dict(stride=stride, padding=padding or (edges, edges), use_bias=False, dtype=dtype, rngs=rngs)
+        padding = padding or (edges, edges)
+        options: dict[str, Any] = dict(stride=stride, padding=padding, use_bias=False, dtype=dtype, rngs=rngs)
         self.conv = Conv(inputs, outputs, kernel_size, **options)
         self.norm = BatchNorm(outputs, epsilon=epsilon, rngs=rngs)
 
