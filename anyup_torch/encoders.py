@@ -9,7 +9,6 @@ features = encoder(encoder.normalize(image))  # (B, 3, H, W) in [0, 1] -> (B, C,
 from __future__ import annotations
 
 import difflib
-import functools
 import importlib
 import inspect
 import os
@@ -19,16 +18,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from anyup_core.checkpoints import encoder_files, packaged
-from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint
+from anyup_core.checkpoints import encoder_files, formats, packaged
+from anyup_core.checkpoints.checkpoint import differences, warn_unless_finite
+from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint, refusal
 from anyup_core.encoders import catalogue
 from anyup_core.encoders.frozen import EncoderSizes
-
-_read = functools.partial(torch.load, map_location="cpu", weights_only=True)
-READERS = {".safetensors": load_file, ".pth": _read, ".pt": _read, ".bin": _read}
 
 
 def create(
@@ -51,7 +47,8 @@ def create(
         norm: apply the model's final norm to the features, where the model has one that fits the layer.
         class_token: give the class token too, normed and concatenated like the features.
         pretrained: load the pretrained weights; False leaves the random initialisation.
-        weights: a .safetensors or .pth file with this timm model's state dict, loaded in place of `pretrained`.
+        weights: a .safetensors, .pth, .pt or .bin file with this timm model's state dict, or an Orbax directory that
+            `python -m convert --timm` wrote, loaded in place of `pretrained`.
         device: where the model is put.
 
     Raises:
@@ -65,7 +62,7 @@ def create(
     download = pretrained and weights is None and name not in catalogue.PACKAGED
     model = _build(architecture, download, "give a local file with weights=FILE, or pretrained=False for random ones")
     if weights is not None:
-        load_weights(model, weights)
+        load_weights(model, weights, name)
     elif pretrained and name in catalogue.PACKAGED:
         state = {key: torch.from_numpy(tensor.copy()) for key, tensor in packaged.read(name).items()}
         model.load_state_dict(state, strict=False)  # the counters of batches are left out
@@ -184,22 +181,33 @@ def from_timm(name: str) -> EncoderCheckpoint:
     return EncoderCheckpoint(full, {key: value.numpy() for key, value in state.items()})
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
-    """Load a .safetensors or .pth file with exactly the tensors of `model`.
+def load_weights(model: nn.Module, path: str | os.PathLike, name: str) -> None:
+    """Load a file, or an Orbax directory that `convert --timm` wrote, with exactly the tensors of `model`.
+
+    Args:
+        model: the timm model.
+        path: of a .safetensors, .pth, .pt or .bin file, which may be a training checkpoint around the state dict, or of
+            a directory.
+        name: of the model, for messages.
 
     Raises:
         ValueError: for another kind of file, or tensors that are missing, left over or of another shape.
         OSError: if the file cannot be read.
     """
-    path = Path(path)
-    if path.suffix not in READERS:
-        raise ValueError(
-            f"Encoder weights in {path}: the suffix {path.suffix!r} is unknown; use one of {', '.join(READERS)}."
-        )
-    try:
-        model.load_state_dict(READERS[path.suffix](path))
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} does not hold the state dict of this timm model: {error}") from error
+    path = Path(path).expanduser()
+    if formats.format_of(path) == formats.ORBAX:
+        tensors = encoder_files.read(path, name).tensors
+    else:
+        tensors, _ = formats.read_tensors(path)
+    expected = model.state_dict()
+    optional = {key for key in expected if key.endswith("num_batches_tracked")}  # only training reads these
+    shapes = {key: tuple(tensor.shape) for key, tensor in expected.items() if key in tensors or key not in optional}
+    integers = {key for key, tensor in expected.items() if not tensor.is_floating_point()}
+    if lines := differences(shapes, integers, tensors):
+        raise ValueError(f"{path}: {refusal(name, tensors, lines)}")
+    warn_unless_finite(tensors, path)
+    wide = {key: tensor if key in integers else tensor.astype(np.float32) for key, tensor in tensors.items()}
+    model.load_state_dict({key: torch.from_numpy(np.array(tensor)) for key, tensor in wide.items()}, strict=False)
 
 
 def _timm():

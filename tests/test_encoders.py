@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from skimage import data
 
+from anyup_core.checkpoints import formats
+from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint
 from anyup_torch import encoders
 
 # name, stride, channels, prefix tokens
@@ -182,12 +184,25 @@ def test_arrays_in_and_out(lite0):
     np.testing.assert_allclose(features, lite0(lite0.normalize(pixels))[0].permute(1, 2, 0), atol=1e-5)
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_local_weights(tmp_path, tiny, suffix):
+@pytest.mark.parametrize(
+    ("suffix", "wrap"),
+    [
+        (".safetensors", lambda state: state),
+        (".pth", lambda state: state),
+        (".PTH", lambda state: {"state_dict": state, "epoch": 3}),
+        (".bin", lambda state: {f"module.{key}": tensor for key, tensor in state.items()}),
+        ("", None),
+    ],
+    ids=["safetensors", "pth", "state_dict", "module.", "Orbax"],
+)
+def test_local_weights(tmp_path, tiny, suffix, wrap):
     path = tmp_path / f"weights{suffix}"
     torch.manual_seed(1)
     state = {key: torch.randn_like(value) for key, value in tiny.model.state_dict().items()}
-    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    if wrap is None:
+        formats.write(path, EncoderCheckpoint(tiny.name, {key: tensor.numpy() for key, tensor in state.items()}))
+    else:
+        save_file(state, path) if suffix == ".safetensors" else torch.save(wrap(state), path)
     encoder = encoders.create("vit_tiny_patch16_224", weights=path)
     assert all(torch.equal(value, state[key]) for key, value in encoder.model.state_dict().items())
 
@@ -197,11 +212,14 @@ def test_local_weights_that_do_not_fit(tmp_path, tiny):
     del state["norm.weight"]
     save_file(state, tmp_path / "short.safetensors")
     with pytest.raises(ValueError, match=r"norm\.weight"):
-        encoders.load_weights(tiny.model, tmp_path / "short.safetensors")
+        encoders.load_weights(tiny.model, tmp_path / "short.safetensors", tiny.name)
     with pytest.raises(ValueError, match=r"\.zip"):
-        encoders.load_weights(tiny.model, tmp_path / "weights.zip")
+        encoders.load_weights(tiny.model, tmp_path / "weights.zip", tiny.name)
+    (tmp_path / "half.pth").write_bytes((tmp_path / "short.safetensors").read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"half\.pth"):
+        encoders.load_weights(tiny.model, tmp_path / "half.pth", tiny.name)
     with pytest.raises(OSError, match=r"absent\.pth"):
-        encoders.load_weights(tiny.model, tmp_path / "absent.pth")
+        encoders.load_weights(tiny.model, tmp_path / "absent.pth", tiny.name)
 
 
 def test_refused_inputs(tiny):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +110,23 @@ def faults(rows: Iterable[Row], tensors: Mapping[str, np.ndarray], *, flax: bool
     """
     expected = by_name(rows, flax=flax)
     shapes = {name: row.flax_shape if flax else row.shape for name, row in expected.items()}
+    return differences(shapes, {name for name, row in expected.items() if row.integer}, tensors)
+
+
+def differences(
+    shapes: Mapping[str, tuple[int | None, ...]], integers: Container[str], tensors: Mapping[str, np.ndarray]
+) -> list[str]:
+    """Return a line for every tensor that is missing, unknown, or of a wrong shape or type.
+
+    Args:
+        shapes: of the tensors that are expected, None standing for any size.
+        integers: names of those that hold whole numbers; the others are floating point.
+        tensors: what there is.
+    """
     lines = [f"missing: {name} {shape_text(shape)}" for name, shape in shapes.items() if name not in tensors]
-    lines += [f"not part of the model: {name} {x.shape}" for name, x in tensors.items() if name not in expected]
-    for name in (name for name in expected if name in tensors):
-        shape, dtype, integer = tensors[name].shape, tensors[name].dtype, expected[name].integer
+    lines += [f"not part of the model: {name} {x.shape}" for name, x in tensors.items() if name not in shapes]
+    for name in (name for name in shapes if name in tensors):
+        shape, dtype, integer = tensors[name].shape, tensors[name].dtype, name in integers
         if not fits(shape, shapes[name]):
             lines.append(f"wrong shape: {name} is {shape}, must be {shape_text(shapes[name])}")
         elif not (dtype.kind in "iu" if integer else dtype in FLOATS):

@@ -82,10 +82,9 @@ def refusal(name: str, tensors: Mapping[str, np.ndarray], lines: Sequence[str]) 
     if not faults(key_table.expand(key_table.sizes_of(tensors)), tensors):
         return f"These are the weights of AnyUp, not of {name}."
     if library := next((name for key in tensors for name, starts in FOREIGN.items() if key.startswith(starts)), None):
-        return (
-            f"These weights have the keys of {library} instead of timm's; give the model.safetensors of the repository "
-            f"{catalogue.find(name).repository} on the Hugging Face hub."
-        )
+        known = name.partition(".")[0] in catalogue.ARCHITECTURES
+        file = f"model.safetensors of {catalogue.find(name).repository}" if known else "file that timm publishes"
+        return f"These weights have the keys of {library} instead of timm's; give the {file} on the Hugging Face hub."
     return listed(name, lines)
 
 

@@ -19,6 +19,8 @@ import numpy as np
 from anyup_core.checkpoints import orbax_directory, run_directory, safetensors_file, torch_file, unwrapping
 from anyup_core.checkpoints.checkpoint import Checkpoint, warn_unless_finite
 from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint, any_of, architectures
+from anyup_core.config import AnyUpConfig
+from anyup_core.encoders import catalogue
 from anyup_core.replacement import replacing
 
 TORCH, SAFETENSORS, ORBAX = "torch", "safetensors", "orbax"
@@ -79,10 +81,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
     Raises as `read_tensors` does.
     """
-    path, kind = _existing(path, None)
-    if kind == ORBAX:
-        return _orbax_config(path)
-    return _safetensors_config(path) if kind == SAFETENSORS else {}
+    return _config(*_existing(path, None))
 
 
 def read_tensors(
@@ -92,11 +91,11 @@ def read_tensors(
     path, kind = _existing(path, kind)
     if item != run_directory.PARAMS and not (path / item).is_dir():
         raise ValueError(f"{path} has no {item}/; only runs with optimizer.ema_decay keep an average.")
+    config = _config(path, kind)
     if kind == TORCH:
         return unwrapping.unwrap(torch_file.read(path), path)
     if kind == SAFETENSORS:
-        return unwrapping.unwrap(safetensors_file.read(path), path)[0], _safetensors_config(path)
-    config = _orbax_config(path)
+        return unwrapping.unwrap(safetensors_file.read(path), path)[0], config
     return orbax_directory.read_tree(path / item), config
 
 
@@ -139,6 +138,18 @@ def write(path: str | Path, checkpoint: Checkpoint | EncoderCheckpoint, *, overw
             orbax_directory.write_tree(temporary / "params", checkpoint.flax())
             orbax_directory.write_checkpoint_metadata(temporary / "params", orbax_directory.TREE)
     return path
+
+
+def _config(path: Path, kind: str) -> dict[str, Any]:
+    config = _orbax_config(path) if kind == ORBAX else _safetensors_config(path) if kind == SAFETENSORS else {}
+    try:
+        if ENCODER_KEY in config:
+            catalogue.find(config[ENCODER_KEY])
+        else:
+            AnyUpConfig().replace(**config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The configuration in {path} does not hold: {error}") from error
+    return config
 
 
 def _safetensors_config(path: Path) -> dict[str, Any]:

@@ -25,7 +25,10 @@ def step_directory(path: Path) -> Path | None:
 
 def config(step: Path) -> dict[str, Any]:
     """Return the fields of `AnyUpConfig` that the run says; where the computation runs is not part of them."""
-    return {name: value for name, value in (recorded(step, "model") or {}).items() if name != "backend"}
+    model = recorded(step, "model") or {}
+    if not isinstance(model, dict):
+        raise ValueError(f"The configuration of the run in {step} says model={model!r}; it must be a JSON object.")
+    return {name: value for name, value in model.items() if name != "backend"}
 
 
 def recorded(step: Path, name: str) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anyup_core.checkpoints import encoder_checkpoint, encoder_files, formats, names
-from anyup_core.checkpoints.checkpoint import Checkpoint
+from anyup_core.checkpoints.checkpoint import Checkpoint, warn_unless_finite
 from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint
 from anyup_core.config import AnyUpConfig
 
@@ -137,6 +137,7 @@ def list_tensors(source: str | None, encoder: str | None, out: Console) -> None:
     else:
         path = names.locate(source)
         tensors, config = formats.read_tensors(path)
+        warn_unless_finite(tensors, path)
         name, flax = encoder or config.get(formats.ENCODER_KEY), formats.format_of(path) == formats.ORBAX
     if name is None and not flax:
         name = next(iter(encoder_checkpoint.architectures(tensors)), None)
