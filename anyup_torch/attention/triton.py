@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -94,7 +93,5 @@ def _forward(
 @functools.lru_cache(maxsize=64)
 def _tables(tiles: AxisTiles, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """First queries, first keys and log counts of the tiles of one axis."""
-    with np.errstate(divide="ignore"):
-        bias = np.log(tiles.count.astype(np.float32))
-    first, start, bias = (torch.from_numpy(x.copy()).to(device) for x in (tiles.first, tiles.start, bias))
+    first, start, bias = (torch.from_numpy(x.copy()).to(device) for x in (tiles.first, tiles.start, tiles.bias()))
     return first, start, bias
