@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anyup_core.config import AnyUpConfig
@@ -96,11 +96,9 @@ def check_maps(
 def check_attention(
     query: Any, key: Any, values: Any, rows: AxisWindow, cols: AxisWindow, q_chunk_size: int | None, strips: int = 1
 ) -> int | None:
-    """Refuse what window attention cannot compute and return the chunk size as an `int`.
+    """Refuse what window attention cannot compute and return the chunk size as an `int`; the channels come last.
 
-    Args:
-        query, key, values, rows, cols, q_chunk_size: as the attention received them, channels last.
-        strips: of how many equal strips of the rows that `rows` describes `query` holds one.
+    `query` holds one of `strips` equal strips of the rows that `rows` describes.
 
     Raises:
         ValueError: for a chunk size below 1, or shapes that do not fit the windows.
@@ -119,6 +117,13 @@ def check_attention(
     if q_chunk_size is not None and q_chunk_size < 1:
         raise ValueError(f"q_chunk_size={q_chunk_size} must be at least 1, or None to let the backend choose.")
     return None if q_chunk_size is None else int(q_chunk_size)
+
+
+def encoded(maps: Mapping[tuple[int, int], Any], size: tuple[int, int], argument: str) -> Any:
+    """Return the map of a size; ValueError if `argument` was given to `encode_image` without it."""
+    if size not in maps:
+        raise ValueError(f"The image was encoded for {argument}={list(maps)}; pass {size} to encode_image as well.")
+    return maps[size]
 
 
 def _size(output_size: Sequence[int] | None, default: tuple[int, int]) -> tuple[int, int]:
