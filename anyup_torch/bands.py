@@ -135,8 +135,8 @@ class RecomputedMaps(ImageCode):
                 wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in maps]
                 sums += torch.stack([torch.stack([x.sum(0), x.square().sum(0)]) for x in wide]).cpu()
             for name, moments in zip(names, sums / (self.height * self.width)):
-                norm = norms(getattr(self.model, name))[number]
-                self.affines[name] += (affine(norm, moments, self.image),)
+                norms = [layer for layer in getattr(self.model, name).modules() if isinstance(layer, nn.GroupNorm)]
+                self.affines[name] += (affine(norms[number], moments, self.image),)
 
     def _strips(self) -> Iterator[Size]:
         return ((i, min(self.rows, self.height - i)) for i in range(0, self.height, self.rows))
@@ -169,10 +169,6 @@ def advance(
             return hidden
         x = x.addmm_(activate(hidden, known[1], hidden), matrix(block[5]))
     return x
-
-
-def norms(encoder: ConvEncoder) -> tuple[nn.GroupNorm, ...]:
-    return encoder[1].block[0], encoder[1].block[3], encoder[2].block[0], encoder[2].block[3]
 
 
 def _bands(

@@ -130,20 +130,17 @@ class Stream:
 
         The memory of `x` is overwritten, and is the result where a size is the image's own.
         """
-        hidden, weight, pooled = self.widen(block, x), matrix(block.block[5]), {}
+        hidden, weight = self.widen(block, x), matrix(block.block[5])
         affine = hidden.affine(block.block[3])
         averages = {size: pool_pixels(x.data, shape, size) for size in sizes if size != shape}
         for pixels, out in zip(blocks(hidden.data), blocks(x.data)):
             activate(pixels, affine, pixels)
             if shape in sizes:
                 out.addmm_(pixels, weight)
-        for size in sizes:
-            if size != shape:
-                data = torch.addmm(averages[size], pool_pixels(hidden.data, shape, size), weight)
-            else:
-                data = x.data
-            pooled[size] = data.view(1, *size, -1).permute(0, 3, 1, 2)
-        return pooled
+        for size, average in averages.items():
+            averages[size] = torch.addmm(average, pool_pixels(hidden.data, shape, size), weight)
+        averages[shape] = x.data
+        return {size: averages[size].view(1, *size, -1).permute(0, 3, 1, 2) for size in sizes}
 
 
 def matrix(conv: nn.Conv2d) -> Float[Tensor, "inputs outputs"]:
