@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anyup_core.config import AnyUpConfig
+from anyup_core.geometry import AxisWindow
 from anyup_core.settings import require
 
 ORDERS = {"NHWC": (0, 2, 3, 1), "NCHW": (0, 3, 1, 2)}  # how to transpose the other order into this one
@@ -90,6 +91,39 @@ def check_maps(
         except (TypeError, ValueError) as error:
             raise type(error)(f"Feature map {index}: {error}") from None
     return size
+
+
+def check_attention(
+    query: Any, key: Any, values: Any, rows: AxisWindow, cols: AxisWindow, q_chunk_size: int | None, strips: int = 1
+) -> int | None:
+    """Refuse what window attention cannot compute and return the chunk size as an `int`; the channels come last.
+
+    `query` holds one of `strips` equal strips of the rows that `rows` describes.
+
+    Raises:
+        ValueError: for a chunk size below 1, or shapes that do not fit the windows.
+    """
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, values {tuple(values.shape)}"
+    sizes = strips * query.shape[1], query.shape[2], *key.shape[1:3]
+    if (rows.queries, cols.queries, rows.keys, cols.keys) != sizes:
+        raise ValueError(
+            f"Windows of {rows.queries} x {cols.queries} queries over {rows.keys} x {cols.keys} keys "
+            f"do not fit {shapes}."
+        )
+    if key.shape[:3] != values.shape[:3] or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        raise ValueError(
+            f"Queries and keys must share batch and channels, keys and values batch and positions; got {shapes}."
+        )
+    if q_chunk_size is not None and q_chunk_size < 1:
+        raise ValueError(f"q_chunk_size={q_chunk_size} must be at least 1, or None to let the backend choose.")
+    return None if q_chunk_size is None else int(q_chunk_size)
+
+
+def encoded(maps: Mapping[tuple[int, int], Any], size: tuple[int, int], argument: str) -> Any:
+    """Return the map of a size; ValueError if `argument` was given to `encode_image` without it."""
+    if size not in maps:
+        raise ValueError(f"The image was encoded for {argument}={list(maps)}; pass {size} to encode_image as well.")
+    return maps[size]
 
 
 def _size(output_size: Sequence[int] | None, default: tuple[int, int]) -> tuple[int, int]:

@@ -177,6 +177,11 @@ class AxisTiles:
     def span(self) -> int:
         return self.count.shape[2]
 
+    def bias(self) -> Float[np.ndarray, "runs size span"]:
+        """Return the logarithm of how often a query sees a key, float32; minus infinity for never."""
+        with np.errstate(divide="ignore"):
+            return np.log(self.count.astype(np.float32))
+
 
 def tile_axis(window: AxisWindow, size: int) -> AxisTiles:
     """Cut the queries of `window` into runs of `size`; the key slices all have the longest run's length."""

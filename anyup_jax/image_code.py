@@ -7,6 +7,7 @@ import dataclasses
 import jax
 from jaxtyping import Array, Float
 
+from anyup_core.checks import encoded
 from anyup_jax.row_shards import ALL_ROWS, Rows, Size
 
 
@@ -29,14 +30,8 @@ class ImageCode:
 
     def key(self, grid: Size) -> Float[Array, "B h w D"]:
         """Return the keys of a grid; ValueError where the image was not encoded for it."""
-        return _entry(self.keys, grid, "grids")
+        return encoded(self.keys, grid, "grids")
 
     def query(self, size: Size) -> Float[Array, "B _ Wo D"]:
         """Return the queries of an output size; ValueError where the image was not encoded for it."""
-        return _entry(self.queries, size, "sizes")
-
-
-def _entry(maps: dict[Size, Array], size: Size, argument: str) -> Array:
-    if size not in maps:
-        raise ValueError(f"The image was encoded for {argument}={list(maps)}; pass {size} to encode_image as well.")
-    return maps[size]
+        return encoded(self.queries, size, "sizes")

@@ -23,11 +23,9 @@ from anyup_torch.attention import resolve, window_attention
 from anyup_torch.attention.tiled import TileAttention
 from anyup_torch.image_code import ImageCode, Size
 from anyup_torch.layers import ConvEncoder
-from anyup_torch.streaming import activate, affine, block_size, matrix, turn
+from anyup_torch.streaming import Affine, activate, affine, block_size, matrix, turn
 
 GUIDE = 1 << 29  # bytes of the guide up to which it is held, not computed again for every use
-
-Affine = tuple[Float[Tensor, " D"], Float[Tensor, " D"]]
 
 
 def upsample_bands(
@@ -119,36 +117,29 @@ class RecomputedMaps(ImageCode):
         """Rotated pixels of the image encoder's output."""
         if self.guide is not None:
             return self.guide[first : first + rows].flatten(0, 1)
-        x = self.image_strip(first, rows)
-        turned = turn(x.view(rows, self.width, -1).float(), self.turns, slice(first, first + rows))
-        return turned.flatten(0, 1).to(x.dtype)
+        return turn(self.image_strip(first, rows), self.turns, first)
 
     def _find_norms(self, names: tuple[str, ...]) -> None:
-        """Pass through the image once for each norm of these encoders."""
-        for number in range(4):
-            sums = self._sums(names)
-            for name, moments in zip(names, sums / (self.height * self.width)):
-                norm = norms(getattr(self.model, name))[number]
-                self.affines[name] += (tuple(x.to(self.image) for x in affine(norm, moments)),)
-
-    def _strips(self) -> Iterator[Size]:
-        return ((i, min(self.rows, self.height - i)) for i in range(0, self.height, self.rows))
-
-    def _sums(self, names: tuple[str, ...]) -> Float[Tensor, "encoders 2 D"]:
-        """Sums of x and of x squared over the pixels, x what the encoders' next unknown norms get.
+        """Pass through the image once for each norm of these encoders: it needs the means of x and x squared.
 
         Strips are added in float64 on the host: a single sum over a large map would lose digits in float32.
         """
-        total = torch.zeros(len(names), 2, self.model.config.qk_dim, dtype=torch.float64)
-        for first, rows in self._strips():
-            if names == ("image_encoder",):
-                maps = [self.image_strip(first, rows)]
-            else:
-                guide = self.guide_strip(first, rows)
-                maps = [self.strip(name, guide) for name in names]
-            wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in maps]
-            total += torch.stack([torch.stack([x.sum(0), x.square().sum(0)]) for x in wide]).cpu()
-        return total
+        for number in range(4):
+            sums = torch.zeros(len(names), 2, self.model.config.qk_dim, dtype=torch.float64)
+            for first, rows in self._strips():
+                if names == ("image_encoder",):
+                    maps = [self.image_strip(first, rows)]
+                else:
+                    guide = self.guide_strip(first, rows)
+                    maps = [self.strip(name, guide) for name in names]
+                wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in maps]
+                sums += torch.stack([torch.stack([x.sum(0), x.square().sum(0)]) for x in wide]).cpu()
+            for name, moments in zip(names, sums / (self.height * self.width)):
+                norms = [layer for layer in getattr(self.model, name).modules() if isinstance(layer, nn.GroupNorm)]
+                self.affines[name] += (affine(norms[number], moments, self.image),)
+
+    def _strips(self) -> Iterator[Size]:
+        return ((i, min(self.rows, self.height - i)) for i in range(0, self.height, self.rows))
 
     def _pooled(self, name: str, pieces: Pieces, first: int, width: int) -> Float[Tensor, "rows width D"]:
         """Rows of an encoder's output, from `first` on, averaged over a grid `width` cells wide, piece by piece."""
@@ -180,58 +171,43 @@ def advance(
     return x
 
 
-def norms(encoder: ConvEncoder) -> tuple[nn.GroupNorm, ...]:
-    return encoder[1].block[0], encoder[1].block[3], encoder[2].block[0], encoder[2].block[3]
+def _bands(
+    model: nn.Module,
+    image: Float[Tensor, "B input_dim H W"],
+    features: Float[Tensor, "B C h w"],
+    values: Float[Tensor, "B E h w"],
+    plan: Plan,
+    dtype: torch.dtype,
+) -> Iterator[Float[Tensor, "B E rows Wo"]]:
+    """Yield the bands, which share the images' codes, the keys, the values, and tiles planned once.
 
-
-def _bands(*arguments) -> Iterator[Float[Tensor, "B E rows Wo"]]:
-    bands = Bands(*arguments)
-    for band in range(bands.plan.count):
-        yield bands.finish(band)
-
-
-class Bands:
-    """Everything that the bands share: the images' codes, keys, values, and tiles planned once.
-
-    Only its methods run without gradients; the caller's mode is untouched between bands.
+    There are no gradients in it; the caller's mode is untouched between bands.
     """
+    config, decode = model.config, model.cross_decode
+    options = dict(num_heads=config.num_heads, backend=config.backend, q_chunk_size=plan.q_chunk_size)
+    rows, cols = plan.windows(config.window_ratio, config.window)
+    tiles = None
+    if resolve(config.backend, image.device) == "tiled":
+        tall, wide = plan_tiles(rows, cols, plan.q_chunk_size, plan.count)
+        tiles = TileAttention(tall, wide, config.num_heads, plan.q_chunk_size, image.device)
+    hold_guide = len(image) * image[0, 0].numel() * config.qk_dim * image.element_size() <= GUIDE
+    with torch.no_grad():
+        codes = [RecomputedMaps(model, guidance, [plan.cells], hold_guide) for guidance in image]
+        keys = [decode.project_key(model.describe(code, maps[None])) for code, maps in zip(codes, features)]
+    images = list(zip(codes, keys, values.permute(0, 2, 3, 1)))
 
     @torch.no_grad()
-    def __init__(
-        self,
-        model: nn.Module,
-        image: Float[Tensor, "B input_dim H W"],
-        features: Float[Tensor, "B C h w"],
-        values: Float[Tensor, "B E h w"],
-        plan: Plan,
-        dtype: torch.dtype,
-    ):
-        config, self.decode = model.config, model.cross_decode
-        self.plan, self.dtype, self.values = plan, dtype, values.permute(0, 2, 3, 1)
-        self.options = dict(num_heads=config.num_heads, backend=config.backend, q_chunk_size=plan.q_chunk_size)
-        self.rows, self.cols = plan.windows(config.window_ratio, config.window)
-        self.tiles = None
-        if resolve(config.backend, image.device) == "tiled":
-            tall, wide = plan_tiles(self.rows, self.cols, plan.q_chunk_size, plan.count)
-            self.tiles = TileAttention(tall, wide, config.num_heads, plan.q_chunk_size, image.device)
-        hold_guide = len(image) * image[0, 0].numel() * config.qk_dim * image.element_size() <= GUIDE
-        self.codes = [RecomputedMaps(model, guidance, [plan.cells], hold_guide) for guidance in image]
-        keys = (model.describe(code, maps[None]) for code, maps in zip(self.codes, features))
-        self.keys = [self.decode.project_key(key) for key in keys]
-
-    @torch.no_grad()
-    def finish(self, band: int) -> Float[Tensor, "B E _ Wo"]:
-        """Compute a band of the output."""
-        first, begin = self.plan.first(band), band * self.plan.rows
-        seen = slice(begin, begin + self.plan.rows)
-        window = AxisWindow(self.rows.keys, self.rows.start[seen], self.rows.count[seen])
-        output = torch.empty(
-            len(self.values), self.plan.rows, self.plan.size[1], self.values.shape[3], dtype=self.dtype
-        )
-        for code, key, values, pixels in zip(self.codes, self.keys, self.values, output):
-            query = self.decode.project_rows(code.query_rows(self.plan.size, first, self.plan.rows))
-            if self.tiles is None:
-                pixels.copy_(window_attention(query, key, values[None], window, self.cols, **self.options)[0])
+    def finish(band: int) -> Float[Tensor, "B E _ Wo"]:
+        first, begin = plan.first(band), band * plan.rows
+        seen = slice(begin, begin + plan.rows)
+        window = AxisWindow(rows.keys, rows.start[seen], rows.count[seen])
+        output = torch.empty(len(images), plan.rows, plan.size[1], values.shape[1], dtype=dtype)
+        for (code, key, averaged), pixels in zip(images, output):
+            query = decode.project_rows(code.query_rows(plan.size, first, plan.rows))
+            if tiles is None:
+                pixels.copy_(window_attention(query, key, averaged[None], window, cols, **options)[0])
             else:
-                self.tiles.write(seen.start, seen.stop, query[0], key[0], values, pixels)
+                tiles.write(seen.start, seen.stop, query[0], key[0], averaged, pixels)
         return output[:, begin - first :].permute(0, 3, 1, 2)
+
+    yield from map(finish, range(plan.count))

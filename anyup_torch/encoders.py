@@ -101,7 +101,9 @@ class Encoder(EncoderSizes, nn.Module):
             raise ValueError(
                 f"{name} has no forward_intermediates in timm, so it gives no feature maps; choose another."
             )
-        if class_token and not _has_class_token(model):
+        options = inspect.signature(model.forward_intermediates).parameters
+        # a class token is the first of the prefix tokens, where timm hands these out
+        if class_token and (getattr(model, "cls_token", None) is None or "return_prefix_tokens" not in options):
             raise ValueError(f"{name} has no class token; leave class_token out.")
         info = list(model.feature_info)
         self.model = model.requires_grad_(False)
@@ -241,9 +243,3 @@ def _build(name: str, download: bool, remedy: str) -> nn.Module:
             raise
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ConnectionError(f"timm could not fetch the weights of {name} ({reason}); {remedy}.") from error
-
-
-def _has_class_token(model: nn.Module) -> bool:
-    """Whether the first prefix token is a class token that timm hands out."""
-    options = inspect.signature(model.forward_intermediates).parameters
-    return getattr(model, "cls_token", None) is not None and "return_prefix_tokens" in options

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from anyup_core.checks import encoded
+
 Size = tuple[int, int]
 Map = tuple[Float[Tensor, "B D _ _"], Float[Tensor, "B _ _ _"]]  # keys of a feature map, and what is averaged
 
@@ -26,11 +28,11 @@ class ImageCode:
 
     def key(self, grid: Size) -> Float[Tensor, "B D h w"]:
         """Return the keys of a grid; ValueError where the image was not encoded for it."""
-        return _entry(self.keys, grid, "grids")
+        return encoded(self.keys, grid, "grids")
 
     def query(self, size: Size) -> Float[Tensor, "B D Ho Wo"]:
         """Return the queries of an output size; ValueError where the image was not encoded for it."""
-        return _entry(self.queries, size, "sizes")
+        return encoded(self.queries, size, "sizes")
 
     def query_rows(self, size: Size, first: int, rows: int) -> Float[Tensor, "B _ Wo D"]:
         """Return `rows` rows of queries from `first` on and one more at either end, zeros outside of the output."""
@@ -38,9 +40,3 @@ class ImageCode:
         above, below = int(first == 0), int(first + rows == size[0])
         query = query[:, first - 1 + above : first + rows + 1 - below]
         return F.pad(query, (0, 0, 0, 0, above, below)) if above or below else query
-
-
-def _entry(maps: dict[Size, Tensor], size: Size, argument: str) -> Tensor:
-    if size not in maps:
-        raise ValueError(f"The image was encoded for {argument}={list(maps)}; pass {size} to encode_image as well.")
-    return maps[size]

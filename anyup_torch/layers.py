@@ -136,17 +136,12 @@ class RoPE(nn.Module):
         first, second = x.float().chunk(2, 1)
         return (x * angle.cos() + torch.cat([-second, first], 1) * angle.sin()).to(x.dtype)
 
+    @torch.compiler.disable  # coordinates are made by numpy, not traced
     def angles(self, height: int, width: int) -> tuple[Float[Tensor, "H D"], Float[Tensor, "W D"]]:
         """Return the rows' and the columns' parts of the angles, float32; a pixel's angle is their sum."""
-        axes = _coordinates(height, width, self.freqs.device)
+        axes = (torch.from_numpy(axis).to(self.freqs.device) for axis in geometry.coordinates(height, width))
         row, col = (axis[:, None] * freqs for axis, freqs in zip(axes, self.freqs.float()))
         return row, col
-
-
-@torch.compiler.disable
-def _coordinates(height: int, width: int, device: torch.device) -> tuple[Float[Tensor, " H"], Float[Tensor, " W"]]:
-    rows, cols = (torch.from_numpy(axis).to(device) for axis in geometry.coordinates(height, width))
-    return rows, cols
 
 
 class RMSNorm(nn.Module):

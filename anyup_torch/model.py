@@ -73,14 +73,13 @@ class CrossAttention(nn.Module):
     ) -> list[Float[Tensor, "B _ Ho Wo"]]:
         """Return one output a map; `windows` holds the rows' and the columns' window of each map."""
         query = self.cross_attn.project_query(self.conv2d(query).permute(0, 2, 3, 1))
-        attend = functools.partial(window_attention, num_heads=self.num_heads, backend=backend)
-        outputs = []
-        for (key, values), window in zip(maps, windows):
-            output = attend(
-                query, self.project_key(key), values.permute(0, 2, 3, 1), *window, q_chunk_size=q_chunk_size
-            )
-            outputs.append(output.permute(0, 3, 1, 2))
-        return outputs
+        options = dict(num_heads=self.num_heads, backend=backend, q_chunk_size=q_chunk_size)
+        attend = functools.partial(window_attention, **options)
+        outputs = (
+            attend(query, self.project_key(key), values.permute(0, 2, 3, 1), *window)
+            for (key, values), window in zip(maps, windows)
+        )
+        return [output.permute(0, 3, 1, 2) for output in outputs]
 
     def project_key(self, key: Float[Tensor, "B D h w"]) -> Float[Tensor, "B h w D"]:
         return self.cross_attn.project_key(key.permute(0, 2, 3, 1))

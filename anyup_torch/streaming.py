@@ -9,7 +9,7 @@ of the output where they fit; projected queries and attention weights exist only
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from anyup_torch.layers import ReflectConv2d, ResBlock, RoPE
 BLOCK = 1 << 13  # pixels a block: what stays in the cache at 128 channels
 BLOCK_PARALLEL = 1 << 18  # the same on accelerators, which want few large operations
 
+Affine = tuple[Float[Tensor, " D"], Float[Tensor, " D"]]  # scale and shift per channel
+
 
 @dataclasses.dataclass
 class Pixels:
@@ -34,37 +36,34 @@ class Pixels:
 
     Attributes:
         data: (H W, D), contiguous.
-        total, square: (D,) float32 or wider, sums over the pixels of x and of x squared.
+        sums: (2, D) float32 or wider, over the pixels, of x and of x squared.
     """
 
     data: Tensor
-    total: Tensor
-    square: Tensor
+    sums: Tensor
 
     @classmethod
     def around(cls, data: Tensor) -> Pixels:
-        return cls(data, *data.new_zeros(2, data.shape[1], dtype=torch.promote_types(data.dtype, torch.float32)))
+        return cls(data, data.new_zeros(2, data.shape[1], dtype=torch.promote_types(data.dtype, torch.float32)))
 
     def count(self, block: Tensor, scratch: Tensor) -> None:
         """Add a block of freshly written pixels to the sums."""
-        if block.dtype != self.total.dtype:
-            block = block.to(self.total.dtype)
+        if block.dtype != self.sums.dtype:
+            block = block.to(self.sums.dtype)
             scratch = torch.empty_like(block)
-        self.total += block.sum(0)
-        self.square += torch.mul(block, block, out=scratch[: len(block)]).sum(0)
+        self.sums[0] += block.sum(0)
+        self.sums[1] += torch.mul(block, block, out=scratch[: len(block)]).sum(0)
 
-    def affine(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+    def affine(self, norm: nn.GroupNorm) -> Affine:
         """Return scale and shift per channel that apply `norm` to these pixels."""
-        moments = torch.stack([self.total, self.square]) / len(self.data)
-        scale, shift = affine(norm, moments)
-        return scale.to(self.data.dtype), shift.to(self.data.dtype)
+        return affine(norm, self.sums / len(self.data), self.data)
 
 
-def affine(norm: nn.GroupNorm, moments: Float[Tensor, "2 D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, " D"]]:
-    """Return scale and shift that apply a norm, given each channel's mean and mean square, of whose type they are."""
+def affine(norm: nn.GroupNorm, moments: Float[Tensor, "2 D"], like: Tensor) -> Affine:
+    """Return scale and shift that apply a norm to pixels `like` these, given each channel's mean and mean square."""
     mean, square = moments.reshape(2, NORM_GROUPS, -1).mean(-1).repeat_interleave(len(norm.weight) // NORM_GROUPS, 1)
     scale = norm.weight.to(moments) * ((square - mean.square()).clamp(min=0) + norm.eps).rsqrt()
-    return scale, norm.bias.to(moments) - mean * scale
+    return scale.to(like), (norm.bias.to(moments) - mean * scale).to(like)
 
 
 def workspace(
@@ -92,12 +91,11 @@ def block_size(pixels: Tensor) -> int:
     return BLOCK if pixels.device.type == "cpu" else BLOCK_PARALLEL
 
 
-def blocks(pixels: Tensor) -> Iterator[slice]:
-    step = block_size(pixels)
-    return (slice(start, start + step) for start in range(0, len(pixels), step))
+def blocks(pixels: Tensor) -> tuple[Tensor, ...]:
+    return pixels.split(block_size(pixels))
 
 
-def activate(block: Tensor, affine: tuple[Tensor, Tensor], out: Tensor) -> Tensor:
+def activate(block: Tensor, affine: Affine, out: Tensor) -> Tensor:
     """Write SiLU(GN(block)) to the beginning of `out`, which may be the block itself."""
     scale, shift = affine
     return F.silu(torch.addcmul(shift, block, scale, out=out[: len(block)]), inplace=True)
@@ -113,18 +111,16 @@ class Stream:
     def widen(self, block: ResBlock, x: Pixels) -> Pixels:
         """Return the block's first convolution of SiLU(GN(x))."""
         affine, weight, hidden = x.affine(block.block[0]), matrix(block.block[2]), Pixels.around(self.hidden)
-        for rows in blocks(x.data):
-            torch.mm(activate(x.data[rows], affine, self.scratch), weight, out=hidden.data[rows])
-            hidden.count(hidden.data[rows], self.scratch)
+        for pixels, out in zip(blocks(x.data), blocks(hidden.data)):
+            hidden.count(torch.mm(activate(pixels, affine, self.scratch), weight, out=out), self.scratch)
         return hidden
 
     def apply(self, block: ResBlock, x: Pixels) -> Pixels:
         """Apply a ResBlock of equal widths in place and return its output."""
         hidden = self.widen(block, x)
         affine, weight, output = hidden.affine(block.block[3]), matrix(block.block[5]), Pixels.around(x.data)
-        for rows in blocks(x.data):
-            output.data[rows].addmm_(activate(hidden.data[rows], affine, self.scratch), weight)
-            output.count(output.data[rows], self.scratch)
+        for pixels, out in zip(blocks(hidden.data), blocks(output.data)):
+            output.count(out.addmm_(activate(pixels, affine, self.scratch), weight), self.scratch)
         return output
 
     def pool(
@@ -134,20 +130,17 @@ class Stream:
 
         The memory of `x` is overwritten, and is the result where a size is the image's own.
         """
-        hidden, weight, pooled = self.widen(block, x), matrix(block.block[5]), {}
+        hidden, weight = self.widen(block, x), matrix(block.block[5])
         affine = hidden.affine(block.block[3])
         averages = {size: pool_pixels(x.data, shape, size) for size in sizes if size != shape}
-        for rows in blocks(x.data):
-            activate(hidden.data[rows], affine, hidden.data[rows])
+        for pixels, out in zip(blocks(hidden.data), blocks(x.data)):
+            activate(pixels, affine, pixels)
             if shape in sizes:
-                x.data[rows].addmm_(hidden.data[rows], weight)
-        for size in sizes:
-            if size != shape:
-                data = torch.addmm(averages[size], pool_pixels(hidden.data, shape, size), weight)
-            else:
-                data = x.data
-            pooled[size] = data.view(1, *size, -1).permute(0, 3, 1, 2)
-        return pooled
+                out.addmm_(pixels, weight)
+        for size, average in averages.items():
+            averages[size] = torch.addmm(average, pool_pixels(hidden.data, shape, size), weight)
+        averages[shape] = x.data
+        return {size: averages[size].view(1, *size, -1).permute(0, 3, 1, 2) for size in sizes}
 
 
 def matrix(conv: nn.Conv2d) -> Float[Tensor, "inputs outputs"]:
@@ -163,14 +156,12 @@ def pool_pixels(data: Float[Tensor, "HW D"], shape: Size, size: Size) -> Float[T
 def project_image(conv: ReflectConv2d, image: Float[Tensor, "input_dim H W"], out: Float[Tensor, "HW D"]) -> Pixels:
     """Write the image encoder's first convolution to `out`."""
     pixels = Pixels.around(out)
-    half, rows_a_block = conv.kernel_size[0] // 2, max(1, block_size(out) // image.shape[2])
+    half, rows = conv.kernel_size[0] // 2, max(1, block_size(out) // image.shape[2])
     padded = conv.pad(image[None])
-    for start in range(0, image.shape[1], rows_a_block):
-        strip = padded[:, :, start : start + rows_a_block + 2 * half]
-        block = F.conv2d(strip, conv.weight)[0].permute(1, 2, 0).flatten(0, 1)
-        rows = slice(start * image.shape[2], start * image.shape[2] + len(block))
-        out[rows] = block
-        pixels.count(out[rows], block)
+    for index, block in enumerate(out.split(rows * image.shape[2])):
+        strip = padded[:, :, index * rows : (index + 1) * rows + 2 * half]
+        convolved = F.conv2d(strip, conv.weight)[0].permute(1, 2, 0).flatten(0, 1)
+        pixels.count(block.copy_(convolved), convolved)
     return pixels
 
 
@@ -184,30 +175,30 @@ def rotate_and_project(
     """Rotate the guide and write 1 x 1 convolutions of it; one of the outputs may be the guide itself."""
     turns = [(angle.cos(), angle.sin()) for angle in rope.angles(*shape)]
     projected = tuple(Pixels.around(out) for out in outputs)
-    rows_a_block, image = max(1, block_size(guide) // shape[1]), guide.view(*shape, -1)
-    scratch = guide.new_empty(min(shape[0], rows_a_block) * shape[1], guide.shape[1])
-    for start in range(0, shape[0], rows_a_block):
-        block = image[start : start + rows_a_block].float()
-        turned = turn(block, turns, slice(start, start + len(block))).flatten(0, 1).to(guide.dtype)
-        rows = slice(start * shape[1], start * shape[1] + len(turned))
-        for conv, pixels in zip(convs, projected):
-            torch.mm(turned, matrix(conv), out=pixels.data[rows])
-            pixels.count(pixels.data[rows], scratch)
+    rows = max(1, block_size(guide) // shape[1])
+    scratch = guide.new_empty(min(shape[0], rows) * shape[1], guide.shape[1])
+    split = (pixels.split(rows * shape[1]) for pixels in (guide, *outputs))
+    for index, (block, *outs) in enumerate(zip(*split)):
+        turned = turn(block, turns, index * rows)
+        for conv, pixels, out in zip(convs, projected, outs):
+            pixels.count(torch.mm(turned, matrix(conv), out=out), scratch)
     return projected
 
 
 def turn(
-    block: Float[Tensor, "rows W D"], turns: list[tuple[Float[Tensor, "_ D"], Float[Tensor, "_ D"]]], above: slice
-) -> Float[Tensor, "rows W D"]:
-    """Rotate the rows `above` of an image, given cosines and sines of the angles of all its rows and columns."""
+    pixels: Float[Tensor, "pixels D"], turns: list[tuple[Float[Tensor, "_ D"], Float[Tensor, "_ D"]]], first: int
+) -> Float[Tensor, "pixels D"]:
+    """Rotate rows of an image from `first` on, given cosines and sines of the angles of all its rows and columns."""
     (row_cos, row_sin), (col_cos, col_sin) = turns
+    block = pixels.view(-1, *col_cos.shape).float()
+    above = slice(first, first + len(block))
     down_cos, down_sin, half = row_cos[above, None], row_sin[above, None], block.shape[2] // 2
     # cosine and sine of a sum: no sine is taken of every pixel's angle
     turned = (down_cos * col_cos).addcmul_(down_sin, col_sin, value=-1).mul_(block)
     sin = (down_sin * col_cos).addcmul_(down_cos, col_sin)
     turned[..., :half].addcmul_(block[..., half:], sin[..., :half], value=-1)
     turned[..., half:].addcmul_(block[..., :half], sin[..., half:])
-    return turned
+    return turned.flatten(0, 1).to(pixels.dtype)
 
 
 def possible(model: nn.Module, *tensors: Tensor) -> bool:

@@ -8,9 +8,8 @@ from typing import Literal
 
 from anyup_core.settings import require
 from anyup_jax.encoders.settings import EncoderConfig
-from train.config import at_least
+from train.config import Size, at_least
 
-Size = tuple[int, int]
 GEOMETRY = ("depth", "normals")  # tasks
 LEVELS = 4  # feature maps of the DPT head
 METHODS = ("nearest", "bilinear", "bicubic", "joint_bilateral", "anyup", "high_resolution", "label_guided")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -138,9 +139,7 @@ def prefetch(function: Callable[[Item], Value], items: Iterable[Item]) -> Iterat
     """
     with ThreadPoolExecutor(1, thread_name_prefix="evaluation") as pool:
         futures = (pool.submit(function, item) for item in items)
-        following = next(futures, None)
-        while following:
-            current, following = following, next(futures, None)
+        for current, _following in pairwise(chain(futures, [None])):  # the next one is submitted by now
             yield current.result()
 
 

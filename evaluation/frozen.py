@@ -128,13 +128,13 @@ def keep(
         require(possible, "probe.pixel_stride", split.pixel_stride, remedy)
         kept[name] = Kept(split, method, plan, folder / _digest([views, method.name, settings[name]]))
         kept[name].folder.mkdir(parents=True, exist_ok=True)
-    computed: dict[str, None] = {}
+    computed: set[str] = set()
     count = len(split) * (1 + split.mirrored)
     for number in range(count):
         missing = {name: x for name, x in kept.items() if not _is_complete(x.path(number), log)}
         if missing:
             _compute(number, missing, encoders)
-            computed |= dict.fromkeys(missing)
+            computed |= set(missing)
         if computed and ((number + 1) % LOGGED_EVERY == 0 or number + 1 == count):
             names = ", ".join(name for name in encoders if name in computed)
             log(f"{method.name}: {number + 1} of {count} views of {names} computed")

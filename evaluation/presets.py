@@ -9,9 +9,8 @@ from hydra.core.config_store import ConfigStore
 from anyup_core.settings import defaults
 from anyup_jax.encoders.settings import EncoderConfig
 from evaluation.config import Config, DatasetConfig, ProbeConfig, UpsamplerConfig
-from train.presets import HYDRA, QUIET
+from train.presets import DINOV2_S, HYDRA, QUIET
 
-DINOV2_S = "vit_small_patch14_dinov2.lvd142m"
 NAME = "evaluation"  # of the configuration that `evaluation.run` changes
 
 LITE = {

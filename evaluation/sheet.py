@@ -41,9 +41,8 @@ def paint_classes(ignore: int) -> Paint:
     """Return a function that paints the first class black, the others in colours, and pixels without a label white."""
     from matplotlib import colormaps
 
-    colours = np.array([colormaps["tab20"](i % COLOURS)[:3] for i in range(256)])
-    colours = np.concatenate([np.zeros((1, 3)), colours])[:256]
-    table = (255 * colours).astype(np.uint8)
+    table = np.zeros((256, 3), np.uint8)
+    table[1:] = 255 * colormaps["tab20"](np.arange(255) % COLOURS)[:, :3]
     table[ignore] = IGNORED
     return lambda classes: table[classes]
 

@@ -27,7 +27,7 @@ from anyup_jax.encoders.settings import EncoderConfig
 from evaluation import fidelity, fitting, results, segmentation, sheet, tasks
 from evaluation.config import Config, DatasetConfig, ProbeConfig
 from evaluation.data import Examples, open_segmentation
-from evaluation.data.layouts import Files
+from evaluation.data.split import Files
 from evaluation.fitting import ProbeFile, prefetch
 from evaluation.frozen import Live, keep, read_view
 from evaluation.methods import Interpolation, JointBilateral

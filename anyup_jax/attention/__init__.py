@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from jaxtyping import Array, Float, Int
 
+from anyup_core.checks import check_attention
 from anyup_core.geometry import AxisWindow
 from anyup_jax.attention.automatic import automatic
 from anyup_jax.attention.dense import dense
@@ -57,20 +58,7 @@ def window_attention(
     Raises:
         ValueError: for an unknown backend, a chunk size below 1, or shapes that do not fit the windows.
     """
-    shapes = f"query {query.shape}, key {key.shape}, values {values.shape}"
     strips = 1 if strip is None else rows.queries // max(query.shape[1], 1)
-    sizes = (strips * query.shape[1], query.shape[2], *key.shape[1:3])
-    if (rows.queries, cols.queries, rows.keys, cols.keys) != sizes:
-        raise ValueError(
-            f"Windows of {rows.queries} x {cols.queries} queries over {rows.keys} x {cols.keys} keys "
-            f"do not fit {shapes}."
-        )
-    if key.shape[:3] != values.shape[:3] or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
-        raise ValueError(
-            f"Queries and keys must share batch and channels, keys and values batch and positions; got {shapes}."
-        )
-    if q_chunk_size is not None and q_chunk_size < 1:
-        raise ValueError(f"q_chunk_size={q_chunk_size} must be at least 1, or None to let the backend choose.")
-    q_chunk_size = None if q_chunk_size is None else int(q_chunk_size)
+    q_chunk_size = check_attention(query, key, values, rows, cols, q_chunk_size, strips)
     options = dict(num_heads=num_heads, q_chunk_size=q_chunk_size, strip=0 if strip is None else strip)
     return resolve(backend)(query, key, values, rows, cols, **options)

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -33,9 +32,7 @@ class TileTables(NamedTuple):
 
     @classmethod
     def of(cls, tiles: AxisTiles) -> TileTables:
-        with np.errstate(divide="ignore"):
-            bias = np.log(tiles.count.astype(np.float32))
-        return cls(jnp.asarray(tiles.first), jnp.asarray(tiles.start), jnp.asarray(bias))
+        return cls(*map(jnp.asarray, (tiles.first, tiles.start, tiles.bias())))
 
     def last_word(self, run: Int[Array, ""]) -> Bool[Array, " size"]:
         """Which queries of a run the next run does not compute again."""

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from anyup_core.checks import check_attention
 from anyup_core.geometry import AxisWindow
 from anyup_torch.attention.dense import dense
 from anyup_torch.attention.natten import natten, require
@@ -76,18 +77,6 @@ def window_attention(
     Raises:
         ValueError: for an unknown backend, a chunk size below 1, or shapes that do not fit the windows.
     """
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, values {tuple(values.shape)}"
-    if (rows.queries, cols.queries) != query.shape[1:3] or (rows.keys, cols.keys) != key.shape[1:3]:
-        raise ValueError(
-            f"Windows of {rows.queries} x {cols.queries} queries over {rows.keys} x {cols.keys} keys "
-            f"do not fit {shapes}."
-        )
-    if key.shape[:3] != values.shape[:3] or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
-        raise ValueError(
-            f"Queries and keys must share batch and channels, keys and values batch and positions; got {shapes}."
-        )
-    if q_chunk_size is not None and q_chunk_size < 1:
-        raise ValueError(f"q_chunk_size={q_chunk_size} must be at least 1, or None to let the backend choose.")
-    q_chunk_size = None if q_chunk_size is None else int(q_chunk_size)
+    q_chunk_size = check_attention(query, key, values, rows, cols, q_chunk_size)
     attend = BACKENDS[resolve(backend, query.device)]
     return attend(query, key, values, rows, cols, num_heads=num_heads, q_chunk_size=q_chunk_size)

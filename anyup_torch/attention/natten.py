@@ -72,7 +72,8 @@ def _forward(
     tall, wide = rows.neighbourhood, cols.neighbourhood
     fits = all(axis.kernel > 1 and axis.kernel * axis.dilation <= len(axis.source) for axis in (tall, wide))
     if query.is_cuda and chunk is None and fits:
-        upsampled = (x[:, _index(tall, x)][:, :, _index(wide, x)] for x in (key, values))
+        row_source, col_source = (torch.from_numpy(axis.source).to(query.device) for axis in (tall, wide))
+        upsampled = (x[:, row_source][:, :, col_source] for x in (key, values))
         return _attend(query, *upsampled, (tall.kernel, wide.kernel), (tall.dilation, wide.dilation), heads)
     output = values.new_empty(*query.shape[:3], values.shape[-1])
     for across in _blocks(wide, chunk or BLOCK):
@@ -82,10 +83,6 @@ def _forward(
             result = _attend(near, *seen, (down.kernel, across.kernel), (1, 1), heads)
             output[:, down.queries, across.queries] = result[:, down.inside, across.inside]
     return output
-
-
-def _index(axis: Neighbourhood, like: Tensor) -> Tensor:
-    return torch.from_numpy(axis.source).to(like.device)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,18 +59,10 @@ class TileAttention:
         self, tall: AxisTiles, wide: AxisTiles, num_heads: int, q_chunk_size: int | None, device: torch.device
     ):
         self.tall, self.wide, self.num_heads = tall, wide, num_heads
-        queries = tall.size * wide.size
-        if q_chunk_size is None:
-            self.group = (GROUP_PAIRS if device.type == "cpu" else GROUP_PAIRS_PARALLEL) // (
-                queries * tall.span * wide.span
-            )
-        else:
-            self.group = q_chunk_size // queries
-        self.group = max(1, min(self.group, wide.runs))
-        with np.errstate(divide="ignore"):
-            self.row_bias, self.col_bias = (
-                torch.from_numpy(np.log(tiles.count.astype(np.float32))).to(device) for tiles in (tall, wide)
-            )
+        queries, pairs = tall.size * wide.size, GROUP_PAIRS if device.type == "cpu" else GROUP_PAIRS_PARALLEL
+        group = (q_chunk_size or pairs // (tall.span * wide.span)) // queries
+        self.group = max(1, min(group, wide.runs))
+        self.row_bias, self.col_bias = (torch.from_numpy(tiles.bias()).to(device) for tiles in (tall, wide))
         self.query_cols = torch.from_numpy(wide.first[:, None] + np.arange(wide.size)).to(device)
         self.key_cols = torch.from_numpy(wide.start[:, None] + np.arange(wide.span)).to(device)
 

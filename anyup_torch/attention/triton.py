@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -64,8 +63,6 @@ def triton(
 def _forward(
     query: Tensor, key: Tensor, values: Tensor, rows: AxisWindow, cols: AxisWindow, num_heads: int, chunk: int | None
 ) -> Tensor:
-    from triton import cdiv
-
     from anyup_torch.attention.triton_kernels import WARPS, average, blocks, log_sum_exp
 
     query, key, values = query.contiguous(), key.contiguous(), values.contiguous()
@@ -86,7 +83,7 @@ def _forward(
     with torch.cuda.device_of(query):
         grid, options = (tiles, num_heads, batch), dict(num_warps=WARPS["log_sum_exp"])
         log_sum_exp[grid](query, key, sums, *tables, *sizes, scale, **shape, **options)
-        grid, options = (tiles, cdiv(channels, block_e), batch), dict(BLOCK_E=block_e, num_warps=WARPS["average"])
+        grid, options = (tiles, -(-channels // block_e), batch), dict(BLOCK_E=block_e, num_warps=WARPS["average"])
         average[grid](query, key, values, sums, out, *tables, *sizes, channels, scale, **shape, **options)
     return out
 
@@ -94,7 +91,5 @@ def _forward(
 @functools.lru_cache(maxsize=64)
 def _tables(tiles: AxisTiles, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """First queries, first keys and log counts of the tiles of one axis."""
-    with np.errstate(divide="ignore"):
-        bias = np.log(tiles.count.astype(np.float32))
-    first, start, bias = (torch.from_numpy(x.copy()).to(device) for x in (tiles.first, tiles.start, bias))
+    first, start, bias = (torch.from_numpy(x.copy()).to(device) for x in (tiles.first, tiles.start, tiles.bias()))
     return first, start, bias

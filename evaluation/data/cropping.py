@@ -16,9 +16,7 @@ def covering(native: Size, size: Size) -> Size:
     `Resize`.
     """
     height, width = native
-    if size[0] * width >= size[1] * height:
-        return size[0], max(size[1], size[0] * width // height)
-    return max(size[0], size[1] * height // width), size[1]
+    return max(size[0], size[1] * height // width), max(size[1], size[0] * width // height)
 
 
 def centre(whole: Size, size: Size) -> tuple[int, int]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
-import io
 import os
 import posixpath
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +18,7 @@ from PIL import Image
 from anyup_core.settings import require
 from evaluation.config import DatasetConfig
 from evaluation.data import tables
+from evaluation.data.split import Files
 from evaluation.data.tables import Ids
 from train.data.sources import open_tfds
 
@@ -29,52 +29,27 @@ COCO_LIST = "Coco164kFull_Stuff_Coarse"
 
 
 @dataclasses.dataclass(frozen=True)
-class Files:
-    """Image files below a folder and the label file of each, as relative paths; methods as in `Records`."""
-
-    root: Path
-    pairs: Pairs
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def name(self, index: int) -> str:
-        return self.pairs[index][0]
-
-    def open(self, index: int) -> list[tuple[str, Path]]:
-        return [(name, self.root / name) for name in self.pairs[index]]
-
-    def contents(self, index: int) -> list[bytes]:
-        return [path.read_bytes() for _, path in self.open(index)]
-
-
-@dataclasses.dataclass(frozen=True)
 class Records:
-    """The records of a split.
+    """The records of a split; methods as in `Files`.
 
     Attributes:
         data: the records by number: the bytes of their features by name.
         title: the data set and its split.
         image, label: names of the features.
-        names: of the classes; None if the label's feature has none.
+        classes: their names; None if the label's feature has none.
     """
 
     data: Any
     title: str
     image: str
     label: str
-    names: tuple[str, ...] | None
+    classes: tuple[str, ...] | None
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def name(self, index: int) -> str:
-        return f"{self.title}#{index}"
-
-    def open(self, index: int) -> list[tuple[str, io.BytesIO]]:
-        """Return the image and the label, each with its name in messages and its encoded content, for Pillow."""
-        names = self.name(index), f"{self.name(index)} ({self.label})"
-        return [(name, io.BytesIO(content)) for name, content in zip(names, self.contents(index))]
+    def names(self, index: int) -> tuple[str, ...]:
+        return f"{self.title}#{index}", f"{self.title}#{index} ({self.label})"
 
     def contents(self, index: int) -> list[bytes]:
         record = self.data[index]
@@ -96,8 +71,8 @@ def open_records(config: DatasetConfig, split: str) -> Records:
     if not len(data):
         raise FileNotFoundError(f"The split {split} of {config.name} has no images.")
     label = features[config.label]
-    names = tuple(label.names) if getattr(label, "num_classes", None) else None
-    return Records(data, f"{config.name}/{split}", config.image, config.label, names)
+    classes = tuple(label.names) if getattr(label, "num_classes", None) else None
+    return Records(data, f"{config.name}/{split}", config.image, config.label, classes)
 
 
 def locate(root: str, places: Iterable[Path], missing: str, contents: str) -> Path:

@@ -18,7 +18,7 @@ from evaluation.config import DatasetConfig
 from evaluation.data.cropping import centre, crop_image, crop_nearest
 from evaluation.data.layouts import locate
 from evaluation.data.pickled_arrays import read_arrays
-from evaluation.data.split import Split
+from evaluation.data.split import Files, Split
 
 NATIVE = (480, 640)
 VARIABLES = ("img", "depth", "norm")  # of GeoNet's files
@@ -60,27 +60,15 @@ class Scene(NamedTuple):
     normals: Float32[np.ndarray, "H W 3"]
 
 
-@dataclasses.dataclass(frozen=True)
-class GeoNet:
+class GeoNet(Files):
     """The .mat files of GeoNet, 30914 frames of the raw videos."""
-
-    root: Path
-    files: Sequence[str]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def name(self, index: int) -> str:
-        return self.files[index]
-
-    def contents(self, index: int) -> list[bytes]:
-        return [(self.root / self.files[index]).read_bytes()]
 
     def planes(self, index: int) -> Planes:
         """Return the image, 8 bits, the depth in metres and the normals."""
         import scipy.io  # takes a second
 
-        path = self.root / self.files[index]
+        (name,) = self.names(index)
+        path = self.root / name
         try:
             arrays = scipy.io.loadmat(path, variable_names=VARIABLES)
         except FileNotFoundError:
@@ -106,8 +94,8 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.arrays["test_indices"])
 
-    def name(self, index: int) -> str:
-        return f"{self.path.name}#{self.arrays['test_indices'][index]}"
+    def names(self, index: int) -> tuple[str, ...]:
+        return (f"{self.path.name}#{self.arrays['test_indices'][index]}",)
 
     def contents(self, index: int) -> list[bytes]:
         return [plane.tobytes() for plane in self.planes(index)]
@@ -179,7 +167,7 @@ def open_nyu(config: DatasetConfig, split: Literal["train", "val"], limit: int |
         files = [name for index, name in enumerate(files) if (index % 20 == 0) == (chosen == "valid")]
     if not files:
         raise FileNotFoundError(f"The split {chosen} in {folder} has no .mat files; {root} must hold {CONTENTS}.")
-    return Scenes(source=GeoNet(folder, files), size=config.size, limit=limit)
+    return Scenes(source=GeoNet(folder, [(name,) for name in files]), size=config.size, limit=limit)
 
 
 def _labelled(path: Path) -> Labelled:

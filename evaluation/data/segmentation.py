@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +17,8 @@ from anyup_core.files import open_image, to_rgb
 from anyup_core.settings import require
 from evaluation.config import DatasetConfig
 from evaluation.data.cropping import crop_image, crop_nearest
-from evaluation.data.layouts import LAYOUTS, SPLITS, Files, Records, open_records
-from evaluation.data.split import Split
+from evaluation.data.layouts import LAYOUTS, SPLITS, Records, open_records
+from evaluation.data.split import Files, Split
 
 CLASSES = "classes.json"
 UNKNOWN = -1  # in a table of labels: a value that is no class
@@ -77,7 +78,8 @@ class Examples(Split):
             OSError: if the image or the label cannot be read.
             ValueError: if the label is no map of classes, has another size than the image, or a value that is no class.
         """
-        (name, image_file), (label_name, label_file) = self.source.open(index)
+        name, label_name = self.source.names(index)
+        image_file, label_file = map(io.BytesIO, self.source.contents(index))
         try:
             with open_image(image_file, name) as image, open_image(label_file, label_name) as label:
                 if label.size != image.size:
@@ -117,7 +119,7 @@ def open_segmentation(config: DatasetConfig, split: Literal["train", "val"], **o
     chosen = getattr(config, split)
     if config.kind == "tfds":
         source = open_records(config, chosen or SPLITS[split])
-        classes, ids = _numbered(config, source.names, f"the feature {config.label} of {config.name}"), None
+        classes, ids = _numbered(config, source.classes, f"the feature {config.label} of {config.name}"), None
     elif config.kind in LAYOUTS:
         layout = LAYOUTS[config.kind]
         source, ids = layout.files(str(config.root), chosen or getattr(layout, split)), layout.ids
