@@ -1,0 +1,70 @@
+"""JAX's global settings change no result: a model, encoders, the command line and a training in each of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+PROGRAM = """
+import sys
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+import anyup_jax
+from anyup_jax import encoders
+
+dtype, path = sys.argv[1:]
+random = np.random.default_rng(0)
+image, features, photograph = (
+    random.standard_normal(shape, np.float32) for shape in ((1, 32, 48, 3), (1, 4, 6, 24), (1, 64, 64, 3))
+)
+model = anyup_jax.AnyUp(anyup_jax.AnyUpConfig(qk_dim=16, num_heads=2), rngs=nnx.Rngs(0), dtype=dtype)
+natten = anyup_jax.AnyUp(model.config.replace(window="natten", backend="dense"), rngs=nnx.Rngs(0), dtype=dtype)
+outputs = dict(
+    call=model(image, features),
+    natten=natten(image, features),
+    upsample=anyup_jax.upsample(model, image, features, (20, 30), 64),
+    many=anyup_jax.upsample_many(model, image, [features, features[:, :2]])[1],
+    bands=jnp.concatenate(list(anyup_jax.upsample_bands(model, image, features, (40, 60), rows=16)), 1),
+    gradient=jax.grad(lambda x: model(image, x).astype(jnp.float32).sum())(jnp.asarray(features)),
+    weights=nnx.grad(lambda m: m(image, features).astype(jnp.float32).sum())(model).query_encoder.conv.kernel[...],
+)
+for name in ("vit_tiny_patch16_224", "vit_small_patch16_dinov3", "convnext_tiny", "resnet50", "efficientnet_lite0"):
+    encoder = encoders.create(name, pretrained=False, dtype=dtype)
+    outputs[name] = encoder(encoder.normalize(jnp.asarray(photograph)))
+np.savez(path, **{name: np.asarray(output, np.float32) for name, output in outputs.items()})
+"""
+
+
+def outputs(path: Path, dtype: str, **variables: str) -> dict[str, np.ndarray]:
+    command = [sys.executable, "-c", PROGRAM, dtype, str(path)]
+    subprocess.run(command, check=True, env=os.environ | variables)
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, np.ndarray]]:
+    return request.param, outputs(tmp_path_factory.mktemp("plain") / "x.npz", request.param)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"JAX_ENABLE_X64": "1"},
+        {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict"},
+    ],
+    ids=lambda variables: next(iter(variables)),
+)
+def test_outputs(plain: tuple[str, dict[str, np.ndarray]], tmp_path: Path, variables: dict[str, str]) -> None:
+    dtype, expected = plain
+    for name, output in outputs(tmp_path / "x.npz", dtype, **variables).items():
+        scale = np.abs(expected[name]).max()
+        tolerance = 2e-5 if dtype == "float32" else 2e-2
+        np.testing.assert_allclose(output / scale, expected[name] / scale, rtol=0, atol=tolerance, err_msg=name)
