@@ -49,19 +49,16 @@ def locked(output: Path) -> Iterator[None]:
     """
     output.mkdir(parents=True, exist_ok=True)
     holder = output / HOLDER  # the lock's own file is emptied by whoever tries to take it
-    lock = FileLock(output / LOCK)
     try:
-        lock.acquire(blocking=False)
+        lock = FileLock(output / LOCK, blocking=False).acquire()
     except Timeout:
         by = holder.read_text().strip() if holder.is_file() else "another process"
         raise FileExistsError(
             f"output_dir={output} is in use by {by}; wait for that run to end, or name another output_dir."
         ) from None
-    try:
+    with lock:
         holder.write_text(f"process {os.getpid()} on host {socket.gethostname()}\n")
         yield
-    finally:
-        lock.release()
 
 
 def write_config(output: Path, config: Config) -> None:
