@@ -25,8 +25,6 @@ from jaxtyping import Array, UInt32
 from anyup_core import settings
 from train.state import Trees
 
-ARRAYS = ("params", "optimizer", "ema")
-RECORDS = ("data", "config", "progress")
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError)
 """What Orbax and TensorStore raise for files that are missing or cannot be decoded; other errors are not the files'."""
 DAMAGED = "damaged"  # the folder, beside `checkpoints`, that damaged checkpoints are moved to
@@ -62,7 +60,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, keep_period=keep_period, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )
-        self.manager = ocp.CheckpointManager(self.directory, options=options, item_names=ARRAYS + RECORDS)
+        self.manager = ocp.CheckpointManager(self.directory, options=options)
         self.saving: int | None = None
 
     def steps(self) -> list[int]:
@@ -81,8 +79,8 @@ class Checkpoints:
             OSError: if this checkpoint or the one before it could not be written.
         """
         trees = {name: tree for name, tree in trees.items() if tree is not None}
-        progress = dict(step=step, digests={name: digests(tree) for name, tree in trees.items()})
-        progress["items"] = [*trees, "data", "config"]
+        arrays = {name: digests(tree) for name, tree in trees.items()}
+        progress = dict(step=step, digests=arrays, items=[*trees, "data", "config"])
         progress["records"] = record_digest(data, config, progress)
         records = dict(data=data, config=config, progress=progress)
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
@@ -190,7 +188,12 @@ class Checkpoints:
                 trees[name] = reader.restore(folder / name, item=tree, restore_args=arguments)
         records = (folder / name / "metadata" for name in ("data", "config"))
         data, config = (json.loads(path.read_text()) if path.is_file() else None for path in records)
-        check_records(step, data, config, progress)
+        if "records" in progress and progress["records"] != record_digest(data, config, progress):
+            raise ValueError("data, config or progress is not what was saved")
+        # checkpoints from before these digests, and those of `convert`, have none; only their steps are compared
+        for name, record in (("progress", progress), ("data", data)):
+            if record is not None and record["step"] != step:
+                raise ValueError(f"{name} is of step {record['step']}")
         return Restored(step, trees, data, config), progress.get("digests", {})
 
     def _set_aside(self, step: int) -> Path:
@@ -225,18 +228,6 @@ def record_digest(data: Any, config: Any, progress: dict[str, Any]) -> str:
     """Return a digest of the position in the data, the configuration, and the progress without this digest."""
     others = {name: value for name, value in progress.items() if name != "records"}
     return hashlib.sha256(json.dumps([data, config, others], sort_keys=True).encode()).hexdigest()
-
-
-def check_records(step: int, data: Any, config: Any, progress: dict[str, Any]) -> None:
-    """Raise ValueError unless the records are those of this step, as they were saved.
-
-    Checkpoints from before these digests, and those of `convert`, have none; only their steps are compared.
-    """
-    if "records" in progress and progress["records"] != record_digest(data, config, progress):
-        raise ValueError("data, config or progress is not what was saved")
-    for name, record in (("progress", progress), ("data", data)):
-        if record is not None and record["step"] != step:
-            raise ValueError(f"{name} is of step {record['step']}")
 
 
 def digests(tree: Any) -> dict[str, int]:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 import anyup_jax
 from anyup_core.settings import to_dict
 from anyup_jax.model import AnyUp
-from train import encoders, pictures, program, sharding
+from train import dry_run, encoders, pictures, program, sharding
 from train.checkpoint import Checkpoints
 from train.config import Config
 from train.data import ARRAYS, Batches, open_source
@@ -50,8 +50,6 @@ def run(config: Config, *, dry: bool = False) -> int:
     check_output(output, config)
     source = shared_source(config)
     if dry:
-        from train import dry_run
-
         dry_run.show(config, mesh, source)
         return 0
     with locked(output) if jax.process_index() == 0 else contextlib.nullcontext():
