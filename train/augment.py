@@ -77,8 +77,7 @@ def _shift_hue(image: Image.Image, turns: float) -> Image.Image:
 
     def shift(pixels: UInt8[np.ndarray, "h w 3"]) -> Int16[np.ndarray, "h w 3"]:
         planes = [pixels[..., channel].astype(np.int16) for channel in range(3)]
-        greatest = np.maximum(np.maximum(planes[0], planes[1]), planes[2])
-        least = np.minimum(np.minimum(planes[0], planes[1]), planes[2])
+        greatest, least = functools.reduce(np.maximum, planes), functools.reduce(np.minimum, planes)
         step = ((greatest - least) * part + 64) >> 7
         rises, falls = least + step, step - greatest
         shifted = np.empty(pixels.shape, np.int16)
@@ -131,9 +130,7 @@ def _in_bands(
 def _compress(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=int(rng.choice(QUALITIES, p=QUALITY_WEIGHTS)))
-    with Image.open(file) as decoded:
-        decoded.load()
-        return decoded
+    return Image.open(file).copy()
 
 
 def _noise(image: UInt8[np.ndarray, "H W 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "H W 3"]:

@@ -324,11 +324,6 @@ class Config:
                  "only pasted regions have known outlines, set dataset.pasted_regions=2")  # fmt: skip
         require(self.model.input_dim == 3, "model.input_dim", self.model.input_dim, "photographs have 3 channels")
 
-    @property
-    def consistency_size(self) -> Size:
-        """Height and width at which the consistency term is measured."""
-        return self.loss.consistency_size or self.dataset.img_size
-
 
 FREE_TO_CHANGE = (
     "max_steps", "mesh", "checkpoint", "log", "profile", "output_dir", "remat", "dataset.root", "dataset.index",

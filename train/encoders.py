@@ -47,13 +47,12 @@ def choose(seed: int, step: int, patches: dict[str, int]) -> str:
 def step_sizes(config: Config, patch: int, step: int) -> StepSizes:
     """Return the sizes of a step; those that the configuration leaves to chance are drawn for each step."""
     data, whole = config.dataset, config.dataset.img_size
+    consistency = config.loss.consistency_size or data.img_size
     if data.global_view_random_resize is not None:
         scale = np.random.default_rng((config.seed, step, 1)).uniform(*data.global_view_random_resize)
         whole = tuple(max(2, round(side * scale / patch)) * patch for side in data.crop_size)
     share = float(np.random.default_rng((config.seed, step, 2)).choice(config.features.shares))
-    return StepSizes(
-        patch, data.crop_size, data.img_size, whole, data.guidance_size or whole, config.consistency_size, share
-    )
+    return StepSizes(patch, data.crop_size, data.img_size, whole, data.guidance_size or whole, consistency, share)
 
 
 def bridge_features(encoder: Bridge, batch: dict[str, np.ndarray], sizes: StepSizes) -> dict[str, np.ndarray]:

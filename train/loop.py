@@ -6,7 +6,7 @@ import collections
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,14 +58,6 @@ def run(config: Config, *, dry: bool = False) -> int:
         return Run(config, mesh, source, output).train()
 
 
-class StepResult(NamedTuple):
-    """The number of a step, its metrics, which the devices may still be computing, and the names of its photographs."""
-
-    step: int
-    metrics: dict[str, jax.Array]
-    names: list[str]
-
-
 class Run:
     """A run whose configuration has been checked."""
 
@@ -76,7 +68,12 @@ class Run:
         for name, encoder in self.encoders.items():
             encoders.check_sizes(name, encoder.stride, config)
         self.patches = {name: encoder.stride for name, encoder in self.encoders.items()}
-        self.graph, state = init_state(config, initial_model(config))
+        initial, dtype = config.checkpoint.init_from, jnp.dtype(config.dtype)
+        if initial is None:
+            model = AnyUp(config.model, rngs=nnx.Rngs(config.seed), dtype=dtype)
+        else:
+            model = anyup_jax.from_pretrained(initial, dtype=dtype, backend=config.model.backend)
+        self.graph, state = init_state(config, model)
         self.specs = state_specs(state, config.mesh.parameters, mesh)
         self.state: TrainState = sharding.place(state, self.specs, mesh)
         self.frozen: dict[str, tuple[nnx.GraphDef | None, Any, Any]] = {}  # structure, specs and parameters on the mesh
@@ -111,27 +108,27 @@ class Run:
                 try:
                     return self.loop(first, trace, asked_to_stop)
                 except OSError as error:
-                    failure = error  # closing what failed may fail again
+                    failure = str(error)  # closing what failed may fail again
                     raise
         except OSError as error:
-            print("error:", " ".join(str(failure or error).split()), flush=True)
+            print("error:", " ".join((failure or str(error)).split()), flush=True)
             return NOT_WRITTEN
 
     def loop(self, first: int, trace: Trace, asked_to_stop: Callable[[int], bool]) -> int:
         """Do the steps after `first`. A step's metrics are read while the next one runs, so no device waits for it."""
-        config, pending = self.config, collections.deque[StepResult]()
+        config, pending = self.config, collections.deque[tuple[int, dict[str, jax.Array], list[str]]]()
         for number in range(first + 1, config.max_steps + 1):
             batch = next(self.batches)
             self.metrics.skipped(batch["skipped"])
-            trace.step(number, [result.metrics for result in pending])
-            pending.append(StepResult(number, self.advance(number, batch), batch["name"]))
+            trace.step(number, [metrics for _, metrics, _ in pending])
+            pending.append((number, self.advance(number, batch), batch["name"]))
             stopping = asked_to_stop(number)
             saving = number % config.checkpoint.every == 0 or number == config.max_steps or stopping
             drawing = config.log.pictures_every and number % config.log.pictures_every == 0
             while pending and (len(pending) > 1 or saving or drawing):
-                result = pending.popleft()
-                if not self.report(result):
-                    return self.abort(result)
+                step, metrics, names = pending.popleft()
+                if not self.report(step, metrics):
+                    return self.abort(step, metrics, names)
             if saving:
                 self.save()
             if drawing:
@@ -158,24 +155,24 @@ class Run:
         self.state, metrics = self.steps[name, sizes](self.state, frozen, arrays)
         return metrics
 
-    def report(self, result: StepResult) -> bool:
+    def report(self, step: int, metrics: dict[str, jax.Array]) -> bool:
         """Write a step's metrics; return whether loss and gradient are finite."""
-        values = {name: float(value) for name, value in jax.device_get(result.metrics).items()}
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not values.pop("ok"):
             return False
-        self.metrics.log(result.step, values)
+        self.metrics.log(step, values)
         return True
 
-    def abort(self, result: StepResult) -> int:
+    def abort(self, step: int, metrics: dict[str, jax.Array], names: list[str]) -> int:
         """Save the last good state, which the step has left as it was, and say which step is not finite."""
-        loss, norm = (float(result.metrics[name]) for name in ("loss", "gradient_norm"))
+        loss, norm = (float(metrics[name]) for name in ("loss", "gradient_norm"))
         good = int(self.state.step)
         if good and good not in self.saver.steps():
             self.save()
             self.saver.wait()
         self.metrics.say(
-            f"error: step {result.step} is not finite (loss {loss}, gradient norm {norm}) on "
-            f"{', '.join(map(str, result.names))}; the state after step {good} is kept in "
+            f"error: step {step} is not finite (loss {loss}, gradient norm {norm}) on "
+            f"{', '.join(names)}; the state after step {good} is kept in "
             f"{self.output / 'checkpoints'}. Lower optimizer.learning_rate, set optimizer.clip_norm, or take these "
             "files out."
         )
@@ -198,14 +195,6 @@ class Run:
             path = self.output / "pictures" / f"step_{number:08d}{ending}.png"
             picture = pictures.draw(path, model, encoder, self.held_out, self.config.dataset.img_size, step=number)
             self.metrics.image(number, f"upsampled{ending}", picture)
-
-
-def initial_model(config: Config) -> AnyUp:
-    """Return the model before the first step."""
-    dtype = jnp.dtype(config.dtype)
-    if config.checkpoint.init_from is not None:
-        return anyup_jax.from_pretrained(config.checkpoint.init_from, dtype=dtype, backend=config.model.backend)
-    return AnyUp(config.model, rngs=nnx.Rngs(config.seed), dtype=dtype)
 
 
 def shared_source(config: Config) -> Source:

@@ -119,7 +119,13 @@ class Metrics(contextlib.ExitStack):
         self._mark = step, now
         values["memory_bytes"] = memory_bytes()
         values["skipped"] = len(self.skipped_names)
-        self._write(step, values)
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
+        self._lines.flush()
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
         report = self._describe(step, values, seconds)
         if self._progress:
             self._progress.update(self._task, completed=step, report=report)
@@ -145,15 +151,6 @@ class Metrics(contextlib.ExitStack):
         """Print a line, above the progress line if there is one."""
         if self.main:
             self.console.print(Text(text), soft_wrap=True)
-
-    def _write(self, step: int, values: dict[str, float]) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
-        self._lines.flush()
-        if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-            self._board.flush()
 
     def _describe(self, step: int, values: dict[str, float], seconds: float | None) -> str:
         parts = [f"loss {values['loss']:.4f}"] if "loss" in values else []

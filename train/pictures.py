@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -52,11 +53,8 @@ def held_out(config: Config) -> list[Photograph]:
         raise ValueError(f"{setting}={str(root)!r} is no folder; name a folder of photographs.")
     photographs: list[Photograph] = []
     for path in _files(root, reverse=bool(note)):
-        try:
-            crop = _centre_crop(path, config)
-        except (OSError, ValueError):
-            continue
-        photographs.append((printable(path.relative_to(root).as_posix()) + note, crop))
+        with contextlib.suppress(OSError, ValueError):
+            photographs.append((printable(path.relative_to(root).as_posix()) + note, _centre_crop(path, config)))
         if len(photographs) == count:
             break
     if not photographs:

@@ -9,8 +9,7 @@ from omegaconf import OmegaConf
 
 from anyup_core.config import AnyUpConfig
 from anyup_core.settings import defaults, to_dict
-from train import config as settings
-from train.config import Config, DatasetConfig, MeshConfig, OptimizerConfig
+from train.config import Config, DatasetConfig, EncoderConfig, MeshConfig, OptimizerConfig
 
 NAME = "train"  # of hydra's configuration for `train.run`
 
@@ -79,7 +78,7 @@ def register() -> None:
     """Register the groups and presets with hydra."""
     store = ConfigStore.instance().store
     for name, members in ENCODERS.items():
-        node = {key: defaults(settings.EncoderConfig, **fields) for key, fields in members.items()}
+        node = {key: defaults(EncoderConfig, **fields) for key, fields in members.items()}
         store(name=name, group="encoders", node=node)
     for group, kind, options in (
         ("model", AnyUpConfig, MODELS), ("dataset", DatasetConfig, DATASETS),
@@ -98,6 +97,6 @@ def register() -> None:
 
 def _others(name: str, changes: dict[str, Any]) -> dict[str, Any]:
     """Return every setting outside the groups, with a preset's changes, so that no other preset's value remains."""
-    plain = to_dict(Config(encoders={"none": settings.EncoderConfig(name="none")}, output_dir=f"outputs/{name}"))
+    plain = to_dict(Config(encoders={"none": EncoderConfig(name="none")}, output_dir=f"outputs/{name}"))
     rest = {name: value for name, value in plain.items() if name not in GROUPS}
     return OmegaConf.to_container(OmegaConf.merge(rest, changes))

@@ -119,5 +119,4 @@ def place(tree: Any, tree_specs: Any, mesh: Mesh) -> Any:
 
 def place_batch(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Return global arrays, given this process's share of a batch."""
-    sharding = NamedSharding(mesh, BATCH)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in arrays.items()}
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), arrays)

@@ -171,13 +171,11 @@ def _start_worker() -> None:
 
 
 def _measure(path: str) -> Size:
-    if not os.path.isfile(path):  # opening a pipe or a device could wait for ever
-        return -1, -1
-    try:
-        with warnings.catch_warnings(action="ignore"), open_image(path, path) as image:
+    if os.path.isfile(path):  # opening a pipe or a device could wait for ever
+        # damaged EXIF makes Pillow raise nearly any error; one file must not end the run
+        with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"), open_image(path, path) as image:
             return upright_size(image)
-    except Exception:  # damaged EXIF makes Pillow raise nearly any error; one file must not end the run
-        return -1, -1
+    return -1, -1
 
 
 def _format(row: Row) -> str:

@@ -128,7 +128,11 @@ def loss_of(
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     if (channels := draw_channels(config.features, sizes.share, lr.shape[-1], key)) is not None:
         lr, hr = lr[..., channels], hr[..., channels]
-    views = views_of(batch, sizes, *lax.stop_gradient((lr, hr)), config.dataset.pasted_regions)
+    mean, std = (jnp.asarray(x, jnp.float32) for x in IMAGENET)
+    clean, augmented = ((lr_view(batch[name], sizes.guidance) - mean) / std for name in ("image", "augmented"))
+    pasted = config.dataset.pasted_regions
+    regions = jax.nn.one_hot(batch["regions"], 1 + pasted) if pasted else None
+    views = Views(clean, augmented, *lax.stop_gradient((lr, hr)), sizes.corners(batch["crops"]), regions)
     terms = objective(model, views, sizes.cells, sizes.consistency, config.loss, remat=config.remat)
     loss = sum(terms.values())
     return loss, terms | dict(loss=loss)
@@ -155,10 +159,7 @@ def updated(
 
 def lr_view(image: UInt8[Array, "B H W 3"], size: Size) -> Float[Array, "B h w 3"]:
     """Return photographs with values in [0, 1] at another size, bilinear and antialiased."""
-    image = image.astype(jnp.float32) / 255
-    if image.shape[1:3] == size:
-        return image
-    return jax.image.resize(image, (len(image), *size, 3), "bilinear", antialias=True)
+    return jax.image.resize(image.astype(jnp.float32) / 255, (len(image), *size, 3), "bilinear", antialias=True)
 
 
 def encoder_views(batch: Batch, sizes: StepSizes) -> tuple[Float[Array, "B H W 3"], Float[Array, "B*n Hc Wc 3"]]:
@@ -182,16 +183,6 @@ def draw_channels(config: FeaturesConfig, share: float, channels: int, key: PRNG
         return None
     drawn = jax.random.permutation(key, channels)[:kept]
     return drawn if config.shuffle else drawn.sort()
-
-
-def views_of(
-    batch: Batch, sizes: StepSizes, lr: Float[Array, "B h w C"], hr: Float[Array, "B n hc wc C"], pasted: int
-) -> Views:
-    """Return what the objective compares; `pasted` is how many regions are pasted onto each photograph."""
-    mean, std = (jnp.asarray(x, jnp.float32) for x in IMAGENET)
-    clean, augmented = ((lr_view(batch[name], sizes.guidance) - mean) / std for name in ("image", "augmented"))
-    regions = jax.nn.one_hot(batch["regions"], 1 + pasted) if pasted else None
-    return Views(clean, augmented, lr, hr, sizes.corners(batch["crops"]), regions)
 
 
 def in_parts(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
