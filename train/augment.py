@@ -39,8 +39,7 @@ def augment(image: UInt8[np.ndarray, "H W 3"], strength: float, rng: np.random.G
     for probability, operation in OPERATIONS:
         if probability == 1 or rng.random() < probability ** (1 / strength):
             picture = operation(picture, rng)
-    result = np.asarray(picture)
-    return _noise(result, rng) if rng.random() < NOISE_PROBABILITY ** (1 / strength) else result
+    return np.asarray(picture)
 
 
 def _colours(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -162,6 +161,6 @@ OPERATIONS: tuple[tuple[float, Operation], ...] = (
     (0.1, lambda image, rng: ImageOps.posterize(image, 5)),
     (0.05, lambda image, rng: ImageOps.solarize(image, SOLARIZE)),
     (0.02, lambda image, rng: ImageOps.invert(image)),
+    (0.6, lambda image, rng: Image.fromarray(_noise(np.asarray(image), rng))),
 )
 """Probability at strength 1, and the operation, in the order in which they are applied."""
-NOISE_PROBABILITY = 0.6

@@ -135,12 +135,11 @@ class Checkpoints:
         self.wait()
         wanted = {name: tree for name, tree in template.items() if tree is not None}
         steps = self.steps()
-        for step in reversed(steps):
+        for number, step in reversed(list(enumerate(steps))):
             restored, fault = self._attempt(step, wanted)
             if restored is not None:
                 return restored
-            before = [other for other in steps if other < step]
-            then = f"going back to step {before[-1]}" if before else "there is none before it"
+            then = f"going back to step {steps[number - 1]}" if number else "there is none before it"
             moved = self._set_aside(step)
             say(f"The checkpoint of step {step} is damaged ({fault}) and was moved to {moved}; {then}.")
         if steps:

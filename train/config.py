@@ -140,9 +140,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         weights = self.reconstruction, self.consistency, self.input, self.outlines
-        require(
-            min(weights) >= 0 < max(weights), "loss", weights, "no weight may be negative, and one must be positive"
-        )
+        valid = min(weights) >= 0 < max(weights)
+        require(valid, "loss", weights, "no weight may be negative, and one must be positive")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,9 +27,7 @@ def check_output(output: Path, config: Config) -> None:
     """
     saved = output / "config.yaml"
     if not saved.is_file():
-        if output.is_file() or (
-            output.is_dir() and {path.name for path in output.iterdir()} - {"checkpoints", LOCK, HOLDER}
-        ):
+        if output.is_file() or (output.is_dir() and set(os.listdir(output)) - {"checkpoints", LOCK, HOLDER}):
             raise FileExistsError(f"output_dir={output} holds something that is no training run; name another folder.")
         return
     before = from_dict(Config, yaml.safe_load(saved.read_text()))  # settings that came later get their defaults

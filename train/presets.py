@@ -61,10 +61,7 @@ EXPERIMENTS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "dinov3": (dict(encoders="dinov3_s", dataset="folder"), {}),
     "efficientnet_lite": (dict(encoders="efficientnet_lite", dataset="folder"), {}),
 }  # fmt: skip
-"""Name of a preset -> the groups it chooses, and the settings it changes besides output_dir, which is `outputs/NAME`.
-
-`smoke` is what runs by default.
-"""
+"""Preset -> the groups it chooses, and what it changes besides output_dir=outputs/NAME. `smoke` runs by default."""
 
 GROUPS = dict(model="anyup", encoders="efficientnet_lite0", dataset="skimage", optimizer="adamw", mesh="replicated")
 """Each group and the option that a preset takes unless it chooses another."""

@@ -15,8 +15,6 @@ from train.config import Config
 from train.state import TrainState, init_state, state_specs
 from train.step import StepPlan, make_step
 
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-
 
 def abstract_state(config: Config) -> tuple[nnx.GraphDef, TrainState]:
     """Return the model's structure, and the state with shapes in place of arrays."""
@@ -59,8 +57,3 @@ def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     if config.dataset.pasted_regions:
         batch["regions"] = jax.ShapeDtypeStruct(photographs.shape[:3], jnp.uint8)
     return batch
-
-
-def collectives(text: str) -> dict[str, int]:
-    """Count the operations of a compiled program, given as text, that exchange data between devices."""
-    return {name: text.count(f" {name}(") + text.count(f" {name}-start(") for name in COLLECTIVES}

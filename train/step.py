@@ -114,8 +114,7 @@ def train_step(plan: StepPlan, state: TrainState, encoder_state: Any, batch: Bat
 
     gradients, metrics = in_parts(differentiate, batch, plan.config.optimizer.accumulate)
     gradients, norm = reduce(gradients, plan.specs.params, plan.mesh)
-    metrics = lax.pmean(metrics, sharding.AXES)
-    return updated(plan.config, state, gradients, norm, metrics)
+    return updated(plan.config, state, gradients, norm, lax.pmean(metrics, sharding.AXES))
 
 
 def loss_of(
