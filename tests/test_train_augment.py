@@ -191,14 +191,9 @@ def test_how_often_each_operation_happens(strength: float, monkeypatch: pytest.M
     def counting(index: int) -> module.Operation:
         return lambda picture, rng: counts.update([index]) or picture
 
-    def noise(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        counts.update([len(OPERATIONS)])
-        return pixels
-
     stated = (0.5, 0.1, 0.35, 1, 0.2, 0.15, 0.2, 0.1, 0.05, 0.02, 0.6)  # the recipe's, and the noise's
     operations = tuple((probability, counting(index)) for index, (probability, _) in enumerate(OPERATIONS))
     monkeypatch.setattr(module, "OPERATIONS", operations)
-    monkeypatch.setattr(module, "_noise", noise)
     pixels, total, rng = np.zeros((1, 1, 3), np.uint8), 4000, np.random.default_rng(6)
     for _ in range(total):
         augment(pixels, strength, rng)

@@ -13,8 +13,9 @@ from PIL import Image, ImageEnhance, ImageOps
 
 Operation = Callable[[Image.Image, np.random.Generator], Image.Image]
 
-BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.2, 0.2, 0.3, 0.05  # of the colour jitter; the hue in turns
-DISTORTION = 0.5  # probability of each part of the photometric distortion
+JITTER = (0.2, 0.2, 0.3, 0.05)  # of brightness, contrast and saturation; of the hue, in turns
+DISTORTION = (0.125, 0.5, 0.5, 0.05)  # the same of the photometric distortion
+DISTORTED = 0.5  # probability of each part of the distortion
 QUALITIES, QUALITY_WEIGHTS = (95, 80, 60, 40), (0.25, 0.35, 0.25, 0.15)
 BLUR_SIGMA = (0.3, 1.5)  # pixels
 NOISE = 0.03  # standard deviation, for pixels from 0 to 1
@@ -38,34 +39,29 @@ def augment(image: UInt8[np.ndarray, "H W 3"], strength: float, rng: np.random.G
     for probability, operation in OPERATIONS:
         if probability == 1 or rng.random() < probability ** (1 / strength):
             picture = operation(picture, rng)
-    result = np.asarray(picture)
-    return _noise(result, rng) if rng.random() < NOISE_PROBABILITY ** (1 / strength) else result
+    return np.asarray(picture)
 
 
 def _colours(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Colour jitter with its four parts in a random order, then photometric distortion."""
     for part in rng.permutation(4):
-        if part == 3:
-            image = _shift_hue(image, rng.uniform(-HUE, HUE))
-        else:
-            enhance, spread = _JITTER[part]
-            image = enhance(image).enhance(rng.uniform(1 - spread, 1 + spread))
-    happens = rng.random(5) < DISTORTION
-    contrast_first = rng.random() < 0.5
-    if happens[0]:
-        image = ImageEnhance.Brightness(image).enhance(rng.uniform(0.875, 1.125))
-    if happens[1] and contrast_first:
-        image = ImageEnhance.Contrast(image).enhance(rng.uniform(0.5, 1.5))
-    if happens[2]:
-        image = ImageEnhance.Color(image).enhance(rng.uniform(0.5, 1.5))
-    if happens[3]:
-        image = _shift_hue(image, rng.uniform(-0.05, 0.05))
-    if happens[1] and not contrast_first:
-        image = ImageEnhance.Contrast(image).enhance(rng.uniform(0.5, 1.5))
+        image = _change(image, int(part), JITTER[part], rng)
+    happens = rng.random(5) < DISTORTED
+    for part in (0, 1, 2, 3) if rng.random() < 0.5 else (0, 2, 3, 1):
+        if happens[part]:
+            image = _change(image, part, DISTORTION[part], rng)
     if happens[4]:
         bands = image.split()
         image = Image.merge("RGB", [bands[band] for band in rng.permutation(3)])
     return image
+
+
+def _change(image: Image.Image, part: int, most: float, rng: np.random.Generator) -> Image.Image:
+    """Change brightness (part 0), contrast (1), saturation (2) or hue (3) at random, by at most `most`."""
+    if part == 3:
+        return _shift_hue(image, rng.uniform(-most, most))
+    enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[part]
+    return enhance(image).enhance(rng.uniform(1 - most, 1 + most))
 
 
 def _shift_hue(image: Image.Image, turns: float) -> Image.Image:
@@ -80,8 +76,7 @@ def _shift_hue(image: Image.Image, turns: float) -> Image.Image:
 
     def shift(pixels: UInt8[np.ndarray, "h w 3"]) -> Int16[np.ndarray, "h w 3"]:
         planes = [pixels[..., channel].astype(np.int16) for channel in range(3)]
-        greatest = np.maximum(np.maximum(planes[0], planes[1]), planes[2])
-        least = np.minimum(np.minimum(planes[0], planes[1]), planes[2])
+        greatest, least = functools.reduce(np.maximum, planes), functools.reduce(np.minimum, planes)
         step = ((greatest - least) * part + 64) >> 7
         rises, falls = least + step, step - greatest
         shifted = np.empty(pixels.shape, np.int16)
@@ -134,9 +129,7 @@ def _in_bands(
 def _compress(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=int(rng.choice(QUALITIES, p=QUALITY_WEIGHTS)))
-    with Image.open(file) as decoded:
-        decoded.load()
-        return decoded
+    return Image.open(file).copy()
 
 
 def _noise(image: UInt8[np.ndarray, "H W 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "H W 3"]:
@@ -157,11 +150,6 @@ def _quantiles() -> bytes:
     return np.array([round(normal.inv_cdf((index + 0.5) / 256)) for index in range(256)], np.int8).tobytes()
 
 
-_JITTER = (
-    (ImageEnhance.Brightness, BRIGHTNESS),
-    (ImageEnhance.Contrast, CONTRAST),
-    (ImageEnhance.Color, SATURATION),
-)
 OPERATIONS: tuple[tuple[float, Operation], ...] = (
     (0.5, _colours),
     (0.1, lambda image, rng: image.convert("L").convert("RGB")),
@@ -173,6 +161,6 @@ OPERATIONS: tuple[tuple[float, Operation], ...] = (
     (0.1, lambda image, rng: ImageOps.posterize(image, 5)),
     (0.05, lambda image, rng: ImageOps.solarize(image, SOLARIZE)),
     (0.02, lambda image, rng: ImageOps.invert(image)),
+    (0.6, lambda image, rng: Image.fromarray(_noise(np.asarray(image), rng))),
 )
 """Probability at strength 1, and the operation, in the order in which they are applied."""
-NOISE_PROBABILITY = 0.6

@@ -22,10 +22,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 
+from anyup_core import settings
 from train.state import Trees
 
-ARRAYS = ("params", "optimizer", "ema")
-RECORDS = ("data", "config", "progress")
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError)
 """What Orbax and TensorStore raise for files that are missing or cannot be decoded; other errors are not the files'."""
 DAMAGED = "damaged"  # the folder, beside `checkpoints`, that damaged checkpoints are moved to
@@ -58,14 +57,11 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int, keep_period: int | None = None):
         self.directory = Path(directory).absolute()
-        self.options = ocp.CheckpointManagerOptions(
+        options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, keep_period=keep_period, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )
+        self.manager = ocp.CheckpointManager(self.directory, options=options)
         self.saving: int | None = None
-        self._open()
-
-    def _open(self) -> None:
-        self.manager = ocp.CheckpointManager(self.directory, options=self.options, item_names=ARRAYS + RECORDS)
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint; the newest may still be being written."""
@@ -83,8 +79,8 @@ class Checkpoints:
             OSError: if this checkpoint or the one before it could not be written.
         """
         trees = {name: tree for name, tree in trees.items() if tree is not None}
-        progress = dict(step=step, digests={name: digests(tree) for name, tree in trees.items()})
-        progress["items"] = [*trees, "data", "config"]
+        arrays = {name: digests(tree) for name, tree in trees.items()}
+        progress = dict(step=step, digests=arrays, items=[*trees, "data", "config"])
         progress["records"] = record_digest(data, config, progress)
         records = dict(data=data, config=config, progress=progress)
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
@@ -115,8 +111,10 @@ class Checkpoints:
             for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
             step, self.saving = self.saving, None
-            kept = [number for number in complete_steps(self.directory) if number != step]
-            intact = f"that of step {kept[-1]} is intact" if kept else "there is none before it"
+            # only a checkpoint that was written to the end gets a folder called by its number
+            complete = (int(path.name) for path in self.directory.glob("*") if path.name.isdecimal() and path.is_dir())
+            kept = max((number for number in complete if number != step), default=None)
+            intact = "there is none before it" if kept is None else f"that of step {kept} is intact"
             raise OSError(
                 f"The checkpoint of step {step} could not be written ({_shortened(error)}); {intact}. Make room, then "
                 "run the same command."
@@ -135,14 +133,13 @@ class Checkpoints:
             ValueError: if there are checkpoints, but all are damaged.
         """
         self.wait()
-        wanted = {name: _structs(tree) for name, tree in template.items() if tree is not None}
+        wanted = {name: tree for name, tree in template.items() if tree is not None}
         steps = self.steps()
-        for step in reversed(steps):
+        for number, step in reversed(list(enumerate(steps))):
             restored, fault = self._attempt(step, wanted)
             if restored is not None:
                 return restored
-            before = [other for other in steps if other < step]
-            then = f"going back to step {before[-1]}" if before else "there is none before it"
+            then = f"going back to step {steps[number - 1]}" if number else "there is none before it"
             moved = self._set_aside(step)
             say(f"The checkpoint of step {step} is damaged ({fault}) and was moved to {moved}; {then}.")
         if steps:
@@ -162,7 +159,7 @@ class Checkpoints:
             if isinstance(error, AnotherModel) or not isinstance(cause, DAMAGE):
                 raise
             fault = _shortened(cause)
-        if jax.process_count() > 1 and not multihost_utils.process_allgather(np.array(restored is not None)).all():
+        if not multihost_utils.process_allgather(np.array(restored is not None)).all():
             return None, fault or "another process could not read it"
         for name in set(wanted) & set(expected) if restored else ():
             if digests(restored.trees[name]) != expected[name]:
@@ -177,7 +174,7 @@ class Checkpoints:
             if not (folder / name).is_dir():
                 raise ValueError(f"{name} is missing")
         trees: Trees = {}
-        for name, structs in wanted.items():
+        for name, tree in wanted.items():
             if name == "ema" and not (folder / name).is_dir():  # the run kept none until now
                 trees[name] = jax.tree.map(jnp.copy, trees["params"])
                 continue
@@ -185,25 +182,29 @@ class Checkpoints:
                 metadata = reader.metadata(folder / name).item_metadata
                 if metadata is None:
                     raise ValueError(f"{name} is missing")
-                check_shapes(metadata.tree, structs, folder / name)
-                arguments = ocp.checkpoint_utils.construct_restore_args(structs)
-                trees[name] = reader.restore(folder / name, item=structs, restore_args=arguments)
-        data, config = (_record(folder / name / "metadata") for name in ("data", "config"))
-        check_records(step, data, config, progress)
+                check_shapes(metadata.tree, tree, folder / name)
+                arguments = ocp.checkpoint_utils.construct_restore_args(tree)
+                trees[name] = reader.restore(folder / name, item=tree, restore_args=arguments)
+        records = (folder / name / "metadata" for name in ("data", "config"))
+        data, config = (json.loads(path.read_text()) if path.is_file() else None for path in records)
+        if "records" in progress and progress["records"] != record_digest(data, config, progress):
+            raise ValueError("data, config or progress is not what was saved")
+        # checkpoints from before these digests, and those of `convert`, have none; only their steps are compared
+        for name, record in (("progress", progress), ("data", data)):
+            if record is not None and record["step"] != step:
+                raise ValueError(f"{name} is of step {record['step']}")
         return Restored(step, trees, data, config), progress.get("digests", {})
 
     def _set_aside(self, step: int) -> Path:
         """Move a damaged checkpoint away, and return where it is now."""
-        self.manager.close()
         target = self.directory.parent / DAMAGED / str(step)
         if jax.process_index() == 0:
             target.parent.mkdir(exist_ok=True)
             while target.exists():
                 target = target.with_name(target.name + "_again")
             (self.directory / str(step)).rename(target)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"damaged {step}")
-        self._open()
+        multihost_utils.sync_global_devices(f"damaged {step}")
+        self.manager.reload()
         return target
 
 
@@ -213,28 +214,13 @@ class AnotherModel(ValueError):
 
 def check_shapes(saved: Any, expected: Any, where: Path) -> None:
     """Raise AnotherModel unless two trees have the same names and shapes."""
-    saved, expected = _shapes(saved), _shapes(expected)
-    if saved != expected:
-        differing = sorted(name for name in saved | expected if saved.get(name) != expected.get(name))
-        shown = "; ".join(f"{name}: {saved.get(name)} -> {expected.get(name)}" for name in differing[:4])
+    shapes = (jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (saved, expected))
+    if differing := [text for _, text in sorted(settings.changes(*shapes).items())]:
+        shown = "; ".join(differing[:4])
         raise AnotherModel(
             f"{where} is of another model than the one configured ({shown}{'; ...' if differing[4:] else ''}); give "
             "the settings it was trained with, or another output_dir."
         )
-
-
-def _structs(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(x.shape) for name, x in _named(tree).items()}
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """Return the leaves of a tree by their names with dots."""
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in flat}
 
 
 def record_digest(data: Any, config: Any, progress: dict[str, Any]) -> str:
@@ -243,36 +229,16 @@ def record_digest(data: Any, config: Any, progress: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([data, config, others], sort_keys=True).encode()).hexdigest()
 
 
-def check_records(step: int, data: Any, config: Any, progress: dict[str, Any]) -> None:
-    """Raise ValueError unless the records are those of this step, as they were saved.
-
-    Checkpoints from before these digests, and those of `convert`, have none; only their steps are compared.
-    """
-    if "records" in progress and progress["records"] != record_digest(data, config, progress):
-        raise ValueError("data, config or progress is not what was saved")
-    for name, record in (("progress", progress), ("data", data)):
-        if record is not None and record["step"] != step:
-            raise ValueError(f"{name} is of step {record['step']}")
-
-
-def complete_steps(directory: Path) -> list[int]:
-    """Return the steps whose checkpoints were written to the end; only then does Orbax give a folder its number."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir())
-
-
 def digests(tree: Any) -> dict[str, int]:
     """Return a 32-bit digest of every array by its name with dots, whatever its sharding.
 
     It is the sum of the array's 32-bit words, each mixed with its position.
     """
-    named = _named(tree)
-    return dict(zip(named, map(int, jax.device_get(_digests(list(named.values()))))))
+    return {name: int(x) for name, x in jax.device_get(_digests(settings.flat(tree))).items()}
 
 
 @jax.jit
-def _digests(arrays: list[Array]) -> list[UInt32[Array, ""]]:
+def _digests(arrays: dict[str, Array]) -> dict[str, UInt32[Array, ""]]:
     def digest(x):
         bits = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
         mixed = bits + jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
@@ -280,11 +246,7 @@ def _digests(arrays: list[Array]) -> list[UInt32[Array, ""]]:
             mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
         return (mixed ^ (mixed >> 16)).sum(dtype=jnp.uint32)
 
-    return [digest(x) for x in arrays]
-
-
-def _record(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.is_file() else None
+    return {name: digest(x) for name, x in arrays.items()}
 
 
 def _shortened(error: BaseException) -> str:

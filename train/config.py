@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -139,9 +140,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         weights = self.reconstruction, self.consistency, self.input, self.outlines
-        require(
-            min(weights) >= 0 < max(weights), "loss", weights, "no weight may be negative, and one must be positive"
-        )
+        valid = min(weights) >= 0 < max(weights)
+        require(valid, "loss", weights, "no weight may be negative, and one must be positive")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,10 +205,8 @@ class MeshConfig:
     process_id: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.data == -1 or self.data >= 1, "mesh.data", self.data, "give a number of devices, or -1 for all")
-        require(
-            self.model == -1 or self.model >= 1, "mesh.model", self.model, "give a number of devices, or -1 for all"
-        )
+        for axis, count in (("data", self.data), ("model", self.model)):
+            require(count == -1 or count >= 1, f"mesh.{axis}", count, "give a number of devices, or -1 for all")
         require((self.data, self.model) != (-1, -1), "mesh.model", -1, "only one of mesh.data and mesh.model can be -1")
         at_least(self, "mesh.", slices=1)
         given = [x is not None for x in (self.coordinator, self.num_processes, self.process_id)]
@@ -325,11 +323,6 @@ class Config:
                  "only pasted regions have known outlines, set dataset.pasted_regions=2")  # fmt: skip
         require(self.model.input_dim == 3, "model.input_dim", self.model.input_dim, "photographs have 3 channels")
 
-    @property
-    def consistency_size(self) -> Size:
-        """Height and width at which the consistency term is measured."""
-        return self.loss.consistency_size or self.dataset.img_size
-
 
 FREE_TO_CHANGE = (
     "max_steps", "mesh", "checkpoint", "log", "profile", "output_dir", "remat", "dataset.root", "dataset.index",
@@ -342,9 +335,5 @@ FREE_TO_CHANGE = (
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return "name: old -> new" for every setting that differs and must not change when a run resumes."""
     changed = settings.changes(old, new)
-    return [text for name, text in changed.items() if not any(_matches(name, free) for free in FREE_TO_CHANGE)]
-
-
-def _matches(name: str, pattern: str) -> bool:
-    parts, wanted = name.split("."), pattern.split(".")
-    return len(parts) >= len(wanted) and all(p in ("*", part) for part, p in zip(parts, wanted))
+    free = {name for name in changed for pattern in FREE_TO_CHANGE if fnmatch.fnmatchcase(f"{name}.", f"{pattern}.*")}
+    return [text for name, text in changed.items() if name not in free]

@@ -28,9 +28,8 @@ def show(config: Config, mesh: Mesh, source: Source) -> None:
     out.print(f"devices     {mesh.size} x {', '.join(sorted(kinds))} in {processes} processes, mesh {shape}")
     out.print(f"data        {len(source):,} photographs, {len(source) / config.batch_size:.1f} steps an epoch")
     for name, struct in program.batch_shapes(config).items():
-        out.print(
-            f"batch       {name} {' x '.join(map(str, struct.shape))} {struct.dtype}, shared by {mesh.size} devices"
-        )
+        shape = " x ".join(map(str, struct.shape))
+        out.print(f"batch       {name} {shape} {struct.dtype}, shared by {mesh.size} devices")
     for name, encoder in config.encoders.items():
         memory = program.lower(config, mesh, name).compile().memory_analysis()
         arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 import anyup_jax
 from anyup_core.settings import to_dict
-from anyup_jax.encoders.encoder import Encoder
 from anyup_jax.model import AnyUp
-from train import encoders, pictures, program, sharding
+from train import dry_run, encoders, pictures, program, sharding
 from train.checkpoint import Checkpoints
 from train.config import Config
 from train.data import ARRAYS, Batches, open_source
@@ -27,7 +26,7 @@ from train.metrics import Metrics
 from train.output_dir import check_output, locked, write_config
 from train.profile import Trace
 from train.state import TrainState, from_trees, init_state, state_specs, to_trees
-from train.step import Step, StepPlan, StepSizes, make_step
+from train.step import StepPlan, StepSizes, make_step
 from train.stopping import stop_requests
 
 NOT_FINITE, NOT_WRITTEN, STOPPED = 3, 74, 75  # exit statuses, see `train.run`
@@ -51,8 +50,6 @@ def run(config: Config, *, dry: bool = False) -> int:
     check_output(output, config)
     source = shared_source(config)
     if dry:
-        from train import dry_run
-
         dry_run.show(config, mesh, source)
         return 0
     with locked(output) if jax.process_index() == 0 else contextlib.nullcontext():
@@ -61,20 +58,8 @@ def run(config: Config, *, dry: bool = False) -> int:
         return Run(config, mesh, source, output).train()
 
 
-class StepResult(NamedTuple):
-    """The number of a step, its metrics, which the devices may still be computing, and the names of its photographs."""
-
-    step: int
-    metrics: dict[str, jax.Array]
-    names: list[str]
-
-
 class Run:
     """A run whose configuration has been checked."""
-
-    saver: Checkpoints
-    batches: Batches
-    metrics: Metrics
 
     def __init__(self, config: Config, mesh: Mesh, source: Source, output: Path):
         self.config, self.mesh, self.source, self.output = config, mesh, source, output
@@ -83,64 +68,67 @@ class Run:
         for name, encoder in self.encoders.items():
             encoders.check_sizes(name, encoder.stride, config)
         self.patches = {name: encoder.stride for name, encoder in self.encoders.items()}
-        self.graph, state = init_state(config, initial_model(config))
+        initial, dtype = config.checkpoint.init_from, jnp.dtype(config.dtype)
+        if initial is None:
+            model = AnyUp(config.model, rngs=nnx.Rngs(config.seed), dtype=dtype)
+        else:
+            model = anyup_jax.from_pretrained(initial, dtype=dtype, backend=config.model.backend)
+        self.graph, state = init_state(config, model)
         self.specs = state_specs(state, config.mesh.parameters, mesh)
         self.state: TrainState = sharding.place(state, self.specs, mesh)
-        self.frozen = {name: self._freeze(encoder) for name, encoder in self.encoders.items()}
-        self.steps: dict[tuple[str, StepSizes], Step] = {}
-
-    def _freeze(self, encoder: encoders.FrozenEncoder) -> tuple[tuple[nnx.GraphDef, Any] | None, Any]:
-        """Return a Flax encoder's structure with specs, and its parameters on the mesh; (None, ()) for PyTorch."""
-        if not isinstance(encoder, Encoder):
-            return None, ()
-        graph, state = nnx.split(encoder)
-        specs = sharding.specs(state, self.config.mesh.encoders, self.mesh)
-        return (graph, specs), sharding.place(state, specs, self.mesh)
+        self.frozen: dict[str, tuple[nnx.GraphDef | None, Any, Any]] = {}  # structure, specs and parameters on the mesh
+        for name, encoder in self.encoders.items():
+            graph, weights, specs = encoders.split(encoder, config.mesh.encoders, mesh)
+            self.frozen[name] = graph, specs, sharding.place(weights, specs, mesh)
+        self.steps: dict[tuple[str, StepSizes], jax.stages.Wrapped] = {}
 
     def train(self) -> int:
         """Do all steps that are left and return the exit status, NOT_WRITTEN if a file cannot be written."""
-        config, process, processes = self.config, jax.process_index(), jax.process_count()
-        with one_write_error() as failed, contextlib.ExitStack() as opened:
-            saver = Checkpoints(self.output / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_period)
-            self.saver = opened.enter_context(contextlib.closing(saver))
-            asked_to_stop = opened.enter_context(stop_requests())
-            messages: list[str] = []
-            restored = saver.restore(to_trees(self.state), messages.append)
-            first = 0 if restored is None else restored.step
-            batches = Batches(self.source, config, process, processes, start=first)
-            self.batches = opened.enter_context(contextlib.closing(batches))
-            metrics = Metrics(self.output, config.log, config.max_steps, config.batch_size, process == 0, first)
-            self.metrics = opened.enter_context(metrics)
-            trace = opened.enter_context(Trace(self.output, config.profile))
-            if restored is not None:
-                self.state = from_trees(self.state, first, restored.trees, self.mesh)
-                messages.append(f"resuming after step {first}")
-                if restored.data is not None:
-                    batches.set_state(restored.data)
-            for message in messages:
-                metrics.say(message)
-            with one_write_error(failed):
-                return self.loop(first, trace, asked_to_stop)
-        return NOT_WRITTEN
+        config, process, processes, failure = self.config, jax.process_index(), jax.process_count(), None
+        try:
+            with contextlib.ExitStack() as opened:
+                saver = Checkpoints(self.output / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_period)
+                self.saver = opened.enter_context(contextlib.closing(saver))
+                asked_to_stop = opened.enter_context(stop_requests())
+                messages: list[str] = []
+                restored = saver.restore(to_trees(self.state), messages.append)
+                first = 0 if restored is None else restored.step
+                batches = Batches(self.source, config, process, processes, start=first)
+                self.batches = opened.enter_context(contextlib.closing(batches))
+                metrics = Metrics(self.output, config.log, config.max_steps, config.batch_size, process == 0, first)
+                self.metrics = opened.enter_context(metrics)
+                trace = opened.enter_context(Trace(self.output, config.profile))
+                if restored is not None:
+                    self.state = from_trees(self.state, first, restored.trees, self.mesh)
+                    messages.append(f"resuming after step {first}")
+                    if restored.data is not None:
+                        batches.set_state(restored.data)
+                for message in messages:
+                    metrics.say(message)
+                try:
+                    return self.loop(first, trace, asked_to_stop)
+                except OSError as error:
+                    failure = str(error)  # closing what failed may fail again
+                    raise
+        except OSError as error:
+            print("error:", " ".join((failure or str(error)).split()), flush=True)
+            return NOT_WRITTEN
 
     def loop(self, first: int, trace: Trace, asked_to_stop: Callable[[int], bool]) -> int:
         """Do the steps after `first`. A step's metrics are read while the next one runs, so no device waits for it."""
-        config, pending = self.config, None
+        config, pending = self.config, collections.deque[tuple[int, dict[str, jax.Array], list[str]]]()
         for number in range(first + 1, config.max_steps + 1):
             batch = next(self.batches)
             self.metrics.skipped(batch["skipped"])
-            trace.step(number, pending and pending.metrics)
-            result = StepResult(number, self.advance(number, batch), batch["name"])
-            if pending is not None and not self.report(pending):
-                return self.abort(pending)
-            pending = result
+            trace.step(number, [metrics for _, metrics, _ in pending])
+            pending.append((number, self.advance(number, batch), batch["name"]))
             stopping = asked_to_stop(number)
             saving = number % config.checkpoint.every == 0 or number == config.max_steps or stopping
             drawing = config.log.pictures_every and number % config.log.pictures_every == 0
-            if saving or drawing:
-                if not self.report(pending):
-                    return self.abort(pending)
-                pending = None
+            while pending and (len(pending) > 1 or saving or drawing):
+                step, metrics, names = pending.popleft()
+                if not self.report(step, metrics):
+                    return self.abort(step, metrics, names)
             if saving:
                 self.save()
             if drawing:
@@ -156,35 +144,35 @@ class Run:
         """Do step `number`, counted from 1, and return its metrics."""
         name = encoders.choose(self.config.seed, number - 1, self.patches)
         sizes = encoders.step_sizes(self.config, self.patches[name], number - 1)
-        structure, frozen = self.frozen[name]
+        graph, specs, frozen = self.frozen[name]
         arrays = {key: batch[key] for key in ARRAYS if key in batch}
-        if structure is None:
+        if graph is None:
             arrays |= encoders.bridge_features(self.encoders[name], arrays, sizes)
         if (name, sizes) not in self.steps:
-            plan = StepPlan(self.config, self.graph, self.specs, sizes, self.mesh, structure)
+            plan = StepPlan(self.config, self.graph, self.specs, sizes, self.mesh, graph, specs)
             self.steps[name, sizes] = make_step(plan)
         arrays = sharding.place_batch(arrays, self.mesh)
         self.state, metrics = self.steps[name, sizes](self.state, frozen, arrays)
         return metrics
 
-    def report(self, result: StepResult) -> bool:
+    def report(self, step: int, metrics: dict[str, jax.Array]) -> bool:
         """Write a step's metrics; return whether loss and gradient are finite."""
-        values = {name: float(value) for name, value in jax.device_get(result.metrics).items()}
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not values.pop("ok"):
             return False
-        self.metrics.log(result.step, values)
+        self.metrics.log(step, values)
         return True
 
-    def abort(self, result: StepResult) -> int:
+    def abort(self, step: int, metrics: dict[str, jax.Array], names: list[str]) -> int:
         """Save the last good state, which the step has left as it was, and say which step is not finite."""
-        loss, norm = (float(result.metrics[name]) for name in ("loss", "gradient_norm"))
+        loss, norm = (float(metrics[name]) for name in ("loss", "gradient_norm"))
         good = int(self.state.step)
         if good and good not in self.saver.steps():
             self.save()
             self.saver.wait()
         self.metrics.say(
-            f"error: step {result.step} is not finite (loss {loss}, gradient norm {norm}) on "
-            f"{', '.join(map(str, result.names))}; the state after step {good} is kept in "
+            f"error: step {step} is not finite (loss {loss}, gradient norm {norm}) on "
+            f"{', '.join(names)}; the state after step {good} is kept in "
             f"{self.output / 'checkpoints'}. Lower optimizer.learning_rate, set optimizer.clip_norm, or take these "
             "files out."
         )
@@ -197,12 +185,11 @@ class Run:
 
     def draw(self, number: int) -> None:
         """Draw the upsampled features of held-out photographs."""
-        state = self.state.params, self.state.unused
-        if jax.process_count() > 1:  # with fsdp a process holds only parts of the arrays
-            state = multihost_utils.process_allgather(state, tiled=True)
+        # with fsdp a process holds only parts of the arrays
+        state = multihost_utils.process_allgather((self.state.params, self.state.unused), tiled=True)
         if jax.process_index() != 0:
             return
-        model = nnx.merge(self.graph, *jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), state))
+        model = nnx.merge(self.graph, *jax.tree.map(jnp.asarray, state))
         for name, encoder in self.encoders.items():
             ending = f"_{name}" if len(self.encoders) > 1 else ""
             path = self.output / "pictures" / f"step_{number:08d}{ending}.png"
@@ -210,34 +197,13 @@ class Run:
             self.metrics.image(number, f"upsampled{ending}", picture)
 
 
-@contextlib.contextmanager
-def one_write_error(printed: list[OSError] | None = None) -> Iterator[list[OSError]]:
-    """End a block at an OSError and print it, unless one is in the list already: closing what failed may fail again."""
-    printed = [] if printed is None else printed
-    try:
-        yield printed
-    except OSError as error:
-        if not printed:
-            print("error:", " ".join(str(error).split()), flush=True)
-        printed.append(error)
-
-
-def initial_model(config: Config) -> AnyUp:
-    """Return the model before the first step."""
-    dtype = jnp.dtype(config.dtype)
-    if config.checkpoint.init_from is not None:
-        return anyup_jax.from_pretrained(config.checkpoint.init_from, dtype=dtype, backend=config.model.backend)
-    return AnyUp(config.model, rngs=nnx.Rngs(config.seed), dtype=dtype)
-
-
 def shared_source(config: Config) -> Source:
     """Open the photographs. Process 0 comes first and makes the size index if there is none; the others wait for it."""
-    if jax.process_count() == 1:
-        return open_source(config.dataset)
-    if jax.process_index() != 0:
+    main = jax.process_index() == 0
+    if not main:
         multihost_utils.sync_global_devices("photographs")
-        return open_source(config.dataset, say=lambda _: None)
     try:
-        return open_source(config.dataset)
+        return open_source(config.dataset, say=print if main else lambda _: None)
     finally:
-        multihost_utils.sync_global_devices("photographs")
+        if main:
+            multihost_utils.sync_global_devices("photographs")

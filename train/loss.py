@@ -82,11 +82,9 @@ def objective(
         branch = jax.checkpoint(augmented) if remat else augmented
         terms["consistency"] = weights.consistency * branch(described)
     if weights.outlines:
-
-        def upsample(values):
-            return model.decode(code, [(keys, values)], guide_size)[0]
-
-        terms["outlines"] = weights.outlines * outlines(upsample, views.regions, grid, guide_size)
+        terms["outlines"] = weights.outlines * outlines(
+            lambda values: model.decode(code, [(keys, values)], guide_size)[0], views.regions, grid, guide_size
+        )
     if weights.input:
         back = adaptive_average_pool(prediction, grid)
         terms["input"] = weights.input * difference(back, features)

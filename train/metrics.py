@@ -27,8 +27,8 @@ from train.config import LogConfig
 NOT_AVERAGED = ("learning_rate",)
 
 
-class Metrics(contextlib.AbstractContextManager):
-    """Prints and writes what the steps report. Processes other than 0 do neither.
+class Metrics(contextlib.ExitStack):
+    """Prints and writes what the steps report, until it is closed. Processes other than 0 do neither.
 
     On a terminal a single progress line is updated; elsewhere a plain line is printed for each line of
     `metrics.jsonl`. Lines of steps after `first_step`, which an interrupted run wrote, and damaged lines are removed,
@@ -61,13 +61,13 @@ class Metrics(contextlib.AbstractContextManager):
         first_step: int = 0,
         console: Console | None = None,
     ):
+        super().__init__()
         self.config, self.total_steps, self.batch_size, self.main = config, total_steps, batch_size, main
         self.console = console or Console()
         self.skipped_names: set[str] = set()
         self._mark: tuple[int, float] | None = None  # step and time at the start of the interval
         self._values: dict[str, list[float]] = {}  # by name, of the steps since the last line
         self._board = self._progress = None
-        self._resources = contextlib.ExitStack()
         if not main:
             return
         folder = Path(output_dir)
@@ -77,16 +77,13 @@ class Metrics(contextlib.AbstractContextManager):
         _keep_lines(skipped, lambda line: self.skipped_names.add(line.split("\t")[0]) or True)
         if config.tensorboard:
             self._board = _summary_writer(folder / "tensorboard", first_step)
-            self._resources.callback(self._board.close)
-        self._lines = self._resources.enter_context(lines.open("a", encoding="utf-8"))
-        self._skipped = self._resources.enter_context(skipped.open("a", encoding="utf-8"))
+            self.callback(self._board.close)
+        self._lines = self.enter_context(lines.open("a", encoding="utf-8"))
+        self._skipped = self.enter_context(skipped.open("a", encoding="utf-8"))
         if self.console.is_terminal:
             columns = TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[report]}")
-            self._progress = self._resources.enter_context(Progress(*columns, console=self.console))
+            self._progress = self.enter_context(Progress(*columns, console=self.console))
             self._task = self._progress.add_task("", total=total_steps, completed=first_step, report="compiling")
-
-    def __exit__(self, *_exception: object) -> None:
-        self.close()
 
     def due(self, step: int) -> bool:
         """Return whether `log` writes a line at this step: every `log.every` steps, and at the last one."""
@@ -122,7 +119,13 @@ class Metrics(contextlib.AbstractContextManager):
         self._mark = step, now
         values["memory_bytes"] = memory_bytes()
         values["skipped"] = len(self.skipped_names)
-        self._write(step, values)
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
+        self._lines.flush()
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
         report = self._describe(step, values, seconds)
         if self._progress:
             self._progress.update(self._task, completed=step, report=report)
@@ -148,19 +151,6 @@ class Metrics(contextlib.AbstractContextManager):
         """Print a line, above the progress line if there is one."""
         if self.main:
             self.console.print(Text(text), soft_wrap=True)
-
-    def close(self) -> None:
-        """End the progress line and close the files; a second call does nothing."""
-        self._resources.close()
-
-    def _write(self, step: int, values: dict[str, float]) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
-        self._lines.flush()
-        if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-            self._board.flush()
 
     def _describe(self, step: int, values: dict[str, float], seconds: float | None) -> str:
         parts = [f"loss {values['loss']:.4f}"] if "loss" in values else []

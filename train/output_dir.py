@@ -27,9 +27,7 @@ def check_output(output: Path, config: Config) -> None:
     """
     saved = output / "config.yaml"
     if not saved.is_file():
-        if output.is_file() or (
-            output.is_dir() and {path.name for path in output.iterdir()} - {"checkpoints", LOCK, HOLDER}
-        ):
+        if output.is_file() or (output.is_dir() and set(os.listdir(output)) - {"checkpoints", LOCK, HOLDER}):
             raise FileExistsError(f"output_dir={output} holds something that is no training run; name another folder.")
         return
     before = from_dict(Config, yaml.safe_load(saved.read_text()))  # settings that came later get their defaults
@@ -49,19 +47,16 @@ def locked(output: Path) -> Iterator[None]:
     """
     output.mkdir(parents=True, exist_ok=True)
     holder = output / HOLDER  # the lock's own file is emptied by whoever tries to take it
-    lock = FileLock(output / LOCK)
     try:
-        lock.acquire(blocking=False)
+        lock = FileLock(output / LOCK, blocking=False).acquire()
     except Timeout:
         by = holder.read_text().strip() if holder.is_file() else "another process"
         raise FileExistsError(
             f"output_dir={output} is in use by {by}; wait for that run to end, or name another output_dir."
         ) from None
-    try:
+    with lock:
         holder.write_text(f"process {os.getpid()} on host {socket.gethostname()}\n")
         yield
-    finally:
-        lock.release()
 
 
 def write_config(output: Path, config: Config) -> None:

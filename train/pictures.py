@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -52,11 +53,8 @@ def held_out(config: Config) -> list[Photograph]:
         raise ValueError(f"{setting}={str(root)!r} is no folder; name a folder of photographs.")
     photographs: list[Photograph] = []
     for path in _files(root, reverse=bool(note)):
-        try:
-            crop = _centre_crop(path, config)
-        except (OSError, ValueError):
-            continue
-        photographs.append((printable(path.relative_to(root).as_posix()) + note, crop))
+        with contextlib.suppress(OSError, ValueError):
+            photographs.append((printable(path.relative_to(root).as_posix()) + note, _centre_crop(path, config)))
         if len(photographs) == count:
             break
     if not photographs:
@@ -94,13 +92,11 @@ def draw(
     panels = []
     for name, crop in photographs:
         low, upsampled, target = _features(model, encoder, crop, img_size)
-        smooth = visualize.bilinear(low, target.shape[:2])
-        basis = visualize.pca_basis([target, low])
-        colors = visualize.pca_colors(low, smooth, upsampled, target, basis=basis)
-        titles = "low-res", "bilinear", "AnyUp", "target"
-        maps = low, smooth, upsampled, target
-        panels.append((f"{name}\n{_times(crop.shape[:2])}", crop))
-        panels += [(f"{title}\n{_times(m.shape)}", color) for title, m, color in zip(titles, maps, colors)]
+        maps = low, visualize.bilinear(low, target.shape[:2]), upsampled, target
+        colors = visualize.pca_colors(*maps, basis=visualize.pca_basis([target, low]))
+        sizes = [crop.shape[:2], *(features.shape for features in maps)]
+        titles = name, "low-res", "bilinear", "AnyUp", "target"
+        panels += [(f"{t}\n{_times(size)}", image) for t, size, image in zip(titles, sizes, [crop, *colors])]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     view = f"Encoder: {encoder.name}, which sees {_times(img_size)}; the target is what it sees of the whole image."
     subtitle = f"{view} Colours: one PCA and one range per row."

@@ -9,8 +9,7 @@ from omegaconf import OmegaConf
 
 from anyup_core.config import AnyUpConfig
 from anyup_core.settings import defaults, to_dict
-from train import config as settings
-from train.config import Config, DatasetConfig, MeshConfig, OptimizerConfig
+from train.config import Config, DatasetConfig, EncoderConfig, MeshConfig, OptimizerConfig
 
 NAME = "train"  # of hydra's configuration for `train.run`
 
@@ -54,19 +53,15 @@ EXPERIMENTS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
         dict(encoders="efficientnet_lite0", dataset="skimage", optimizer="adamw_fast"),
         dict(
             dtype="float32", batch_size=4, max_steps=20, checkpoint=dict(every=10),
-            log=dict(every=5, pictures_every=20), output_dir="outputs/smoke",
+            log=dict(every=5, pictures_every=20),
         ),
     ),
-    "paper": (dict(encoders="dinov2_s", dataset="folder"), dict(output_dir="outputs/paper")),
-    "multi_backbone": (
-        dict(encoders="multi_backbone", dataset="folder"), dict(output_dir="outputs/multi_backbone"),
-    ),
-    "dinov3": (dict(encoders="dinov3_s", dataset="folder"), dict(output_dir="outputs/dinov3")),
-    "efficientnet_lite": (
-        dict(encoders="efficientnet_lite", dataset="folder"), dict(output_dir="outputs/efficientnet_lite"),
-    ),
+    "paper": (dict(encoders="dinov2_s", dataset="folder"), {}),
+    "multi_backbone": (dict(encoders="multi_backbone", dataset="folder"), {}),
+    "dinov3": (dict(encoders="dinov3_s", dataset="folder"), {}),
+    "efficientnet_lite": (dict(encoders="efficientnet_lite", dataset="folder"), {}),
 }  # fmt: skip
-"""Name of a preset -> the groups it chooses, and the settings it changes. `smoke` is what runs by default."""
+"""Preset -> the groups it chooses, and what it changes besides output_dir=outputs/NAME. `smoke` runs by default."""
 
 GROUPS = dict(model="anyup", encoders="efficientnet_lite0", dataset="skimage", optimizer="adamw", mesh="replicated")
 """Each group and the option that a preset takes unless it chooses another."""
@@ -80,7 +75,7 @@ def register() -> None:
     """Register the groups and presets with hydra."""
     store = ConfigStore.instance().store
     for name, members in ENCODERS.items():
-        node = {key: defaults(settings.EncoderConfig, **fields) for key, fields in members.items()}
+        node = {key: defaults(EncoderConfig, **fields) for key, fields in members.items()}
         store(name=name, group="encoders", node=node)
     for group, kind, options in (
         ("model", AnyUpConfig, MODELS), ("dataset", DatasetConfig, DATASETS),
@@ -90,15 +85,15 @@ def register() -> None:
             store(name=name, group=group, node=defaults(kind, **fields))
     for name, (groups, changes) in EXPERIMENTS.items():
         choices = [{f"override /{group}": choice} for group, choice in (GROUPS | groups).items()]
-        node = {"defaults": [*choices, "_self_"], **_others(changes)}
+        node = {"defaults": [*choices, "_self_"], **_others(name, changes)}
         store(name=name, group="experiment", package="_global_", node=node)
     groups, changes = EXPERIMENTS["smoke"]
     choices = [{group: choice} for group, choice in (GROUPS | groups).items()]
-    store(name=NAME, node={"defaults": [*choices, *QUIET, "_self_"], **_others(changes), "hydra": HYDRA})
+    store(name=NAME, node={"defaults": [*choices, *QUIET, "_self_"], **_others("smoke", changes), "hydra": HYDRA})
 
 
-def _others(changes: dict[str, Any]) -> dict[str, Any]:
+def _others(name: str, changes: dict[str, Any]) -> dict[str, Any]:
     """Return every setting outside the groups, with a preset's changes, so that no other preset's value remains."""
-    plain = to_dict(Config(encoders={"none": settings.EncoderConfig(name="none")}))
+    plain = to_dict(Config(encoders={"none": EncoderConfig(name="none")}, output_dir=f"outputs/{name}"))
     rest = {name: value for name, value in plain.items() if name not in GROUPS}
-    return OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(rest), OmegaConf.create(changes)))
+    return OmegaConf.to_container(OmegaConf.merge(rest, changes))

@@ -11,7 +11,7 @@ import jax
 from train.config import ProfileConfig
 
 
-class Trace(contextlib.AbstractContextManager):
+class Trace(contextlib.ExitStack):
     """Traces the steps that `profile.steps` names; leaving the context ends a running trace.
 
     Args:
@@ -20,12 +20,10 @@ class Trace(contextlib.AbstractContextManager):
     """
 
     def __init__(self, output_dir: Path | str, config: ProfileConfig):
+        super().__init__()
         self.folder = Path(output_dir) / "profile"
         self.range = config.range()
         self.running = False
-
-    def __exit__(self, *_exception: object) -> None:
-        self.close()
 
     def step(self, step: int, pending: Any = None) -> None:
         """Start or stop the trace; call it before every step.
@@ -37,19 +35,13 @@ class Trace(contextlib.AbstractContextManager):
             pending: arrays that the step before computes. A trace starts and stops once they are ready, so that it
                 holds whole steps.
         """
-        if self.range is None:
+        wanted = self.range is not None and self.range[0] <= step <= self.range[1]
+        if wanted == self.running:
             return
-        wanted = self.range[0] <= step <= self.range[1]
-        if wanted and not self.running:
-            jax.block_until_ready(pending)
+        jax.block_until_ready(pending)
+        self.running = wanted
+        if wanted:
             jax.profiler.start_trace(self.folder)
-            self.running = True
-        elif self.running and not wanted:
-            jax.block_until_ready(pending)
+            self.callback(jax.profiler.stop_trace)
+        else:
             self.close()
-
-    def close(self) -> None:
-        """Stop a trace that is running and write it."""
-        if self.running:
-            self.running = False
-            jax.profiler.stop_trace()

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from anyup_core.encoders import catalogue
-from anyup_jax.encoders import creation, timm_bridge
-from anyup_jax.encoders.encoder import Encoder
 from anyup_jax.model import AnyUp
 from train import encoders, sharding
-from train.config import Config, EncoderConfig
+from train.config import Config
 from train.state import TrainState, init_state, state_specs
 from train.step import StepPlan, make_step
-
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 def abstract_state(config: Config) -> tuple[nnx.GraphDef, TrainState]:
@@ -29,15 +23,6 @@ def abstract_state(config: Config) -> tuple[nnx.GraphDef, TrainState]:
     return graph, jax.eval_shape(lambda model: init_state(config, model)[1], model)
 
 
-def abstract_encoder(config: EncoderConfig, dtype: str) -> Encoder:
-    """Return a Flax encoder with shapes in place of weights."""
-    published = catalogue.find(config.name)
-    options = dict(layer=config.layer, norm=config.norm, dtype=jnp.dtype(dtype))
-    return nnx.eval_shape(
-        lambda: Encoder(creation.backbone(published.config, options["dtype"], False, 0), published, **options)
-    )
-
-
 def lower(config: Config, mesh: Mesh, name: str) -> jax.stages.Lowered:
     """Return the step of the encoder called `name`, lowered for the devices of the mesh, without weights or data.
 
@@ -45,34 +30,23 @@ def lower(config: Config, mesh: Mesh, name: str) -> jax.stages.Lowered:
     """
     graph, state = abstract_state(config)
     specs = state_specs(state, config.mesh.parameters, mesh)
-    chosen, batch = config.encoders[name], batch_shapes(config)
-    bridged = chosen.name.startswith(timm_bridge.PREFIX)
-    if bridged:
-        encoder = dataclasses.replace(chosen, weights=None, pretrained=False).load(config.dtype)
-    else:
-        encoder = abstract_encoder(chosen, config.dtype)
+    chosen = dataclasses.replace(config.encoders[name], weights=None, pretrained=False)
+    in_pytorch = chosen.stride() is None
+    encoder = chosen.load(config.dtype) if in_pytorch else nnx.eval_shape(lambda: chosen.load(config.dtype))
+    structure, encoder_state, encoder_specs = encoders.split(encoder, config.mesh.encoders, mesh)
     sizes = dataclasses.replace(encoders.step_sizes(config, encoder.stride, 0), share=max(config.features.shares))
-    if bridged:
-        structure, encoder_struct = None, ()
+    batch = batch_shapes(config)
+    if in_pytorch:
         cells = (side // encoder.stride for side in sizes.whole)
-        shapes = dict(lr=cells, hr=(config.dataset.num_local_crops, *sizes.crop_cells))
-        for key, shape in shapes.items():
+        for key, shape in dict(lr=cells, hr=(config.dataset.num_local_crops, *sizes.crop_cells)).items():
             batch[key] = jax.ShapeDtypeStruct((config.batch_size, *shape, encoder.channels), jnp.float32)
-    else:
-        encoder_graph, encoder_state = nnx.split(encoder)
-        encoder_specs = sharding.specs(encoder_state, config.mesh.encoders, mesh)
-        structure, encoder_struct = (encoder_graph, encoder_specs), _placed(encoder_state, encoder_specs, mesh)
-    step = make_step(StepPlan(config, graph, specs, sizes, mesh, structure))
-    batch_specs = dict.fromkeys(batch, sharding.BATCH)
-    with jax.set_mesh(mesh):
-        return step.lower(_placed(state, specs, mesh), encoder_struct, _placed(batch, batch_specs, mesh))
-
-
-def _placed(tree: Any, specs: Any, mesh: Mesh) -> Any:
-    """Return the shapes of a tree of arrays with their shardings."""
-    return jax.tree.map(
-        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), tree, specs
+    shapes = jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
+        (state, encoder_state, batch),
+        (specs, encoder_specs, dict.fromkeys(batch, sharding.BATCH)),
     )
+    with jax.set_mesh(mesh):
+        return make_step(StepPlan(config, graph, specs, sizes, mesh, structure, encoder_specs)).lower(*shapes)
 
 
 def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
@@ -83,8 +57,3 @@ def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     if config.dataset.pasted_regions:
         batch["regions"] = jax.ShapeDtypeStruct(photographs.shape[:3], jnp.uint8)
     return batch
-
-
-def collectives(text: str) -> dict[str, int]:
-    """Count the operations of a compiled program, given as text, that exchange data between devices."""
-    return {name: text.count(f" {name}(") + text.count(f" {name}-start(") for name in COLLECTIVES}

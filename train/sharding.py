@@ -49,24 +49,20 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     if config.slices > 1:
         shape, slices = (data // config.slices, model), (config.slices, 1)
         arranged = mesh_utils.create_hybrid_device_mesh(shape, slices, devices, allow_split_physical_axes=True)
-    elif devices[0].platform == "cpu":  # in the order of the processes
-        arranged = np.array(devices).reshape(data, model)
     else:
         arranged = mesh_utils.create_device_mesh((data, model), devices, allow_split_physical_axes=True)
     return Mesh(arranged, AXES)
 
 
-def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> int:
-    """Return how many photographs of a step each device has. Raises ValueError if the number is not whole."""
-    each, rest = divmod(batch_size, mesh.size)
-    if rest or each % accumulate:
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+    """Raise ValueError unless each device gets a whole number of photographs of a step, or of each part of one."""
+    if batch_size % (mesh.size * accumulate):
         parts = f" in optimizer.accumulate={accumulate} parts" if accumulate > 1 else ""
         processes = len({device.process_index for device in mesh.devices.flat})
         raise ValueError(
             f"batch_size={batch_size} cannot be shared out among {mesh.size} devices of {processes} processes{parts}; "
             f"make it a multiple of {mesh.size * accumulate}."
         )
-    return each
 
 
 def check_memory(batch: dict[str, jax.ShapeDtypeStruct], batch_size: int, processes: int) -> None:
@@ -123,5 +119,4 @@ def place(tree: Any, tree_specs: Any, mesh: Mesh) -> Any:
 
 def place_batch(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Return global arrays, given this process's share of a batch."""
-    sharding = NamedSharding(mesh, BATCH)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in arrays.items()}
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), arrays)

@@ -112,15 +112,15 @@ def _list_images(root: Path) -> dict[str, int]:
     if not root.is_dir():
         raise FileNotFoundError(f"ROOT={root} is no folder; {LAYOUT}.")
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    labels, visited = {}, {_identity(root)}
+    labels, visited = {}, {root.resolve()}
     folders, links = [], []
     for label, name in enumerate(classes):
         (links if (root / name).is_symlink() else folders).append((label, name))
     while folders or links:
         label, folder = (folders or links).pop(0)
-        if (identity := _identity(root / folder)) in visited:
+        if (real := (root / folder).resolve()) in visited:
             continue
-        visited.add(identity)
+        visited.add(real)
         with contextlib.suppress(PermissionError):
             for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
                 path = f"{folder}/{entry.name}"
@@ -133,12 +133,6 @@ def _list_images(root: Path) -> dict[str, int]:
     if broken := [path for path in labels if "\n" in path or "\r" in path]:
         raise ValueError(f"{broken[0]!r} in {root} has a line break in its name; rename it.")
     return dict(sorted(labels.items()))
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    """Return what a folder and all links to it have in common: device and inode."""
-    status = folder.stat()
-    return status.st_dev, status.st_ino
 
 
 def _resume(partial: Path, root: Path) -> list[Row]:
@@ -177,13 +171,11 @@ def _start_worker() -> None:
 
 
 def _measure(path: str) -> Size:
-    if not os.path.isfile(path):  # opening a pipe or a device could wait for ever
-        return -1, -1
-    try:
-        with warnings.catch_warnings(action="ignore"), open_image(path, path) as image:
+    if os.path.isfile(path):  # opening a pipe or a device could wait for ever
+        # damaged EXIF makes Pillow raise nearly any error; one file must not end the run
+        with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"), open_image(path, path) as image:
             return upright_size(image)
-    except Exception:  # damaged EXIF makes Pillow raise nearly any error; one file must not end the run
-        return -1, -1
+    return -1, -1
 
 
 def _format(row: Row) -> str:

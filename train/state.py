@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -53,11 +52,8 @@ def init_state(config: Config, model: AnyUp) -> tuple[nnx.GraphDef, TrainState]:
 
 def state_specs(state: TrainState, kind: str, mesh: Mesh) -> TrainState:
     """Return the PartitionSpec of every array of the state; `kind` is `mesh.parameters`."""
-    specs = functools.partial(sharding.specs, kind=kind, mesh=mesh)
-    whole = PartitionSpec()
-    moments = optim.Moments(whole, specs(state.optimizer.mu), specs(state.optimizer.nu))
-    unused = jax.tree.map(lambda _: whole, state.unused)
-    return TrainState(whole, specs(state.params), unused, moments, specs(state.ema), whole)
+    whole = jax.tree.map(lambda _: PartitionSpec(), state.unused)
+    return dataclasses.replace(sharding.specs(state, kind, mesh), unused=whole)
 
 
 def to_trees(state: TrainState) -> Trees:

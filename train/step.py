@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from anyup_core.preprocessing import IMAGENET
+from anyup_jax.encoders.encoder import Encoder
+from anyup_jax.encoders.timm_bridge import Bridge
 from train import optim, sharding
 from train.config import Config, FeaturesConfig, Size
 from train.loss import Views, cut_crops, objective
@@ -23,7 +25,7 @@ from train.state import TrainState
 
 Batch = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
-Encode = Callable[[Float[Array, "B H W 3"]], Float[Array, "B h w C"]]
+FrozenEncoder = Encoder | Bridge  # in Flax, or a timm model in PyTorch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +76,8 @@ class StepPlan:
         specs: PartitionSpec of every array of the state, from `state_specs`.
         sizes: the sizes of the step.
         mesh: the devices.
-        encoder: structure of a Flax encoder and the PartitionSpecs of its state; None where the batch brings the
-            features "lr" and "hr".
+        encoder, encoder_specs: structure of a Flax encoder and the PartitionSpecs of its state; None and () where the
+            batch brings the features "lr" and "hr".
     """
 
     config: Config
@@ -83,27 +85,19 @@ class StepPlan:
     specs: TrainState
     sizes: StepSizes
     mesh: Mesh
-    encoder: tuple[nnx.GraphDef, Any] | None
+    encoder: nnx.GraphDef | None
+    encoder_specs: Any = ()
 
 
-@runtime_checkable
-class Step(Protocol):
-    """A compiled step; it overwrites the state that it is given."""
-
-    def __call__(self, state: TrainState, encoder_state: Any, batch: Batch) -> tuple[TrainState, Metrics]: ...
-    def lower(self, state: TrainState, encoder_state: Any, batch: Batch) -> jax.stages.Lowered: ...
-
-
-def make_step(plan: StepPlan) -> Step:
-    """Return the compiled step.
+def make_step(plan: StepPlan) -> jax.stages.Wrapped:
+    """Return `train_step`, compiled for the mesh; it overwrites the state that it is given.
 
     Every device computes the gradient of its own photographs; only gradients and metrics travel between devices.
     """
-    encoder_specs = PartitionSpec() if plan.encoder is None else plan.encoder[1]
     step = jax.shard_map(
         functools.partial(train_step, plan),
         mesh=plan.mesh,
-        in_specs=(plan.specs, encoder_specs, sharding.BATCH),
+        in_specs=(plan.specs, plan.encoder_specs, sharding.BATCH),
         out_specs=(plan.specs, PartitionSpec()),
         check_vma=False,
     )
@@ -112,42 +106,35 @@ def make_step(plan: StepPlan) -> Step:
 
 def train_step(plan: StepPlan, state: TrainState, encoder_state: Any, batch: Batch) -> tuple[TrainState, Metrics]:
     """Do one step on one device of the mesh, within `shard_map`."""
-    differentiate = functools.partial(gradients_of, plan, state, bound_encoder(plan, encoder_state))
+    weights = sharding.gather(encoder_state, plan.encoder_specs)
+    encoder = None if plan.encoder is None else nnx.merge(plan.encoder, weights)
+
+    def differentiate(part):
+        return jax.grad(loss_of, has_aux=True)(state.params, plan, state, encoder, part)
+
     gradients, metrics = in_parts(differentiate, batch, plan.config.optimizer.accumulate)
     gradients, norm = reduce(gradients, plan.specs.params, plan.mesh)
-    metrics = lax.pmean(metrics, sharding.AXES)
-    return updated(plan.config, state, gradients, norm, metrics)
-
-
-def bound_encoder(plan: StepPlan, encoder_state: Any) -> Encode | None:
-    """Return the Flax encoder as a function of images in [0, 1]; None where the batch brings the features."""
-    if plan.encoder is None:
-        return None
-    graph, specs = plan.encoder
-    encoder = nnx.merge(graph, sharding.gather(encoder_state, specs))
-    return lambda image: encoder(encoder.normalize(image))
-
-
-def gradients_of(plan: StepPlan, state: TrainState, encode: Encode | None, batch: Batch) -> tuple[Any, Metrics]:
-    """Return the gradients of the loss on a batch, and the loss with its terms."""
-    differentiate = jax.value_and_grad(loss_of, has_aux=True)
-    (loss, terms), gradients = differentiate(state.params, plan, state, encode, batch)
-    return gradients, terms | dict(loss=loss)
+    return updated(plan.config, state, gradients, norm, lax.pmean(metrics, sharding.AXES))
 
 
 def loss_of(
-    params: Any, plan: StepPlan, state: TrainState, encode: Encode | None, batch: Batch
+    params: Any, plan: StepPlan, state: TrainState, encoder: Encoder | None, batch: Batch
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Return the loss of a batch and its terms, as a function of the parameters."""
+    """Return the loss of a batch, and the loss with its terms, as a function of the parameters."""
     config, sizes = plan.config, plan.sizes
     model = nnx.merge(plan.graph, sharding.gather(params, plan.specs.params), state.unused)
-    lr, hr = (batch["lr"], batch["hr"]) if encode is None else features_of(encode, batch, sizes)
+    lr, hr = (batch["lr"], batch["hr"]) if encoder is None else features_of(encoder, encoder_views(batch, sizes))
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     if (channels := draw_channels(config.features, sizes.share, lr.shape[-1], key)) is not None:
         lr, hr = lr[..., channels], hr[..., channels]
-    views = views_of(batch, sizes, *lax.stop_gradient((lr, hr)), config.dataset.pasted_regions)
+    mean, std = (jnp.asarray(x, jnp.float32) for x in IMAGENET)
+    clean, augmented = ((lr_view(batch[name], sizes.guidance) - mean) / std for name in ("image", "augmented"))
+    pasted = config.dataset.pasted_regions
+    regions = jax.nn.one_hot(batch["regions"], 1 + pasted) if pasted else None
+    views = Views(clean, augmented, *lax.stop_gradient((lr, hr)), sizes.corners(batch["crops"]), regions)
     terms = objective(model, views, sizes.cells, sizes.consistency, config.loss, remat=config.remat)
-    return sum(terms.values()), terms
+    loss = sum(terms.values())
+    return loss, terms | dict(loss=loss)
 
 
 def updated(
@@ -171,10 +158,7 @@ def updated(
 
 def lr_view(image: UInt8[Array, "B H W 3"], size: Size) -> Float[Array, "B h w 3"]:
     """Return photographs with values in [0, 1] at another size, bilinear and antialiased."""
-    image = image.astype(jnp.float32) / 255
-    if image.shape[1:3] == size:
-        return image
-    return jax.image.resize(image, (len(image), *size, 3), "bilinear", antialias=True)
+    return jax.image.resize(image.astype(jnp.float32) / 255, (len(image), *size, 3), "bilinear", antialias=True)
 
 
 def encoder_views(batch: Batch, sizes: StepSizes) -> tuple[Float[Array, "B H W 3"], Float[Array, "B*n Hc Wc 3"]]:
@@ -184,11 +168,11 @@ def encoder_views(batch: Batch, sizes: StepSizes) -> tuple[Float[Array, "B H W 3
 
 
 def features_of(
-    encode: Encode, batch: Batch, sizes: StepSizes
+    encoder: FrozenEncoder, views: tuple[Float[Array, "B H W 3"], Float[Array, "B*n Hc Wc 3"]]
 ) -> tuple[Float[Array, "B h w C"], Float[Array, "B n hc wc C"]]:
-    """Return an encoder's features of the whole photographs and of their crops."""
-    whole, crops = encoder_views(batch, sizes)
-    return encode(whole), rearrange(encode(crops), "(b n) h w c -> b n h w c", b=len(whole))
+    """Return an encoder's features of the whole photographs and of their crops, given what `encoder_views` returns."""
+    whole, crops = (encoder(encoder.normalize(view)) for view in views)
+    return whole, rearrange(crops, "(b n) h w c -> b n h w c", b=len(whole))
 
 
 def draw_channels(config: FeaturesConfig, share: float, channels: int, key: PRNGKeyArray) -> Int[Array, " kept"] | None:
@@ -198,16 +182,6 @@ def draw_channels(config: FeaturesConfig, share: float, channels: int, key: PRNG
         return None
     drawn = jax.random.permutation(key, channels)[:kept]
     return drawn if config.shuffle else drawn.sort()
-
-
-def views_of(
-    batch: Batch, sizes: StepSizes, lr: Float[Array, "B h w C"], hr: Float[Array, "B n hc wc C"], pasted: int
-) -> Views:
-    """Return what the objective compares; `pasted` is how many regions are pasted onto each photograph."""
-    mean, std = (jnp.asarray(x, jnp.float32) for x in IMAGENET)
-    clean, augmented = ((lr_view(batch[name], sizes.guidance) - mean) / std for name in ("image", "augmented"))
-    regions = jax.nn.one_hot(batch["regions"], 1 + pasted) if pasted else None
-    return Views(clean, augmented, lr, hr, sizes.corners(batch["crops"]), regions)
 
 
 def in_parts(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:

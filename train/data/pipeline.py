@@ -55,24 +55,19 @@ class Prepare(grain.transforms.MapWithIndex):
         """Return the crop of a photograph, or of the next one that can be used, and its name."""
         views = draws.random(4)
         region = Region(*views[:3], self.config.random_region) if self.config.random_region else None
-        failures: list[tuple[str, str]] = []
-        for attempt in range(min(GIVE_UP, len(self.source))):
+        attempts = min(GIVE_UP, len(self.source))
+        for attempt in range(attempts):
             number = (index + attempt) % len(self.source)
             name = self.source.name(number)
             try:
                 with self.source.open(number) as file:
                     image = read_crop(file, name, self.config.crop_size, region, self.config.max_enlargement)
-                break
             except (OSError, ValueError) as error:
-                failures.append((name, " ".join(str(error).split())))
-        else:
-            raise ValueError(
-                f"{len(failures)} photographs in a row cannot be used, the last because: {failures[-1][1]}"
-            )
-        skipped += failures
-        if self.config.flip and views[3] < 0.5:
-            image = np.ascontiguousarray(image[:, ::-1])
-        return image, name
+                skipped.append((name, " ".join(str(error).split())))
+                continue
+            flipped = self.config.flip and views[3] < 0.5
+            return np.ascontiguousarray(image[:, ::-1]) if flipped else image, name
+        raise ValueError(f"{attempts} photographs in a row cannot be used, the last because: {skipped[-1][1]}")
 
 
 def collate(elements: list[dict[str, Any]]) -> dict[str, Any]:

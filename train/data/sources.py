@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -184,12 +185,9 @@ def _tfds(config: DatasetConfig, _say: Callable[[str], None]) -> TFDS:
     source = TFDS(data, images[0], f"{config.name}/{config.split}")
     probed = min(len(source), PROBED)
     for index in range(probed):
-        try:
-            with source.open(index) as file:
-                read_crop(file, source.name(index), config.crop_size, max_enlargement=config.max_enlargement)
+        with contextlib.suppress(OSError, ValueError), source.open(index) as file:
+            read_crop(file, source.name(index), config.crop_size, max_enlargement=config.max_enlargement)
             return source
-        except (OSError, ValueError):
-            continue
     raise ValueError(
         f"None of the first {probed} images of {source.title} is at least dataset.crop_size={config.crop_size}; "
         f"{_REMEDY}."
