@@ -162,15 +162,18 @@ class AnyUp(nnx.Module):
             sizes: heights and widths of the outputs.
             rows: which rows of the image are here; `sizes` are those of the whole output.
         """
-        guide = self.rope(self.image_encoder(jnp.asarray(image, self.dtype), rows=rows), rows)
-        keys = self.key_encoder(guide, lambda x: {grid: rows.pool(x, grid) for grid in grids}, rows)
+        guide, buffer = self.image_encoder.with_buffer(jnp.asarray(image, self.dtype), rows=rows)
+        guide = self.rope(guide, rows)
+        keys, buffer = self.key_encoder.with_buffer(
+            guide, lambda x: {grid: rows.pool(x, grid) for grid in grids}, rows, buffer
+        )
         guide = after(guide, keys)
         shapes = {size: (size[0] // rows.count, size[1]) for size in sizes}
         if set(shapes.values()) == {guide.shape[1:3]}:  # nothing to average: the last block stays in its memory
-            query: Array = self.query_encoder(guide, rows=rows)
+            query, _ = self.query_encoder.with_buffer(guide, None, rows, buffer)
             return ImageCode(keys, dict.fromkeys(shapes, query), rows)
-        queries = self.query_encoder(
-            guide, lambda x: {size: adaptive_average_pool(x, shape) for size, shape in shapes.items()}, rows
+        queries, _ = self.query_encoder.with_buffer(
+            guide, lambda x: {size: adaptive_average_pool(x, shape) for size, shape in shapes.items()}, rows, buffer
         )
         return ImageCode(keys, queries, rows)
 

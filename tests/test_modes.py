@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def outputs(path: Path, dtype: str, **variables: str) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, np.ndarray]]:
+def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
     return request.param, outputs(tmp_path_factory.mktemp("plain") / "x.npz", request.param)
 
 
@@ -62,7 +63,7 @@ def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     ],
     ids=lambda variables: next(iter(variables)),
 )
-def test_outputs(plain: tuple[str, dict[str, np.ndarray]], tmp_path: Path, variables: dict[str, str]) -> None:
+def test_outputs(plain: tuple[str, dict[str, Any]], tmp_path: Path, variables: dict[str, str]) -> None:
     dtype, expected = plain
     for name, output in outputs(tmp_path / "x.npz", dtype, **variables).items():
         scale = np.abs(expected[name]).max()
