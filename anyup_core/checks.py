@@ -9,6 +9,7 @@ from anyup_core.config import AnyUpConfig
 from anyup_core.geometry import AxisWindow
 from anyup_core.settings import require
 
+OutputSize = int | Sequence[int]  # of a square, or height and width
 ORDERS = {"NHWC": (0, 2, 3, 1), "NCHW": (0, 3, 1, 2)}  # how to transpose the other order into this one
 
 
@@ -17,7 +18,7 @@ def check_inputs(
     layout: str,
     image: Any,
     features: Any,
-    output_size: Sequence[int] | None,
+    output_size: OutputSize | None,
     q_chunk_size: int | None,
     values: Any,
 ) -> tuple[int, int]:
@@ -31,18 +32,19 @@ def check_inputs(
 
     Raises:
         ValueError: for shapes, sizes or a chunk that do not fit.
-        TypeError: for integer inputs or sizes that are not whole numbers.
+        TypeError: for integer inputs, inputs that are no arrays (tensors), or sizes that are not whole numbers.
     """
     height, width, channels = (layout.index(letter) for letter in "HWC")
     given = {"image": image, "features": features} | ({} if values is None else {"values": values})
     for name, array in given.items():
+        _check_kind(name, array, layout)
         if len(array.shape) != 4 or 0 in array.shape:
             raise ValueError(
                 f"{name} has shape {tuple(array.shape)}; it must have four axes, {layout}, none of them empty."
             )
-        if "float" not in str(array.dtype):
+        if "float" not in type_name(array):
             hint = "divide by 255, apply the ImageNet mean and standard deviation" if name == "image" else "convert it"
-            raise TypeError(f"{name} holds {array.dtype}; it must hold floating-point numbers: {hint} first.")
+            raise TypeError(f"{name} holds {type_name(array)}; it must hold floating-point numbers: {hint} first.")
     shape, cells = tuple(image.shape), tuple(features.shape)
     if shape[channels] != config.input_dim:
         raise ValueError(f"image has shape {shape}; {expected_axes(layout, shape, config.input_dim)}")
@@ -68,7 +70,7 @@ def check_maps(
     layout: str,
     image: Any,
     features: Any,
-    output_size: Sequence[int] | None,
+    output_size: OutputSize | None,
     q_chunk_size: int | None,
     values: Any,
 ) -> tuple[int, int]:
@@ -126,14 +128,33 @@ def encoded(maps: Mapping[tuple[int, int], Any], size: tuple[int, int], argument
     return maps[size]
 
 
-def _size(output_size: Sequence[int] | None, default: tuple[int, int]) -> tuple[int, int]:
+def _check_kind(name: str, array: Any, layout: str) -> None:
+    """Raise TypeError unless it is what the framework with this layout computes with: NHWC is JAX, NCHW PyTorch."""
+    is_array, is_tensor = hasattr(array, "shape") and hasattr(array, "dtype"), hasattr(array, "requires_grad")
+    kind = f"{type(array).__module__.partition('.')[0]}.{type(array).__name__}".removeprefix("builtins.")
+    if layout == "NCHW" and not is_tensor:
+        raise TypeError(f"{name} is a {kind}; give a torch.Tensor, {layout}: torch.from_numpy(numpy.asarray(...)).")
+    if layout == "NHWC" and (is_tensor or not is_array):
+        change = "tensor.detach().cpu().numpy(), channels last" if is_tensor else "numpy.asarray(...)"
+        raise TypeError(f"{name} is a {kind}; give a JAX or NumPy array, {layout}: {change}.")
+    if layout == "NHWC" and type_name(array) in ("float96", "float128"):
+        raise TypeError(f"{name} holds {type_name(array)}, which JAX does not have; convert it to float32.")
+
+
+def type_name(array: Any) -> str:
+    """Return the name of the number type of an array or a tensor, whatever its byte order."""
+    return getattr(array.dtype, "name", str(array.dtype))
+
+
+def _size(output_size: OutputSize | None, default: tuple[int, int]) -> tuple[int, int]:
     if output_size is None:
-        return default
-    if not isinstance(output_size, Sequence) or len(output_size) != 2 or not all(map(is_whole, output_size)):
-        raise TypeError(f"output_size={output_size!r} must be two whole numbers, height and width.")
-    if min(output_size) < 1:
-        raise ValueError(f"output_size={tuple(output_size)} must be at least 1 x 1; leave it out for the image's size.")
-    return int(output_size[0]), int(output_size[1])
+        return int(default[0]), int(default[1])
+    sides: Any = (output_size, output_size) if is_whole(output_size) else output_size
+    if not isinstance(sides, Sequence) or len(sides) != 2 or not all(map(is_whole, sides)):
+        raise TypeError(f"output_size={output_size!r} must be a whole number, or two: height and width.")
+    if min(sides) < 1:
+        raise ValueError(f"output_size={tuple(sides)} must be at least 1 x 1; leave it out for the image's size.")
+    return int(sides[0]), int(sides[1])
 
 
 def expected_axes(layout: str, shape: tuple[int, ...], channels: int) -> str:

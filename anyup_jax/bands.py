@@ -22,12 +22,14 @@ from jaxtyping import Array, Float, Int
 
 from anyup_core import checks, geometry
 from anyup_core.band_plan import Pieces, Plan, plan_bands
+from anyup_core.checks import OutputSize
 from anyup_core.config import NORM_GROUPS
 from anyup_jax.blocked import BLOCK
 from anyup_jax.image_code import ImageCode
 from anyup_jax.layers import GROUP_NORM_EPS, ConvEncoder, GroupNorm, normed_silu
-from anyup_jax.model import AnyUp, grid_of
+from anyup_jax.model import AnyUp, grid_of, native
 from anyup_jax.pooling import adaptive_average_pool
+from anyup_jax.promotion import standard_promotion
 from anyup_jax.row_shards import CutRows
 
 GUIDE = 1 << 29  # bytes of the guide up to which it is held, not computed again for every use
@@ -39,7 +41,7 @@ def upsample_bands(
     model: AnyUp,
     image: Float[Array | np.ndarray, "B H W input_dim"],
     features: Float[Array | np.ndarray, "B h w C"],
-    output_size: tuple[int, int] | None = None,
+    output_size: OutputSize | None = None,
     q_chunk_size: int | None = None,
     values: Float[Array | np.ndarray, "B h w E"] | None = None,
     *,
@@ -61,11 +63,12 @@ def upsample_bands(
     """
     size = checks.check_inputs(model.config, "NHWC", image, features, output_size, q_chunk_size, values)
     values = features if values is None else values
-    dtype = jnp.dtype(jnp.asarray(values[:0]).dtype if dtype is None else dtype)
+    dtype = jnp.dtype(jnp.asarray(native(values[:0])).dtype if dtype is None else dtype)
     if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 4:
         raise TypeError(f"dtype={dtype} must be a floating type of at most 32 bits: float32, float16 or bfloat16.")
     channels = len(image) * max(values.shape[-1], model.config.qk_dim)
     plan = plan_bands(model.config, size, grid_of(features), channels, rows, q_chunk_size)
+    image, features, values = native((image, features, values))
     return _bands(model, image, features, values, plan, dtype)
 
 
@@ -182,6 +185,7 @@ def affine(norm: GroupNorm, moments: Float[np.ndarray, "2 B D"]) -> Affine:
 
 
 @functools.partial(jax.jit, static_argnames=("names",))
+@standard_promotion()
 def strip_sums(model: AnyUp, maps: RecomputedMaps, names: tuple[str, ...]) -> Float[Array, "strips encoders 2 B D"]:
     """Sums of x and of x squared over the pixels of each strip, x what the encoders' next unknown norms get.
 
@@ -200,6 +204,7 @@ def strip_sums(model: AnyUp, maps: RecomputedMaps, names: tuple[str, ...]) -> Fl
 
 
 @jax.jit
+@standard_promotion()
 def hold_guide(model: AnyUp, maps: RecomputedMaps) -> Float[Array, "B H W D"]:
     """Compute the whole guide, strip by strip."""
     (batch, height, width), rows = maps.image.shape[:3], maps.strip_rows
@@ -235,6 +240,7 @@ def pooled(
 
 
 @jax.jit
+@standard_promotion()
 def describe(
     model: AnyUp, maps: RecomputedMaps, features: Float[Array, "B h w C"], starts, shares
 ) -> Float[Array, "B h w D"]:
@@ -245,6 +251,7 @@ def describe(
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "dtype"))
+@standard_promotion()
 def finish(
     model: AnyUp,
     maps: RecomputedMaps,

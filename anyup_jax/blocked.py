@@ -11,6 +11,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from anyup_jax.promotion import standard_promotion
+
 
 def map_rows(
     function: Callable[..., Array], *images: Float[Array, "_ H _ _"], buffer: Float[Array, "B H W _"] | None = None
@@ -60,6 +62,7 @@ def _map_rows_forward(function, images, constants, buffer):
     return _map_rows(function, images, constants, buffer), (images, constants)
 
 
+@standard_promotion()
 def _map_rows_backward(function, saved, cotangent):
     images, constants = saved
 
@@ -122,6 +125,7 @@ def _convolve_forward(x, kernel, edges):
     return convolve(x, kernel, edges), (x, kernel)
 
 
+@standard_promotion()
 def _convolve_backward(edges, saved, cotangent):
     x, kernel = saved
     (side, _, inputs, outputs), width = kernel.shape, cotangent.shape[2]
@@ -195,6 +199,7 @@ def _rotate_forward(x, freqs, rows, cols):
     return rotate(x, freqs, rows, cols), (x, freqs, rows, cols)
 
 
+@standard_promotion()
 def _rotate_backward(saved, cotangent):
     x, freqs, rows, cols = saved
     row, col, sign = turns(freqs, rows, cols)

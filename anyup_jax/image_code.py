@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 from jaxtyping import Array, Float
@@ -24,8 +25,8 @@ class ImageCode:
         rows: which rows of the image, and so of the queries, are here.
     """
 
-    keys: dict[Size, Float[Array, "B _ _ D"]]
-    queries: dict[Size, Float[Array, "B _ _ D"]]
+    keys: Mapping[Size, Float[Array, "B _ _ D"]]
+    queries: Mapping[Size, Float[Array, "B _ _ D"]]
     rows: Rows = dataclasses.field(default=ALL_ROWS, metadata=dict(static=True))
 
     def key(self, grid: Size) -> Float[Array, "B h w D"]:

@@ -86,8 +86,8 @@ class GroupNorm(nnx.Module):
     """Normalisation over the positions and the channels of each of 8 groups, then a scale and a shift per channel."""
 
     def __init__(self, channels: int):
-        self.scale = nnx.Param(jnp.ones(channels))
-        self.bias = nnx.Param(jnp.zeros(channels))
+        self.scale = nnx.Param(jnp.ones(channels, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
 
     def affine(
         self, x: Float[Array, "B H W channels"], rows: Rows = ALL_ROWS
@@ -184,7 +184,7 @@ class FeatureUnification(nnx.Module):
         if init_gaussian_derivatives:
             self.basis = nnx.Param(jnp.asarray(geometry.gaussian_derivatives(filters, kernel_size)))
         else:
-            self.basis = nnx.Param(jax.random.normal(rngs.params(), (filters, kernel_size, kernel_size)))
+            self.basis = nnx.Param(jax.random.normal(rngs.params(), (filters, kernel_size, kernel_size), jnp.float32))
         self.dtype = dtype
 
     def __call__(self, features: Float[Array, "B h w C"]) -> Float[Array, "B h w M"]:
@@ -232,7 +232,7 @@ class RMSNorm(nnx.Module):
     """Division by the root mean square over the channels, then a scale."""
 
     def __init__(self, channels: int):
-        self.scale = nnx.Param(jnp.ones(channels))
+        self.scale = nnx.Param(jnp.ones(channels, jnp.float32))
 
     def __call__(self, x: Float[Array, "... channels"]) -> Float[Array, "... channels"]:
         wide = x.astype(jnp.float32)
@@ -247,7 +247,7 @@ class Linear(nnx.Module):
         self, inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs, variable: type[nnx.Variable] = nnx.Param
     ):
         self.kernel = variable(uniform(rngs, (inputs, outputs), (6 / (inputs + outputs)) ** 0.5))
-        self.bias = variable(jnp.zeros(outputs))
+        self.bias = variable(jnp.zeros(outputs, jnp.float32))
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:

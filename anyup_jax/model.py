@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from anyup_core import checks
+from anyup_core.checks import OutputSize
 from anyup_core.config import AnyUpConfig
 from anyup_core.geometry import AxisWindow
 from anyup_jax import sharding
@@ -24,6 +26,7 @@ from anyup_jax.blocked import map_rows
 from anyup_jax.image_code import ImageCode
 from anyup_jax.layers import Conv, ConvEncoder, FeatureUnification, Linear, ResBlock, RMSNorm, RoPE, Unused
 from anyup_jax.pooling import adaptive_average_pool
+from anyup_jax.promotion import standard_promotion
 from anyup_jax.row_shards import ALL_ROWS, Rows, Size
 
 Map = tuple[Float[Array, "B _ _ D"], Float[Array | np.ndarray, "B _ _ _"]]  # keys of a feature map; what is averaged
@@ -102,11 +105,12 @@ class AnyUp(nnx.Module):
         self.aggregation = build(2 * dim, dim, 3)
         self.rope = RoPE(dim)
 
+    @standard_promotion()
     def __call__(
         self,
         image: Float[Array | np.ndarray, "B H W input_dim"],
         features: Float[Array | np.ndarray, "B h w C"],
-        output_size: tuple[int, int] | None = None,
+        output_size: OutputSize | None = None,
         q_chunk_size: int | None = None,
         values: Float[Array | np.ndarray, "B h w E"] | None = None,
         *,
@@ -117,7 +121,7 @@ class AnyUp(nnx.Module):
         Args:
             image: guidance, normalised with the ImageNet mean and standard deviation.
             features: any encoder's feature map of the same view, of any size and any number of channels.
-            output_size: height and width of the output, any positive size.
+            output_size: height and width of the output, any positive size; or one number for both.
             q_chunk_size: query positions worked on at once; bounds memory, never changes the result.
             values: what is averaged instead of the features: class logits, colours, a projection. The output is
                 linear in it, so a linear head may as well be applied before upsampling.
@@ -143,10 +147,12 @@ class AnyUp(nnx.Module):
 
         `size` is that of the whole output.
         """
+        image, maps = native((image, maps))
         code = self.encode_image(image, [grid_of(features) for features, _ in maps], [size], rows)
         pairs = [(self.describe(code, features), features if values is None else values) for features, values in maps]
         return self.decode(code, pairs, size, q_chunk_size)
 
+    @standard_promotion()
     def encode_image(
         self,
         image: Float[Array | np.ndarray, "B _ W input_dim"],
@@ -171,12 +177,13 @@ class AnyUp(nnx.Module):
         shapes = {size: (size[0] // rows.count, size[1]) for size in sizes}
         if set(shapes.values()) == {guide.shape[1:3]}:  # nothing to average: the last block stays in its memory
             query, _ = self.query_encoder.with_buffer(guide, None, rows, buffer)
-            return ImageCode(keys, dict.fromkeys(shapes, query), rows)
+            return ImageCode(keys, {size: query for size in shapes}, rows)  # noqa: C420
         queries, _ = self.query_encoder.with_buffer(
             guide, lambda x: {size: adaptive_average_pool(x, shape) for size, shape in shapes.items()}, rows, buffer
         )
         return ImageCode(keys, queries, rows)
 
+    @standard_promotion()
     def describe(
         self,
         code: ImageCode,
@@ -198,6 +205,7 @@ class AnyUp(nnx.Module):
             described = self.key_features_encoder(jnp.asarray(features))
         return self.aggregation(jnp.concatenate([key, described], -1))
 
+    @standard_promotion()
     def decode(
         self, code: ImageCode, maps: Sequence[Map], size: Size, q_chunk_size: int | None = None
     ) -> list[Float[Array, "B _ Wo _"]]:
@@ -222,6 +230,11 @@ def grid_of(maps: Array | np.ndarray) -> Size:
     return maps.shape[1], maps.shape[2]
 
 
+def native(arrays: Any) -> Any:
+    """Return a tree of arrays, those of NumPy in this machine's byte order: JAX has no other."""
+    return jax.tree.map(lambda x: np.asarray(x, x.dtype.newbyteorder("=")) if isinstance(x, np.ndarray) else x, arrays)
+
+
 def after(guide: Float[Array, "B H W D"], keys: dict[Size, Float[Array, "B _ _ D"]]) -> Float[Array, "B H W D"]:
     """Return the guide, unchanged, as a value that XLA can compute only once it has the keys.
 
@@ -238,7 +251,7 @@ def upsample(
     model: AnyUp,
     image: Float[Array | np.ndarray, "B H W input_dim"],
     features: Float[Array | np.ndarray, "B h w C"],
-    output_size: tuple[int, int] | None = None,
+    output_size: OutputSize | None = None,
     q_chunk_size: int | None = None,
     values: Float[Array | np.ndarray, "B h w E"] | None = None,
 ) -> Float[Array, "B Ho Wo E"]:
@@ -258,7 +271,7 @@ def upsample_many(
     model: AnyUp,
     image: Float[Array | np.ndarray, "B H W input_dim"],
     features: Sequence[Float[Array | np.ndarray, "B _ _ _"]],
-    output_size: tuple[int, int] | None = None,
+    output_size: OutputSize | None = None,
     q_chunk_size: int | None = None,
     values: Sequence[Float[Array | np.ndarray, "B _ _ _"] | None] | None = None,
 ) -> list[Float[Array, "B Ho Wo _"]]:
@@ -283,6 +296,7 @@ def upsample_many(
 
 def _run(model: AnyUp, image, maps, size: Size, q_chunk_size: int | None) -> list[Float[Array, "B Ho Wo _"]]:
     """Call the compiled program for an image that is on one device, or spread over several."""
+    image, maps = native((image, maps))
     if (spread := sharding.row_sharding(image)) is None:
         return compiled(*nnx.split(model), image, maps, size, q_chunk_size)
     sharding.check(model.config, image.shape, size, spread.mesh, spread.spec)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from anyup_core import checks
 from anyup_core.band_plan import Pieces, Plan, plan_bands
+from anyup_core.checks import OutputSize
 from anyup_core.geometry import AxisWindow, plan_tiles
 from anyup_torch.attention import resolve, window_attention
 from anyup_torch.attention.tiled import TileAttention
@@ -32,7 +33,7 @@ def upsample_bands(
     model: nn.Module,
     image: Float[Tensor, "B input_dim H W"],
     features: Float[Tensor, "B C h w"],
-    output_size: Size | None = None,
+    output_size: OutputSize | None = None,
     q_chunk_size: int | None = None,
     values: Float[Tensor, "B E h w"] | None = None,
     *,
@@ -63,6 +64,7 @@ def upsample_bands(
         raise TypeError(f"dtype={dtype} must be a floating type of at most 32 bits: float32, float16 or bfloat16.")
     channels = len(image) * max(values.shape[1], model.config.qk_dim)
     plan = plan_bands(model.config, size, tuple(features.shape[2:]), channels, rows, q_chunk_size)
+    image, features, values = image.to(model.dtype), features.to(model.dtype), values.to(model.widened(values.dtype))
     return _bands(model, image, features, values, plan, dtype)
 
 

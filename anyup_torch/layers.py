@@ -20,6 +20,11 @@ GROUP_NORM_EPS = 1e-5
 RMS_NORM_EPS = float(np.finfo(np.float32).eps)
 
 
+def transformed(*tensors: Tensor) -> bool:
+    """Whether `torch.func` differentiates or batches one of these; it knows no hooks and no writing into parts."""
+    return any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
+
+
 class ReflectConv2d(nn.Conv2d):
     """k x k convolution without bias over reflected borders; unlike PyTorch's, for sides of any length."""
 
@@ -38,7 +43,7 @@ class ReflectConv2d(nn.Conv2d):
 
 @torch.compiler.disable  # tables are made by numpy, not traced
 def _reflection(size: int, border: int, device: torch.device) -> Int[Tensor, " n"]:
-    return torch.from_numpy(geometry.reflection(size, border)).to(device)
+    return torch.from_numpy(geometry.reflection(int(size), border)).to(device)
 
 
 class ResBlock(nn.Module):
@@ -90,8 +95,8 @@ class FeatureUnification(nn.Module):
 
     @torch.compiler.disable  # a loop over blocks, which tracing would unroll
     def forward(self, features: Float[Tensor, "B C h w"]) -> Float[Tensor, "B M h w"]:
-        filters, kernel = self.basis.shape[0], self.basis.shape[-1]
-        batch, channels, height, width = features.shape
+        filters, _, kernel, _ = map(int, self.basis.shape)  # `torch.jit.trace` has tensors as sizes
+        batch, channels, height, width = map(int, features.shape)
         positions, half = batch * height * width, kernel // 2
         padded = F.pad(features, (half, half, half, half)).permute(0, 2, 3, 1).contiguous()
         rows, cols = (geometry.taps_in_bounds(size, kernel) for size in (height, width))
@@ -110,7 +115,9 @@ class FeatureUnification(nn.Module):
         block = UNIFICATION_BLOCK if features.device.type == "cpu" else UNIFICATION_BLOCK_PARALLEL
         step = max(1, block // (channels * filters))
         blocks = torch.arange(positions, device=features.device).split(step)
-        if torch.is_grad_enabled() and (self.basis.requires_grad or features.requires_grad):
+        if transformed(self.basis, features):
+            unified = torch.cat([describe(index) for index in blocks])
+        elif torch.is_grad_enabled() and (self.basis.requires_grad or features.requires_grad):
             unified = torch.cat([checkpoint(describe, index, use_reentrant=False) for index in blocks])
         else:  # results that are kept one by one between large blocks that are freed leave holes in the heap
             unified = features.new_empty(positions, filters, dtype=torch.float32)
@@ -139,7 +146,7 @@ class RoPE(nn.Module):
     @torch.compiler.disable  # coordinates are made by numpy, not traced
     def angles(self, height: int, width: int) -> tuple[Float[Tensor, "H D"], Float[Tensor, "W D"]]:
         """Return the rows' and the columns' parts of the angles, float32; a pixel's angle is their sum."""
-        axes = (torch.from_numpy(axis).to(self.freqs.device) for axis in geometry.coordinates(height, width))
+        axes = (torch.from_numpy(axis).to(self.freqs.device) for axis in geometry.coordinates(int(height), int(width)))
         row, col = (axis[:, None] * freqs for axis, freqs in zip(axes, self.freqs.float()))
         return row, col
 

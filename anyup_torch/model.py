@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from anyup_core import checks, visualize
+from anyup_core.checks import OutputSize
 from anyup_core.config import AnyUpConfig
 from anyup_core.geometry import AxisWindow, axis_window
 from anyup_torch import streaming
@@ -113,7 +114,7 @@ class AnyUp(nn.Module):
         self,
         image: Float[Tensor, "B input_dim H W"],
         features: Float[Tensor, "B C h w"],
-        output_size: Size | None = None,
+        output_size: OutputSize | None = None,
         vis_attn: bool = False,
         q_chunk_size: int | None = None,
         values: Float[Tensor, "B E h w"] | None = None,
@@ -125,7 +126,7 @@ class AnyUp(nn.Module):
         Args:
             image: guidance, normalised with the ImageNet mean and standard deviation.
             features: any encoder's feature map of the same view, of any size and number of channels.
-            output_size: height and width of the output, any positive size.
+            output_size: height and width of the output, any positive size; or one number for both.
             vis_attn: also show the attention: colours of a wheel over the feature map, sent through the attention.
             q_chunk_size: query positions worked on at once; bounds memory, never changes the result.
             values: what is averaged instead of the features: class logits, colours, a projection. The output is
@@ -151,11 +152,25 @@ class AnyUp(nn.Module):
         grids = [grid_of(maps) for maps in features]
         for grid in grids:
             self.windows(size, grid)  # refuses windows without keys before the work begins
-        if streaming.possible(self, image, *features, *values):
-            return streaming.upsample(self, image, features, values, size, q_chunk_size)
-        code = self.encode_image(image, grids, [size])
-        keys = [self.describe(code, maps) for maps in features]
-        return self.decode(code, list(zip(keys, values)), size, q_chunk_size)
+        image, *features = (tensor.to(self.dtype) for tensor in (image, *features))
+        wide = [x.to(self.widened(x.dtype)) for x in values]
+        if streaming.possible(self, image, *features, *wide):
+            outputs = streaming.upsample(self, image, features, wide, size, q_chunk_size)
+        else:
+            code = self.encode_image(image, grids, [size])
+            keys = [self.describe(code, maps) for maps in features]
+            outputs = self.decode(code, list(zip(keys, wide)), size, q_chunk_size)
+        return [output.to(x.dtype) for output, x in zip(outputs, values)]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the parameters and so of the computation; outputs have the type of the values."""
+        return self.rope.freqs.dtype
+
+    def widened(self, dtype: torch.dtype) -> torch.dtype:
+        """The type in which values of `dtype` are averaged: no narrower, but float64 only in a model of that type."""
+        kept = dtype if dtype != torch.float64 else torch.float32
+        return torch.promote_types(kept, self.dtype)
 
     def encode_image(
         self, image: Float[Tensor, "B input_dim H W"], grids: Sequence[Size], sizes: Sequence[Size]
@@ -167,6 +182,7 @@ class AnyUp(nn.Module):
             grids: heights and widths of the feature maps that are to be upsampled.
             sizes: heights and widths of the outputs.
         """
+        image = image.to(self.dtype)
         if streaming.possible(self, image):
             return streaming.encode_image(self, image, grids, sizes)
         guide = self.rope(self.image_encoder(image))
@@ -179,7 +195,7 @@ class AnyUp(nn.Module):
             ValueError: if the image was not encoded for the grid (h, w).
         """
         key = code.key(grid_of(features))
-        return self.aggregation(torch.cat([key, self.key_features_encoder(features)], 1))
+        return self.aggregation(torch.cat([key, self.key_features_encoder(features.to(self.dtype))], 1))
 
     def decode(
         self, code: ImageCode, maps: Sequence[Map], size: Size, q_chunk_size: int | None = None
@@ -232,7 +248,7 @@ class AnyUp(nn.Module):
 
 def grid_of(maps: Tensor) -> Size:
     """Return the height and width of NCHW maps."""
-    return maps.shape[2], maps.shape[3]
+    return int(maps.shape[2]), int(maps.shape[3])
 
 
 def pool(x: Float[Tensor, "B D H W"], sizes: Sequence[Size]) -> dict[Size, Float[Tensor, "B D _ _"]]:
@@ -243,7 +259,7 @@ def upsample_many(
     model: AnyUp,
     image: Float[Tensor, "B input_dim H W"],
     features: Sequence[Float[Tensor, "B _ _ _"]],
-    output_size: Size | None = None,
+    output_size: OutputSize | None = None,
     q_chunk_size: int | None = None,
     values: Sequence[Float[Tensor, "B _ _ _"] | None] | None = None,
 ) -> list[Float[Tensor, "B _ Ho Wo"]]:

@@ -22,7 +22,7 @@ from anyup_core.geometry import plan_tiles
 from anyup_torch.attention import resolve
 from anyup_torch.attention.tiled import TileAttention
 from anyup_torch.image_code import ImageCode, Map, Size
-from anyup_torch.layers import ReflectConv2d, ResBlock, RoPE
+from anyup_torch.layers import ReflectConv2d, ResBlock, RoPE, transformed
 
 BLOCK = 1 << 13  # pixels a block: what stays in the cache at 128 channels
 BLOCK_PARALLEL = 1 << 18  # the same on accelerators, which want few large operations
@@ -205,7 +205,8 @@ def possible(model: nn.Module, *tensors: Tensor) -> bool:
     """Whether the model can be streamed: in eager inference, in one type throughout, with the tiled attention."""
     return (
         resolve(model.config.backend, tensors[0].device) == "tiled"
-        and not torch.compiler.is_compiling()
+        and tensors[0].device.type != "meta"
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed(*tensors))
         and not torch.is_autocast_enabled(tensors[0].device.type)
         and all(tensor.dtype == model.rope.freqs.dtype for tensor in tensors)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *model.parameters())))

@@ -18,6 +18,7 @@ from anyup_core.encoders.frozen import FrozenEncoder
 from anyup_core.settings import to_dict
 from anyup_jax.encoders.settings import check_cells
 from anyup_jax.encoders.timm_bridge import Bridge
+from anyup_jax.promotion import standard_promotion
 from evaluation import depth_normals, fidelity, methods, results, segmentation, sheet
 from evaluation.config import Config
 from evaluation.data import Examples, Scenes, open_nyu, open_segmentation
@@ -30,6 +31,7 @@ Log = Callable[[str], None]
 BORROWED = "bilinear"  # its probe is also scored on the features of the other methods, without retraining
 
 
+@standard_promotion()
 def run(config: Config, log: Log = print) -> list[Result]:
     """Evaluate, write every result as soon as it is complete, and return all of them.
 

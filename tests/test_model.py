@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 
 import anyup_jax
@@ -417,9 +418,11 @@ REFUSED = {
     "chunk of 0": (dict(q_chunk_size=0), ValueError, "^q_chunk_size=0 "),
     "chunk of 1.5": (dict(q_chunk_size=1.5), ValueError, "^q_chunk_size=1.5 "),
     "size of 0": (dict(output_size=(0, 4)), ValueError, "must be at least 1 x 1"),
-    "fractional size": (dict(output_size=(4.0, 4)), TypeError, "must be two whole numbers, height and width"),
-    "three sizes": (dict(output_size=(4, 4, 4)), TypeError, "must be two whole numbers, height and width"),
-    "one size": (dict(output_size=4), TypeError, "output_size=4 must be two whole numbers"),
+    "fractional size": (dict(output_size=(4.0, 4)), TypeError, "must be a whole number, or two"),
+    "three sizes": (dict(output_size=(4, 4, 4)), TypeError, "must be a whole number, or two"),
+    "tensor": (dict(features=torch.zeros(1, 6, 5, 7)), TypeError, "features is a torch.Tensor; give a JAX or NumPy"),
+    "list": (dict(image=IMAGE.tolist()), TypeError, "image is a list; give a JAX or NumPy"),
+    "float128": (dict(features=np.zeros((1, 5, 7, 6), np.longdouble)), TypeError, "features holds float128.*float32"),
 }
 
 
@@ -429,6 +432,20 @@ def test_refused(change, error, message):
     for call in (small(), functools.partial(anyup_jax.upsample, small())):
         with pytest.raises(error, match=message):
             call(**arguments)
+
+
+@pytest.mark.parametrize("kind", [">f4", ">f8", "float64"])
+def test_numpy_arrays_of_other_types_and_byte_orders(unchecked, kind):
+    image, features = inputs()
+    others = [np.asarray(array).astype(kind) for array in (image, features)]
+    expected = anyup_jax.upsample(small(), image, features, 9)
+    for output in (
+        small()(*others, 9),
+        anyup_jax.upsample(small(), *others, 9),
+        jnp.concatenate(list(anyup_jax.upsample_bands(small(), *others, 9, rows=4)), 1),
+    ):
+        assert output.shape == (1, 9, 9, 6)
+        close(output, expected)
 
 
 @pytest.mark.parametrize("name", ["image", "features", "values"])

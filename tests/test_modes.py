@@ -1,4 +1,4 @@
-"""JAX's global settings change no result: a model, encoders, the command line and a training in each of them."""
+"""JAX's global settings change no result: a model, encoders and a training in each of them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests import training
+
+MODES = [{"JAX_ENABLE_X64": "1"}, {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}]
 PROGRAM = """
 import sys
 import jax
@@ -55,17 +58,25 @@ def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return request.param, outputs(tmp_path_factory.mktemp("plain") / "x.npz", request.param)
 
 
-@pytest.mark.parametrize(
-    "variables",
-    [
-        {"JAX_ENABLE_X64": "1"},
-        {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict"},
-    ],
-    ids=lambda variables: next(iter(variables)),
-)
+@pytest.mark.parametrize("variables", MODES, ids=lambda variables: next(iter(variables)))
 def test_outputs(plain: tuple[str, dict[str, Any]], tmp_path: Path, variables: dict[str, str]) -> None:
     dtype, expected = plain
     for name, output in outputs(tmp_path / "x.npz", dtype, **variables).items():
         scale = np.abs(expected[name]).max()
         tolerance = 2e-5 if dtype == "float32" else 2e-2
         np.testing.assert_allclose(output / scale, expected[name] / scale, rtol=0, atol=tolerance, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def plain_losses(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    return losses_of_a_run(tmp_path_factory.mktemp("plain"))
+
+
+def losses_of_a_run(folder: Path, **variables: str) -> list[float]:
+    training.train(folder, "output_dir=run", "max_steps=2", "dataset.pasted_regions=2", "loss.outlines=1", **variables)
+    return training.losses(folder / "run")
+
+
+@pytest.mark.parametrize("variables", MODES, ids=lambda variables: next(iter(variables)))
+def test_training(plain_losses: list[float], tmp_path: Path, variables: dict[str, str]) -> None:
+    np.testing.assert_allclose(losses_of_a_run(tmp_path, **variables), plain_losses, rtol=2e-5)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from anyup_core import geometry
-from anyup_torch import AnyUp, AnyUpConfig, attention, layers, pretrained, streaming, upsample_many
+from anyup_torch import AnyUp, AnyUpConfig, attention, layers, pretrained, streaming, upsample_bands, upsample_many
 from anyup_torch.bands import RecomputedMaps
 from anyup_torch.layers import FeatureUnification
 from convert import Checkpoint
@@ -242,7 +242,7 @@ MANY_REFUSED = {
     "too few values": (dict(values=[None]), ValueError, "values has 1 entries for 2"),
     "shape of a map": (dict(features=[torch.zeros(1, 6, 5, 7), torch.zeros(6, 5, 7)]), ValueError, "Feature map 1: "),
     "chunk": (dict(q_chunk_size=0), ValueError, "q_chunk_size=0"),
-    "size": (dict(output_size=4), TypeError, "output_size=4"),
+    "size": (dict(output_size=4.5), TypeError, "output_size=4.5"),
 }
 
 
@@ -400,7 +400,7 @@ compiles = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor th
 @compiles
 @pytest.mark.slow
 @pytest.mark.parametrize(("grad", "window"), [(False, "paper"), (False, "natten"), (True, "paper")])
-def test_compiled_equals_eager(grad, window):
+def test_compiled_equals_eager(unchecked, grad, window):
     given = inputs(image=(8, 12), cells=(2, 3))
     torch.compiler.reset()
     with torch.set_grad_enabled(grad):
@@ -410,7 +410,7 @@ def test_compiled_equals_eager(grad, window):
 
 @compiles
 @pytest.mark.slow
-def test_inductor_equals_eager():
+def test_inductor_equals_eager(unchecked):
     given = inputs(image=(8, 8), cells=(2, 2))
     torch.compiler.reset()
     close(infer(torch.compile(small()), *given), infer(small(), *given))
@@ -465,6 +465,55 @@ def test_unknown_names():
         AnyUp(AnyUpConfig(backend="fast"))
 
 
+@pytest.mark.parametrize("kinds", [("float32", "float16"), ("float64", "float64"), ("float16", "bfloat16")], ids=str)
+def test_inputs_of_another_type(kinds):
+    """The model computes in its own type and returns that of the features."""
+    image, features = inputs(image=(20, 24), cells=(5, 6))
+    guidance, maps = (x.to(getattr(torch, kind)) for x, kind in zip((image, features), kinds))
+    expected = infer(small(), guidance.float(), maps.float(), 12)
+    bands = torch.cat(list(upsample_bands(small(), guidance, maps, 12, rows=5, dtype=torch.float32)), 2)
+    close(bands, expected)
+    code = small().encode_image(guidance, [(5, 6)], [(12, 12)])
+    steps = small().decode(code, [(small().describe(code, maps), maps)], (12, 12))
+    differentiable = upsample_many(small(), guidance, [maps.clone().requires_grad_()], 12)
+    for output in (infer(small(), guidance, maps, 12), *steps, *differentiable):
+        assert output.dtype == maps.dtype
+        close(output.detach(), expected, TOLERANCE + 4 * torch.finfo(maps.dtype).eps)
+
+
+def test_a_model_of_half_precision_takes_float32():
+    model, (image, features) = build().bfloat16(), inputs()
+    output = infer(model, image, features)
+    assert output.dtype == torch.float32
+    close(output, infer(small(), image, features), 0.1)
+    close(output, infer(model, image.bfloat16(), features.bfloat16()), 3e-2)
+
+
+def test_transformations_of_torch_func(unchecked):
+    model, (image, features) = build().requires_grad_(False), inputs()
+    leaf = features.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(model(image, leaf).square().sum(), leaf)
+    close(torch.func.grad(lambda x: model(image, x).square().sum())(features), expected, 1e-4)
+    pairs = inputs(batch=3)
+    with torch.no_grad():
+        mapped = torch.func.vmap(lambda *pair: model(*(x[None] for x in pair))[0])(*pairs)
+    close(mapped, infer(model, *pairs))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace:FutureWarning")
+def test_traced_by_jit(unchecked):
+    model, other = build().requires_grad_(False), inputs(seed=1)
+    close(torch.jit.trace(model, inputs())(*other), model(*other))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_on_the_meta_device_there_are_shapes(gradients):
+    with torch.set_grad_enabled(gradients):
+        output = build().to("meta")(*(x.to("meta") for x in inputs(batch=2)), (9, 11))
+    assert output.shape == (2, 6, 9, 11)
+    assert output.device.type == "meta"
+
+
 zeros = torch.zeros
 IMAGE, FEATURES = zeros(1, 3, 20, 28), zeros(1, 6, 5, 7)
 REFUSED = {
@@ -481,9 +530,10 @@ REFUSED = {
     "chunk of 0": (dict(q_chunk_size=0), ValueError, "^q_chunk_size=0 "),
     "chunk of 1.5": (dict(q_chunk_size=1.5), ValueError, "^q_chunk_size=1.5 "),
     "size of 0": (dict(output_size=(0, 4)), ValueError, "must be at least 1 x 1"),
-    "fractional size": (dict(output_size=(4.0, 4)), TypeError, "must be two whole numbers, height and width"),
-    "three sizes": (dict(output_size=(4, 4, 4)), TypeError, "must be two whole numbers, height and width"),
-    "one size": (dict(output_size=4), TypeError, "output_size=4 must be two whole numbers"),
+    "fractional size": (dict(output_size=(4.0, 4)), TypeError, "must be a whole number, or two"),
+    "three sizes": (dict(output_size=(4, 4, 4)), TypeError, "must be a whole number, or two"),
+    "array": (dict(features=FEATURES.numpy()), TypeError, "features is a numpy.ndarray; give a torch.Tensor"),
+    "list": (dict(image=IMAGE.tolist()), TypeError, "image is a list; give a torch.Tensor"),
 }
 
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 import anyup_jax
 from anyup_core.settings import to_dict
 from anyup_jax.model import AnyUp
+from anyup_jax.promotion import standard_promotion
 from train import dry_run, encoders, pictures, program, sharding
 from train.checkpoint import Checkpoints
 from train.config import Config
@@ -32,6 +33,7 @@ from train.stopping import stop_requests
 NOT_FINITE, NOT_WRITTEN, STOPPED = 3, 74, 75  # exit statuses, see `train.run`
 
 
+@standard_promotion()
 def run(config: Config, *, dry: bool = False) -> int:
     """Train to `max_steps` and return the exit status; `dry` prints what would be done instead.
 

@@ -12,6 +12,7 @@ from anyup_jax.attention.automatic import automatic
 from anyup_jax.attention.dense import dense
 from anyup_jax.attention.pallas_tpu import pallas_tpu
 from anyup_jax.attention.tiled import tiled
+from anyup_jax.promotion import standard_promotion
 
 BACKENDS = {"dense": dense, "tiled": tiled, "pallas_tpu": pallas_tpu}
 PORTABLE = ("dense", "tiled")  # backends that run on every platform
@@ -29,6 +30,7 @@ def resolve(backend: str) -> Callable[..., Float[Array, "B Ho Wo E"]]:
     return functions[backend]
 
 
+@standard_promotion()
 def window_attention(
     query: Float[Array, "B Ho Wo D"],
     key: Float[Array, "B h w D"],

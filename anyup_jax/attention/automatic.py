@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from anyup_core.geometry import AxisWindow
 from anyup_jax.attention.pallas_tpu import attend, kernel_tables
 from anyup_jax.attention.tiled import attend_tiles, tile_tables
+from anyup_jax.promotion import standard_promotion
 
 
 def automatic(
@@ -58,6 +59,7 @@ def _forward(*arguments):
     return _automatic(*arguments), arguments[:-1]
 
 
+@standard_promotion()
 def _backward(num_heads, saved, cotangent):
     def gradients(attend, cotangent, *inputs):
         return jax.vjp(attend, *inputs)[1](cotangent)

@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from anyup_core.geometry import AxisTiles, AxisWindow, tile_axis
 from anyup_jax.attention.tiled import TileTables
+from anyup_jax.promotion import standard_promotion
 
 LANES, SUBLANES = 128, 8  # a TPU register; slabs start at multiples of SUBLANES columns
 VMEM_LIMIT = 60 << 20  # bytes the compiler may use
@@ -250,6 +251,7 @@ def _attend_forward(query, key, values, places, sizes):
     return _attend(query, key, values, places, sizes), (query, key, values, places)
 
 
+@standard_promotion()
 def _attend_backward(sizes, saved, gradient):
     # one after the other under `vmap`: a batched operand in device memory has no lowering for TPU
     gradients = jax.custom_batching.sequential_vmap(functools.partial(_gradients, sizes))(*saved, gradient)

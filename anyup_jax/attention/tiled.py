@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from anyup_core.geometry import AxisTiles, AxisWindow, plan_tiles
+from anyup_jax.promotion import standard_promotion
 
 
 class TileTables(NamedTuple):
@@ -101,6 +102,7 @@ def _forward(query, key, values, tables, num_heads):
     return attend_tiles(query, key, values, tables, num_heads), (query, key, values, tables)
 
 
+@standard_promotion()
 def _backward(num_heads, saved, cotangent):
     query, key, values, tables = saved
 
@@ -130,8 +132,9 @@ def tile_of(t: Int[Array, ""], query, key, values, tables: tuple[TileTables, Til
     """Return row and column of tile number t, where it and its slab begin, queries, keys and values, and biases."""
     rows, cols = tables
     down, across = len(rows.first), len(cols.first)
-    b, i, j = t // (down * across), t // across % down, t % across
-    place, slab = (b, rows.first[i], cols.first[j], 0), (b, rows.start[i], cols.start[j], 0)
+    t = t.astype(jnp.int32)  # with JAX_ENABLE_X64 it is int64, and indices must be of one type
+    b, i, j, channel = t // (down * across), t // across % down, t % across, jnp.int32(0)
+    place, slab = (b, rows.first[i], cols.first[j], channel), (b, rows.start[i], cols.start[j], channel)
     tile_size, slab_size = zip(rows.bias.shape[1:], cols.bias.shape[1:])
     inputs = [
         lax.dynamic_slice(array, at, (1, *size, array.shape[-1]))

@@ -48,8 +48,8 @@ class Attention(vit.Attention):
 
     def __init__(self, config: Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
         super().__init__(config, use_bias=False, dtype=dtype, rngs=rngs)
-        self.query_bias = nnx.Param(jnp.zeros(config.width)) if config.qkv_bias else None
-        self.value_bias = nnx.Param(jnp.zeros(config.width)) if config.qkv_bias else None
+        self.query_bias = nnx.Param(jnp.zeros(config.width, jnp.float32)) if config.qkv_bias else None
+        self.value_bias = nnx.Param(jnp.zeros(config.width, jnp.float32)) if config.qkv_bias else None
 
     def __call__(self, x: Float[Array, "B T C"], cos: Table, sin: Table) -> Float[Array, "B T C"]:
         query, key, value = self.projections(x)

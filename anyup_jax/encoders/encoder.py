@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from anyup_core.encoders.catalogue import Published
 from anyup_core.encoders.frozen import EncoderSizes
+from anyup_jax.promotion import standard_promotion
 
 
 class Encoder(EncoderSizes, nnx.Module):
@@ -53,6 +54,7 @@ class Encoder(EncoderSizes, nnx.Module):
         if class_token and not config.class_tokens:
             raise ValueError(f"{self.name} has no class token; leave class_token out.")
 
+    @standard_promotion()
     def normalize(self, image: Float[Array | np.ndarray, "B H W 3"]) -> Float[Array, "B H W 3"]:
         """Return an image with values in [0, 1], normalised as in training. Raises TypeError for integers."""
         image = jnp.asarray(image)
@@ -98,6 +100,7 @@ class Encoder(EncoderSizes, nnx.Module):
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@standard_promotion()
 def _run(graph, state, image):
     state, image = jax.lax.stop_gradient((state, image))  # before the backbone, so that it is never differentiated
     return nnx.merge(graph, state)._encode(image)

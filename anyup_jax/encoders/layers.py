@@ -81,7 +81,7 @@ class DepthwiseConv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.kernel = nnx.Param(normal(rngs.params(), (kernel_size, kernel_size, 1, channels)))
-        self.bias = nnx.Param(jnp.zeros(channels)) if use_bias else None
+        self.bias = nnx.Param(jnp.zeros(channels, jnp.float32)) if use_bias else None
         self.stride, self.dtype = stride, dtype
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:

@@ -72,7 +72,7 @@ class ViT(nnx.Module):
     def prefix(self) -> Float[Array, "P C"]:
         """Return the class token and the registers, without position embeddings."""
         tokens = [token[0] for token in (self.class_token, self.registers) if token is not None]
-        return jnp.concatenate(tokens) if tokens else jnp.zeros((0, self.config.width))
+        return jnp.concatenate(tokens) if tokens else jnp.zeros((0, self.config.width), jnp.float32)
 
     def context(self, height: int, width: int) -> tuple[Any, ...]:
         """Return what each block receives beside the tokens of an image of height x width cells."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from anyup_core.geometry import AxisTiles, AxisWindow, plan_tiles
+from anyup_torch.layers import transformed
 
 GROUP_PAIRS = 1 << 17  # query-key pairs scored at once: what a core's cache holds
 GROUP_PAIRS_PARALLEL = 1 << 22  # the same for accelerators, which want few large operations
@@ -74,7 +75,8 @@ class TileAttention:
         key, values = key[start : start + self.tall.span], values[start : start + self.tall.span]
         for begin in range(0, self.wide.runs, self.group):
             tiles = slice(begin, min(begin + self.group, self.wide.runs))
-            if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or values.requires_grad):
+            differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, values))
+            if differentiable and not transformed(query, key, values):
                 yield from checkpoint(self._attend, row, tiles, query, key, values, use_reentrant=False)
             else:
                 yield from self._attend(row, tiles, query, key, values)
