@@ -146,8 +146,8 @@ def probe_segmentation(config: Config, log: Log) -> list[Result]:
     """Train and score linear probes for segmentation."""
     probe, options = config.probe, dict(limit=config.limit, seed=config.seed)
     options |= dict(mirrored=probe.flip, pixel_stride=probe.pixel_stride)
-    train = open_segmentation(config.dataset, "train", **options)
-    val = open_segmentation(config.dataset, "val", limit=config.limit)
+    train = open_segmentation(config.dataset, "train", log, **options)
+    val = open_segmentation(config.dataset, "val", log, limit=config.limit)
     run = Run(config, log, dict(train=train, val=val), sheet.shown(len(val), config.pictures))
     for name in sorted(config.methods, key=lambda name: name != BORROWED):  # whose probes the others need
         encoders = run.missing(name)
@@ -196,7 +196,7 @@ def probe_geometry(config: Config, log: Log) -> list[Result]:
 
 def compare_features(config: Config, log: Log) -> list[Result]:
     """Score the fidelity of every method to every encoder on the validation split."""
-    val, factor = open_segmentation(config.dataset, "val", limit=config.limit), config.high_resolution
+    val, factor = open_segmentation(config.dataset, "val", log, limit=config.limit), config.high_resolution
     run = Run(config, log, dict(val=val))
     for name, method in run.methods.items():
         for key, encoder in run.missing(name).items():

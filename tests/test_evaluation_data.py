@@ -227,6 +227,40 @@ def test_cityscapes(tmp_path: Path) -> None:
         open_segmentation(config("cityscapes", tmp_path), "train")
 
 
+LAID_OUT = {
+    "folder": ("val/images/{}.png", "val/labels/{}.png"),
+    "voc": ("JPEGImages/{}.jpg", "SegmentationClass/{}.png"),
+    "ade20k": ("images/validation/{}.jpg", "annotations/validation/{}.png"),
+    "cityscapes": ("leftImg8bit/val/ulm/{}_leftImg8bit.png", "gtFine/val/ulm/{}_gtFine_labelIds.png"),
+    "cocostuff27": ("images/val2017/{}.jpg", "annotations/val2017/{}.png"),
+}
+
+
+@pytest.mark.parametrize("kind", LAID_OUT)
+def test_hidden_files_are_left_out_and_suffixes_may_be_in_capitals(kind: str, tmp_path: Path) -> None:
+    image, label = (tmp_path / path for path in LAID_OUT[kind])
+    for name in "ab":
+        save(tmp_path, str(image).format(name), picture())
+        save(tmp_path, str(label).format(name), ids([1, 7]))
+    for path in (image, label):
+        Path(str(path).format("a")).rename(Path(str(path).format("a")).with_suffix(path.suffix.upper()))
+    (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("a\nb\n")
+    for name in ("._a" + image.name[2:], ".ipynb_checkpoints/" + image.name.format("a"), "__MACOSX/x.jpg"):
+        save(image.parent, name, picture())
+    (image.parent / "Thumbs.db").touch()
+    lines: list[str] = []
+    examples = open_segmentation(config(kind, tmp_path, classes=None if kind != "folder" else 8), "val", lines.append)
+    assert [Path(examples.name(index)).suffix for index in range(len(examples))] == [
+        image.suffix.upper(), image.suffix
+    ]  # fmt: skip
+    assert [examples.read(index)[1].shape for index in range(2)] == [SIZE, SIZE]
+    if kind == "voc":  # its list says which
+        assert lines == []
+    else:
+        assert lines[0].endswith("2 images; 4 left out: hidden files and folders (3), files that are no images (1)")
+
+
 def test_cityscapes_ids_are_those_of_torchvision() -> None:
     from torchvision.datasets import Cityscapes
 

@@ -187,6 +187,15 @@ def test_a_folder_is_indexed_once_and_small_images_are_left_out(root: Path) -> N
     assert (root.parent / "mine.tsv").is_file()
 
 
+def test_hidden_photographs_of_an_older_index_are_not_trained_on(root: Path) -> None:
+    settings, messages = config(kind="folder", root=str(root)).dataset, []
+    source = open_source(settings, messages.append)
+    with (root / "size_index.tsv").open("a") as index:
+        index.write("a/._4.png\t0\t60\t60\t60\n__MACOSX/a/4.png\t2\t60\t60\t60\n")
+    assert open_source(settings, messages.append).digest == source.digest
+    assert "2 of its 12 files" in messages[-1]
+
+
 def test_folders_that_cannot_be_used(root: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"dataset\.root=.*nowhere .*root/class/file"):
         open_source(config(kind="folder", root=str(tmp_path / "nowhere")).dataset)
@@ -208,12 +217,21 @@ def module(name: str, *words: object, folder: Path, status: int = 0) -> subproce
 def test_tfds_round_trip(root: Path, tmp_path: Path) -> None:
     (root / "b" / "broken.png").write_bytes(b"no image")
     words = "root", "data", "mine"
+    files = {path.read_bytes() for path in root.glob("*/*.png")}
+    for name in ("__MACOSX/4.png", ".git/4.png", "a/._4.png", "a/.ipynb_checkpoints/4.png"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(b"hidden")
+    (root / "a" / "4.png").rename(root / "a" / "4.PNG")
+    (root / "b" / "deep").mkdir()
+    (root / "b" / "3.png").rename(root / "b" / "deep" / "3.png")
+    os.mkfifo(root / "b" / "pipe.png")
     run = module("train.data.tfds_from_folder", *words, folder=tmp_path)
+    assert "11 images; 5 left out: hidden files and folders (4), pipes, devices and broken links (1)" in run.stdout
     assert "mine: 11 images in data; train with dataset=tfds dataset.name=mine dataset.root=data" in run.stdout
     settings = config(kind="tfds", name="mine", root=str(tmp_path / "data"))
     source = open_source(settings.dataset)
     assert len(source) == 11
-    stored, files = set(), {path.read_bytes() for path in root.glob("*/*.png")}
+    stored = set()
     for index in range(len(source)):
         assert source.name(index) == f"mine/train#{index}"
         with source.open(index) as file:

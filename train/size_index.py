@@ -13,16 +13,16 @@ import signal
 import sys
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from anyup_core.files import check_output, open_image, replacing
+from anyup_core.files import OTHER_FILES, check_output, describe, list_folder, open_image, replacing
 from train.config import Size
 from train.data.images import upright_size
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as ImageFolder's
 LAYOUT = "it must be root/class/file, as ImageNet's train/n01440764/n01440764_10026.JPEG"
 TEXT = dict(encoding="utf-8", errors="surrogateescape")  # a file name may be any bytes
 CHUNK = 32  # images that a process takes at once
@@ -83,7 +83,8 @@ def build(root: Path, out: Path | None, workers: int, say: Callable[[str], None]
     """
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1.")
-    labels = _list_images(root)
+    left_out: Counter[str] = Counter()
+    labels = list_images(root, left_out)
     out = check_output(out, (Path(out).suffix,)) if out else check_output(root / "size_index.tsv", (".tsv",))
     partial = out.with_name(out.name + ".partial")
     rows = {row.rel_path: row for row in _resume(partial, root) if labels.get(row.rel_path) == row.label}
@@ -99,19 +100,26 @@ def build(root: Path, out: Path | None, workers: int, say: Callable[[str], None]
     done = sorted(rows.values())
     write_index(out, done)
     partial.unlink(missing_ok=True)
-    say(f"{out}: {len(done)} images, {sum(row.min_side < 0 for row in done)} of them unreadable")
+    unreadable = sum(row.min_side < 0 for row in done)
+    say(f"{out}: {len(done)} images, {unreadable} of them unreadable{describe(left_out)}")
     return done
 
 
-def _list_images(root: Path) -> dict[str, int]:
-    """Return path -> class of every image, at any depth below its class folder.
+def list_images(root: Path, left_out: Counter[str]) -> dict[str, int]:
+    """Return path -> class of every photograph (see `list_folder`), at any depth below its class folder, sorted.
 
-    Every real folder is visited once, whatever links lead to it; its own path comes before that of a link. Folders that
-    may not be read are left out.
+    Every real folder is visited once, whatever links lead to it; its own path comes before that of a link. What is no
+    photograph, and folders that may not be read, are counted in `left_out`.
+
+    Raises:
+        FileNotFoundError: if `root` does not exist or holds no images in subfolders.
+        ValueError: if a file name contains a line break.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"ROOT={root} is no folder; {LAYOUT}.")
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    outside, classes = list_folder(root, left_out)
+    left_out["images outside the class folders"] += len(outside)
+    del left_out[OTHER_FILES]  # the index itself, notes
     labels, visited = {}, {root.resolve()}
     folders, links = [], []
     for label, name in enumerate(classes):
@@ -121,15 +129,16 @@ def _list_images(root: Path) -> dict[str, int]:
         if (real := (root / folder).resolve()) in visited:
             continue
         visited.add(real)
-        with contextlib.suppress(PermissionError):
-            for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
-                path = f"{folder}/{entry.name}"
-                if entry.is_dir():
-                    (links if entry.is_symlink() else folders).append((label, path))
-                elif entry.name.lower().endswith(SUFFIXES):
-                    labels[path] = label
+        try:
+            images, subfolders = list_folder(root / folder, left_out)
+        except PermissionError:
+            left_out["folders that may not be read"] += 1
+            continue
+        labels |= {f"{folder}/{name}": label for name in images}
+        for path in (f"{folder}/{name}" for name in subfolders):
+            (links if (root / path).is_symlink() else folders).append((label, path))
     if not labels:
-        raise FileNotFoundError(f"ROOT={root} holds no images in subfolders; {LAYOUT}.")
+        raise FileNotFoundError(f"ROOT={root} holds no images in subfolders{describe(left_out)}; {LAYOUT}.")
     if broken := [path for path in labels if "\n" in path or "\r" in path]:
         raise ValueError(f"{broken[0]!r} in {root} has a line break in its name; rename it.")
     return dict(sorted(labels.items()))

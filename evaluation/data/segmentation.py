@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,12 +103,15 @@ class Examples(Split):
         return tuple(np.ascontiguousarray(plane[:, ::-1]) for plane in planes) if mirror else planes
 
 
-def open_segmentation(config: DatasetConfig, split: Literal["train", "val"], **options: Any) -> Examples:
+def open_segmentation(
+    config: DatasetConfig, split: Literal["train", "val"], say: Callable[[str], None] = print, **options: Any
+) -> Examples:
     """Return the images of a split with their labels; nothing is decoded yet.
 
     Args:
         config: the data set; its `train` and `val` override the usual names of the splits.
         split: the split that probes are trained on, or the one that they are scored on.
+        say: prints a line, about files that were left out.
         options: `limit`, `mirrored`, `pixel_stride` and `seed` of the examples.
 
     Raises:
@@ -122,7 +126,7 @@ def open_segmentation(config: DatasetConfig, split: Literal["train", "val"], **o
         classes, ids = _numbered(config, source.classes, f"the feature {config.label} of {config.name}"), None
     elif config.kind in LAYOUTS:
         layout = LAYOUTS[config.kind]
-        source, ids = layout.files(str(config.root), chosen or getattr(layout, split)), layout.ids
+        source, ids = layout.files(str(config.root), chosen or getattr(layout, split), say), layout.ids
         names = layout.classes if ids else _named(source.root / CLASSES)
         classes = _numbered(config, names, f"dataset.kind={config.kind}" if ids else str(source.root / CLASSES))
     else:

@@ -14,6 +14,7 @@ from typing import IO, Any, Protocol, runtime_checkable
 
 from PIL import Image
 
+from anyup_core.files import is_photograph
 from train.config import DatasetConfig, Size
 from train.data.images import covers, read_crop
 
@@ -140,7 +141,11 @@ def _folder(config: DatasetConfig, say: Callable[[str], None]) -> Files:
     if not index.is_file():
         say(f"{index} does not exist yet: reading the size of every image (python -m train.size_index {root})")
         size_index.build(root, index, max(1, config.workers), say)
-    sizes = {row.rel_path: (row.height, row.width) for row in size_index.read_index(index)}
+    listed = size_index.read_index(index)
+    rows = [row for row in listed if is_photograph(row.rel_path)]
+    if len(rows) < len(listed):
+        say(f"{index}: {len(listed) - len(rows)} of its {len(listed)} files are hidden or no images and are left out")
+    sizes = {row.rel_path: (row.height, row.width) for row in rows}
     return Files(root, _large_enough(sizes, config, root))
 
 
