@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
+from PIL.Image import Transpose
 from torchvision.transforms import InterpolationMode, v2
 
 from evaluation.config import DatasetConfig
 from evaluation.data import open_nyu, open_segmentation, tables
 from evaluation.data.cropping import centre, covering, crop_image, crop_nearest
 from parity_tests.golden import DATA, needs_photos
+from train.data.images import read_crop
 
 SIZE = (12, 12)
 random = np.random.default_rng(0)
@@ -135,6 +137,37 @@ def test_the_integer_that_a_label_file_stores_is_the_class(
     (tmp_path / "val/labels/a.png").write_bytes(png_of(label, bits, colour))
     examples = open_segmentation(config("folder", tmp_path, classes=max(count, 2), size=(12, width)), "val")
     assert np.array_equal(examples.read(0)[1], label)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "undo"),
+    [(2, Transpose.FLIP_LEFT_RIGHT), (3, Transpose.ROTATE_180), (4, Transpose.FLIP_TOP_BOTTOM),
+     (5, Transpose.TRANSPOSE), (6, Transpose.ROTATE_90), (7, Transpose.TRANSVERSE), (8, Transpose.ROTATE_270)],
+)  # fmt: skip
+def test_images_and_labels_are_turned_upright_as_in_training(orientation: int, undo: Transpose, tmp_path: Path) -> None:
+    image, label, tag = picture(12, 16), Image.fromarray(ids([0, 1, 2, 3], 12, 16)), Image.Exif()
+    tag[ExifTags.Base.Orientation] = orientation
+    for split in ("train", "val"):
+        for part in ("images", "labels"):
+            (tmp_path / split / part).mkdir(parents=True)
+        image.transpose(undo).save(tmp_path / split / "images/a.png", exif=tag)
+    label.save(tmp_path / "train/labels/a.png")  # drawn upright
+    label.transpose(undo).save(tmp_path / "val/labels/a.png", exif=tag)
+    for split in ("train", "val"):
+        pixels, classes = open_segmentation(config("folder", tmp_path, classes=4, size=(12, 16)), split).read(0)
+        assert np.array_equal(pixels, np.asarray(image))
+        assert np.array_equal(pixels, read_crop(tmp_path / split / "images/a.png", "a", (12, 16)))
+        assert np.array_equal(classes, np.asarray(label))
+
+
+def test_a_label_drawn_on_an_image_that_is_not_upright_is_refused(tmp_path: Path) -> None:
+    tag = Image.Exif()
+    tag[ExifTags.Base.Orientation] = 6
+    save(tmp_path, "val/labels/a.png", ids([0, 1]))
+    (tmp_path / "val/images").mkdir()
+    picture().save(tmp_path / "val/images/a.jpg", exif=tag)
+    with pytest.raises(ValueError, match=r"a\.png has 16x24 .*a\.jpg 24x16 .*EXIF orientation 6"):
+        open_segmentation(config("folder", tmp_path, classes=2), "val").read(0)
 
 
 def test_grey_of_16_bits_with_alpha_is_refused(tmp_path: Path) -> None:
@@ -341,6 +374,10 @@ def test_examples_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"val/images/0\.jpg and val/images/0\.png .*val/labels/0\.png"):
         open_segmentation(config("folder", tmp_path, classes=5), "val")
     (tmp_path / "val/images/0.jpg").unlink()
+    save(tmp_path, "val/labels/0.PNG", ids([0]))
+    with pytest.raises(ValueError, match=r"val/labels/0\.PNG and val/labels/0\.png "):
+        open_segmentation(config("folder", tmp_path, classes=5), "val")
+    (tmp_path / "val/labels/0.PNG").unlink()
     image = tmp_path / "val/images/0.png"
     image.write_bytes(image.read_bytes()[:200])
     with pytest.raises(OSError, match=r"val/images/0\.png"):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Int16, UInt8
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from anyup_core.files import open_image, to_rgb
 from anyup_core.settings import require
@@ -20,6 +20,7 @@ from evaluation.config import DatasetConfig
 from evaluation.data.cropping import crop_image, crop_nearest
 from evaluation.data.layouts import LAYOUTS, SPLITS, Records, open_records
 from evaluation.data.split import Files, Split
+from train.data.images import upright_size
 
 CLASSES = "classes.json"
 UNKNOWN = -1  # in a table of labels: a value that is no class
@@ -72,8 +73,8 @@ class Examples(Split):
         """Return the image of a view as RGB, and the class of each of its pixels, or `ignore`; all pixels count.
 
         Both are resized so that they just cover the size, the image bilinearly (antialiased) and the label to the
-        nearest pixel, then centre cropped (JAFAR's protocol). Pixels are taken as they are stored: labels are drawn on
-        these, so an EXIF orientation is not applied.
+        nearest pixel, then centre cropped (JAFAR's protocol). Both are turned upright as their EXIF orientation says,
+        as photographs are everywhere else.
 
         Raises:
             OSError: if the image or the label cannot be read.
@@ -83,13 +84,14 @@ class Examples(Split):
         image_file, label_file = map(io.BytesIO, self.source.contents(index))
         try:
             with open_image(image_file, name) as image, open_image(label_file, label_name) as label:
-                if label.size != image.size:
+                values, upright = _values(label, label_name), ImageOps.exif_transpose(image)
+                if values.shape != (upright.height, upright.width):
                     raise ValueError(
-                        f"The label {label_name} has {label.height}x{label.width} pixels and its image {name} "
-                        f"{image.height}x{image.width}; they must have the same size."
+                        f"The label {label_name} has {_size(label)} pixels and its image {name} {_size(image)}; "
+                        "they must have the same size."
                     )
-                values = crop_nearest(_values(label, label_name), self.size)
-                pixels, classes = crop_image(to_rgb(image, name), self.size), self.table[values]
+                values = crop_nearest(values, self.size)
+                pixels, classes = crop_image(to_rgb(upright, name), self.size), self.table[values]
         except (OSError, ValueError):
             raise
         except Exception as error:  # Pillow raises errors of any type for damaged files
@@ -148,11 +150,20 @@ def _values(label: Image.Image, name: str) -> UInt8[np.ndarray, "H W"]:
             f"The label {name} is an image of mode {label.mode} ({stored}); it must be grayscale or palette, the class "
             "of each pixel."
         )
-    values = np.asarray(label)
+    values = np.asarray(ImageOps.exif_transpose(label))
     values = values[..., 0] if label.mode == "LA" else values
     if values.max() > 255:
         raise ValueError(f"The label {name} has the value {values.max()}; classes are from 0 to 255.")
     return values.astype(np.uint8) // STORED[stored]
+
+
+def _size(image: Image.Image) -> str:
+    """Return height and width once upright, and the EXIF orientation where there is one."""
+    height, width = upright_size(image)
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    remedy = "remove the tag if the label is drawn on the image as it is stored"
+    tag = f" (turned upright as its EXIF orientation {orientation} says; {remedy})"
+    return f"{height}x{width}{tag if orientation != 1 else ''}"
 
 
 def _named(path: Path) -> tuple[str, ...] | None:
