@@ -60,6 +60,12 @@ class Examples(Split):
             return label
         return np.where(self.chosen(index, mirror), label, self.ignore).astype(np.uint8)
 
+    def targets(self, index: int) -> Bool[np.ndarray, "views H W"]:
+        """Return which pixels of the views of an image are learned or scored."""
+        views = (False, True)[: 1 + self.mirrored]
+        labels = [self.thinned(self.read(index, mirror)[1], index, mirror) for mirror in views]
+        return np.stack(labels) != self.ignore
+
     def chosen(self, index: int, mirror: bool) -> Bool[np.ndarray, "H W"]:
         """Return which pixels of a view count."""
         stride = self.pixel_stride
