@@ -170,7 +170,7 @@ def check_output(path: str | os.PathLike, suffixes: Collection[str]) -> Path:
     if not path.parent.is_dir():
         raise OSError(f"The folder {path.parent} does not exist; create it first.")
     if not os.access(path.parent, os.W_OK):
-        raise OSError(f"The folder {path.parent} is not writable.")
+        raise OSError(f"The folder {path.parent} is not writable; name a file in another one.")
     return path
 
 

@@ -155,8 +155,8 @@ def check_targets(splits: Mapping[str, Examples | Scenes], targets: Callable[[An
     for name, split in splits.items():
         if not any(targets(split, index).any() for index in range(len(split))):
             raise ValueError(
-                f"None of the {len(split)} images of the {name} split ({split.name(0)}, ...) has a pixel to learn or to "
-                f"score: all are ignored or unknown; choose another dataset.{name}, dataset.ignore or limit."
+                f"None of the {len(split)} images of the {name} split ({split.name(0)}, ...) has a pixel to learn or "
+                f"to score: all are ignored or unknown; choose another dataset.{name}, dataset.ignore or limit."
             )
 
 

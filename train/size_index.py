@@ -12,11 +12,12 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from anyup_core.files import OTHER_FILES, check_output, describe, list_folder, open_image, replacing
@@ -63,11 +64,31 @@ def write_index(path: str | os.PathLike, rows: Iterable[Row]) -> None:
         file.writelines(map(_format, sorted(rows)))
 
 
+def changed_folders(path: str | os.PathLike, root: Path, rows: Iterable[Row]) -> list[str]:
+    """Return the folders below `root` that were changed since their photographs were listed, or are gone, sorted.
+
+    Their times are compared with that of the index; no photograph is looked at. A class folder that no row is from may
+    have been moved there with its old times, so that the time of the move counts.
+    """
+    listed = os.stat(path).st_mtime_ns
+    parents = {PurePosixPath(folder) for folder in {row.rel_path.rpartition("/")[0] for row in rows}}
+    known = {str(folder) for parent in parents for folder in (parent, *parent.parents)} - {"."}
+
+    def changed(folder: str) -> bool:
+        try:
+            times = os.stat(root / folder).st_mtime_ns, 0 if folder in known else os.lstat(root / folder).st_ctime_ns
+        except OSError:
+            return True
+        return max(times) > listed
+
+    return sorted(filter(changed, known.union(list_folder(root, Counter())[1])))
+
+
 def build(root: Path, out: Path | None, workers: int, say: Callable[[str], None]) -> list[Row]:
     """Measure every image below `root`, write the index and return its rows.
 
     Rows are appended to `out`.partial as they are measured. The next call after an interruption continues from there
-    and tries unreadable images again.
+    and tries unreadable images again. The time of the finished file is that at which the folders were listed.
 
     Args:
         root: the folder whose subfolders are the classes.
@@ -83,7 +104,7 @@ def build(root: Path, out: Path | None, workers: int, say: Callable[[str], None]
     """
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1.")
-    left_out: Counter[str] = Counter()
+    started, left_out = time.time_ns(), Counter[str]()
     labels = list_images(root, left_out)
     out = check_output(out, (Path(out).suffix,)) if out else check_output(root / "size_index.tsv", (".tsv",))
     partial = out.with_name(out.name + ".partial")
@@ -99,6 +120,7 @@ def build(root: Path, out: Path | None, workers: int, say: Callable[[str], None]
                 say(f"{len(rows)} of {len(labels)} images")
     done = sorted(rows.values())
     write_index(out, done)
+    os.utime(out, ns=(started, started))
     partial.unlink(missing_ok=True)
     unreadable = sum(row.min_side < 0 for row in done)
     say(f"{out}: {len(done)} images, {unreadable} of them unreadable{describe(left_out)}")
