@@ -73,10 +73,8 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
         OSError: if the file does not exist, is no image, or is damaged.
         ValueError: if its pixels have no known range (floating point, 32-bit integers above 65535), or it is too large.
     """
-    from PIL import ImageOps
-
     with open_image(path, path) as image:
-        return np.asarray(to_rgb(ImageOps.exif_transpose(image), path))
+        return np.asarray(to_rgb(image, path))
 
 
 @contextlib.contextmanager
@@ -103,13 +101,14 @@ def open_image(file: str | os.PathLike | IO[bytes] | io.BytesIO, name: str | os.
 
 
 def to_rgb(image: Any, path: str | os.PathLike) -> Any:
-    """Return a Pillow `Image` as one of 8-bit RGB; see `read_image`.
+    """Return a Pillow `Image` as one of 8-bit RGB, turned upright; see `read_image`. `image` may be turned in place.
 
     Raises:
         ValueError: if its pixels have no known range.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "I" or image.mode.startswith("I;16"):  # grayscale of 16 bits, in 16 or in 32
         gray = np.asarray(image).astype(np.int64)
         if gray.min() < 0 or gray.max() > 65535:

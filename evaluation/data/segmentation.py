@@ -90,14 +90,14 @@ class Examples(Split):
         image_file, label_file = map(io.BytesIO, self.source.contents(index))
         try:
             with open_image(image_file, name) as image, open_image(label_file, label_name) as label:
-                values, upright = _values(label, label_name), ImageOps.exif_transpose(image)
-                if values.shape != (upright.height, upright.width):
+                values = _values(label, label_name)
+                if values.shape != upright_size(image):
                     raise ValueError(
                         f"The label {label_name} has {_size(label)} pixels and its image {name} {_size(image)}; "
                         "they must have the same size."
                     )
                 values = crop_nearest(values, self.size)
-                pixels, classes = crop_image(to_rgb(upright, name), self.size), self.table[values]
+                pixels, classes = crop_image(to_rgb(image, name), self.size), self.table[values]
         except (OSError, ValueError):
             raise
         except Exception as error:  # Pillow raises errors of any type for damaged files
@@ -169,7 +169,7 @@ def _size(image: Image.Image) -> str:
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     remedy = "remove the tag if the label is drawn on the image as it is stored"
     tag = f" (turned upright as its EXIF orientation {orientation} says; {remedy})"
-    return f"{height}x{width}{tag if orientation != 1 else ''}"
+    return f"{height}x{width}{tag if orientation in range(2, 9) else ''}"
 
 
 def _named(path: Path) -> tuple[str, ...] | None:
