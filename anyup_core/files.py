@@ -1,4 +1,5 @@
-"""Images in, arrays out: photographs of any kind as RGB, and features written so that no half-written file remains."""
+"""Images in, arrays out: which files are photographs, these as RGB, and features written so that no half-written file
+remains."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import io
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -16,10 +18,50 @@ from jaxtyping import Float, UInt8
 
 from anyup_core.replacement import replacing
 
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jp2", ".avif",
+)  # fmt: skip
+HIDDEN = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")  # what archives and file servers add to folders
+HIDDEN_ENTRIES, OTHER_FILES = "hidden files and folders", "files that are no images"  # what `list_folder` leaves out
 ARRAY_SUFFIXES = (".npz", ".safetensors")  # written at once, with their metadata
 PlacedBands = Iterator[tuple[int, Float[np.ndarray, "_ W C"]]]
 BAND_SUFFIXES = (".npy", ".zarr")  # written band by band, so they may be larger than memory
 ZARR_CHUNK = 1 << 22  # numbers in a chunk of a Zarr array, about
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is no part of a data set: its name begins with a dot, or is one of `HIDDEN`."""
+    return name.startswith(".") or name in HIDDEN
+
+
+def is_photograph(path: str) -> bool:
+    """Return whether a relative path is that of a photograph: one of `IMAGE_SUFFIXES` in any case, nothing hidden."""
+    return path.lower().endswith(IMAGE_SUFFIXES) and not any(map(is_hidden, path.split("/")))
+
+
+def list_folder(folder: str | os.PathLike, left_out: Counter[str]) -> tuple[list[str], list[str]]:
+    """Return the names of the photographs and of the subfolders in a folder, both sorted; count the rest in `left_out`.
+
+    Raises:
+        OSError: if the folder cannot be listed.
+    """
+    photographs, folders = [], []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if is_hidden(entry.name):
+            left_out[HIDDEN_ENTRIES] += 1
+        elif entry.is_dir():
+            folders.append(entry.name)
+        elif is_photograph(entry.name):
+            photographs.append(entry.name)
+        else:
+            left_out[OTHER_FILES] += 1
+    return photographs, folders
+
+
+def describe(left_out: Counter[str]) -> str:
+    """Return what was left out as the end of a sentence: "; 3 left out: hidden files and folders (3)", or ""."""
+    kinds = ", ".join(f"{kind} ({count})" for kind, count in left_out.items() if count)
+    return f"; {left_out.total()} left out: {kinds}" if kinds else ""
 
 
 def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
@@ -31,10 +73,8 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
         OSError: if the file does not exist, is no image, or is damaged.
         ValueError: if its pixels have no known range (floating point, 32-bit integers above 65535), or it is too large.
     """
-    from PIL import ImageOps
-
     with open_image(path, path) as image:
-        return np.asarray(to_rgb(ImageOps.exif_transpose(image), path))
+        return np.asarray(to_rgb(image, path))
 
 
 @contextlib.contextmanager
@@ -61,13 +101,14 @@ def open_image(file: str | os.PathLike | IO[bytes] | io.BytesIO, name: str | os.
 
 
 def to_rgb(image: Any, path: str | os.PathLike) -> Any:
-    """Return a Pillow `Image` as one of 8-bit RGB; see `read_image`.
+    """Return a Pillow `Image` as one of 8-bit RGB, turned upright; see `read_image`. `image` may be turned in place.
 
     Raises:
         ValueError: if its pixels have no known range.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "I" or image.mode.startswith("I;16"):  # grayscale of 16 bits, in 16 or in 32
         gray = np.asarray(image).astype(np.int64)
         if gray.min() < 0 or gray.max() > 65535:
@@ -128,7 +169,7 @@ def check_output(path: str | os.PathLike, suffixes: Collection[str]) -> Path:
     if not path.parent.is_dir():
         raise OSError(f"The folder {path.parent} does not exist; create it first.")
     if not os.access(path.parent, os.W_OK):
-        raise OSError(f"The folder {path.parent} is not writable.")
+        raise OSError(f"The folder {path.parent} is not writable; name a file in another one.")
     return path
 
 

@@ -144,12 +144,31 @@ class Run:
         return everything
 
 
+def check_targets(splits: Mapping[str, Examples | Scenes], targets: Callable[[Any, int], np.ndarray]) -> None:
+    """Check that every split has something to learn or to score; read up to the first example that has.
+
+    Args:
+        splits: the data, by the name of the split.
+        targets: (split, index) -> an array that is zero or False wherever there is nothing.
+
+    Raises:
+        ValueError: if a split has nothing, whose loss would be 0 and whose scores would come from nothing.
+    """
+    for name, split in splits.items():
+        if not any(targets(split, index).any() for index in range(len(split))):
+            raise ValueError(
+                f"None of the {len(split)} images of the {name} split ({split.name(0)}, ...) has a pixel to learn or "
+                f"to score: all are ignored or unknown; choose another dataset.{name}, dataset.ignore or limit."
+            )
+
+
 def probe_segmentation(config: Config, log: Log) -> list[Result]:
     """Train and score linear probes for segmentation."""
     probe, options = config.probe, dict(limit=config.limit, seed=config.seed)
     options |= dict(mirrored=probe.flip, pixel_stride=probe.pixel_stride)
-    train = open_segmentation(config.dataset, "train", **options)
-    val = open_segmentation(config.dataset, "val", limit=config.limit)
+    train = open_segmentation(config.dataset, "train", log, **options)
+    val = open_segmentation(config.dataset, "val", log, limit=config.limit)
+    check_targets(dict(train=train, val=val), Examples.targets)
     run = Run(config, log, dict(train=train, val=val), sheet.shown(len(val), config.pictures))
     for name in sorted(config.methods, key=lambda name: name != BORROWED):  # whose probes the others need
         encoders = run.missing(name)
@@ -181,6 +200,7 @@ def probe_segmentation(config: Config, log: Log) -> list[Result]:
 def probe_geometry(config: Config, log: Log) -> list[Result]:
     """Train and score probes for depth or surface normals."""
     train, val = (open_nyu(config.dataset, part, config.limit) for part in ("train", "val"))
+    check_targets(dict(train=train, val=val), lambda scenes, index: getattr(scenes.read(index), config.task))
     run = Run(config, log, dict(train=train, val=val), sheet.shown(len(val), config.pictures))
     for name in config.methods:
         for key, encoder in run.missing(name).items():
@@ -198,7 +218,7 @@ def probe_geometry(config: Config, log: Log) -> list[Result]:
 
 def compare_features(config: Config, log: Log) -> list[Result]:
     """Score the fidelity of every method to every encoder on the validation split."""
-    val, factor = open_segmentation(config.dataset, "val", limit=config.limit), config.high_resolution
+    val, factor = open_segmentation(config.dataset, "val", log, limit=config.limit), config.high_resolution
     run = Run(config, log, dict(val=val))
     for name, method in run.methods.items():
         for key, encoder in run.missing(name).items():

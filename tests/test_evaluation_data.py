@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
+from PIL.Image import Transpose
 from torchvision.transforms import InterpolationMode, v2
 
 from evaluation.config import DatasetConfig
 from evaluation.data import open_nyu, open_segmentation, tables
 from evaluation.data.cropping import centre, covering, crop_image, crop_nearest
 from parity_tests.golden import DATA, needs_photos
+from train.data.images import read_crop
 
 SIZE = (12, 12)
 random = np.random.default_rng(0)
@@ -137,6 +139,37 @@ def test_the_integer_that_a_label_file_stores_is_the_class(
     assert np.array_equal(examples.read(0)[1], label)
 
 
+@pytest.mark.parametrize(
+    ("orientation", "undo"),
+    [(2, Transpose.FLIP_LEFT_RIGHT), (3, Transpose.ROTATE_180), (4, Transpose.FLIP_TOP_BOTTOM),
+     (5, Transpose.TRANSPOSE), (6, Transpose.ROTATE_90), (7, Transpose.TRANSVERSE), (8, Transpose.ROTATE_270)],
+)  # fmt: skip
+def test_images_and_labels_are_turned_upright_as_in_training(orientation: int, undo: Transpose, tmp_path: Path) -> None:
+    image, label, tag = picture(12, 16), Image.fromarray(ids([0, 1, 2, 3], 12, 16)), Image.Exif()
+    tag[ExifTags.Base.Orientation] = orientation
+    for split in ("train", "val"):
+        for part in ("images", "labels"):
+            (tmp_path / split / part).mkdir(parents=True)
+        image.transpose(undo).save(tmp_path / split / "images/a.png", exif=tag)
+    label.save(tmp_path / "train/labels/a.png")  # drawn upright
+    label.transpose(undo).save(tmp_path / "val/labels/a.png", exif=tag)
+    for split in ("train", "val"):
+        pixels, classes = open_segmentation(config("folder", tmp_path, classes=4, size=(12, 16)), split).read(0)
+        assert np.array_equal(pixels, np.asarray(image))
+        assert np.array_equal(pixels, read_crop(tmp_path / split / "images/a.png", "a", (12, 16)))
+        assert np.array_equal(classes, np.asarray(label))
+
+
+def test_a_label_drawn_on_an_image_that_is_not_upright_is_refused(tmp_path: Path) -> None:
+    tag = Image.Exif()
+    tag[ExifTags.Base.Orientation] = 6
+    save(tmp_path, "val/labels/a.png", ids([0, 1]))
+    (tmp_path / "val/images").mkdir()
+    picture().save(tmp_path / "val/images/a.jpg", exif=tag)
+    with pytest.raises(ValueError, match=r"a\.png has 16x24 .*a\.jpg 24x16 .*EXIF orientation 6"):
+        open_segmentation(config("folder", tmp_path, classes=2), "val").read(0)
+
+
 def test_grey_of_16_bits_with_alpha_is_refused(tmp_path: Path) -> None:
     """Pillow reads the upper 8 bits only."""
     save(tmp_path, "val/images/a.png", picture(12, 12))
@@ -227,6 +260,40 @@ def test_cityscapes(tmp_path: Path) -> None:
         open_segmentation(config("cityscapes", tmp_path), "train")
 
 
+LAID_OUT = {
+    "folder": ("val/images/{}.png", "val/labels/{}.png"),
+    "voc": ("JPEGImages/{}.jpg", "SegmentationClass/{}.png"),
+    "ade20k": ("images/validation/{}.jpg", "annotations/validation/{}.png"),
+    "cityscapes": ("leftImg8bit/val/ulm/{}_leftImg8bit.png", "gtFine/val/ulm/{}_gtFine_labelIds.png"),
+    "cocostuff27": ("images/val2017/{}.jpg", "annotations/val2017/{}.png"),
+}
+
+
+@pytest.mark.parametrize("kind", LAID_OUT)
+def test_hidden_files_are_left_out_and_suffixes_may_be_in_capitals(kind: str, tmp_path: Path) -> None:
+    image, label = (tmp_path / path for path in LAID_OUT[kind])
+    for name in "ab":
+        save(tmp_path, str(image).format(name), picture())
+        save(tmp_path, str(label).format(name), ids([1, 7]))
+    for path in (image, label):
+        Path(str(path).format("a")).rename(Path(str(path).format("a")).with_suffix(path.suffix.upper()))
+    (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("a\nb\n")
+    for name in ("._a" + image.name[2:], ".ipynb_checkpoints/" + image.name.format("a"), "__MACOSX/x.jpg"):
+        save(image.parent, name, picture())
+    (image.parent / "Thumbs.db").touch()
+    lines: list[str] = []
+    examples = open_segmentation(config(kind, tmp_path, classes=None if kind != "folder" else 8), "val", lines.append)
+    assert [Path(examples.name(index)).suffix for index in range(len(examples))] == [
+        image.suffix.upper(), image.suffix
+    ]  # fmt: skip
+    assert [examples.read(index)[1].shape for index in range(2)] == [SIZE, SIZE]
+    if kind == "voc":  # its list says which
+        assert lines == []
+    else:
+        assert lines[0].endswith("2 images; 4 left out: hidden files and folders (3), files that are no images (1)")
+
+
 def test_cityscapes_ids_are_those_of_torchvision() -> None:
     from torchvision.datasets import Cityscapes
 
@@ -307,6 +374,10 @@ def test_examples_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"val/images/0\.jpg and val/images/0\.png .*val/labels/0\.png"):
         open_segmentation(config("folder", tmp_path, classes=5), "val")
     (tmp_path / "val/images/0.jpg").unlink()
+    save(tmp_path, "val/labels/0.PNG", ids([0]))
+    with pytest.raises(ValueError, match=r"val/labels/0\.PNG and val/labels/0\.png "):
+        open_segmentation(config("folder", tmp_path, classes=5), "val")
+    (tmp_path / "val/labels/0.PNG").unlink()
     image = tmp_path / "val/images/0.png"
     image.write_bytes(image.read_bytes()[:200])
     with pytest.raises(OSError, match=r"val/images/0\.png"):

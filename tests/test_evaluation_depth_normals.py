@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,18 @@ def test_what_is_impossible_is_one_sentence(folder: Path, task: str, words: list
     assert re.search(message, run.stderr)
     assert run.stderr.count("error:") == 1
     assert "Traceback" not in run.stderr
+
+
+def test_scenes_of_unknown_depth_end_before_a_table(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "nyuv2_geonet").mkdir()
+    shutil.copytree(folder / "nyuv2", tmp_path / "nyuv2")
+    image, depth, normals = scene(0)
+    content = dict(img=image - 2 * np.array(nyu.MEAN), depth=np.zeros_like(depth), norm=normals)
+    scipy.io.savemat(tmp_path / "nyuv2_geonet/room_0.mat", content)
+    run = evaluate(tmp_path, "depth", status=2)
+    assert run.stdout == ""
+    assert "dataset.train" in run.stderr
+    assert run.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

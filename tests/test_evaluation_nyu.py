@@ -66,6 +66,7 @@ def test_nyu_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(1, 43):
         (folder / f"kitchen_{number:04}.mat").touch()
     (folder / nyu.BAD[6919]).touch()
+    (folder / "._kitchen_0001.mat").touch()  # hidden, and not counted
     splits = {split: open_nyu(config(tmp_path, train=split), "train") for split in ("trainval", "train", "valid")}
     counts = {split: len(scenes) for split, scenes in splits.items()}
     assert counts == {"trainval": 43, "train": 40, "valid": 3}

@@ -259,6 +259,33 @@ def test_what_is_impossible_is_one_sentence(folder: Path, words: list[str], mess
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_labels_that_are_all_ignored_end_before_a_table(folder: Path, tmp_path: Path, split: str) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "data" / split / "labels").iterdir():
+        Image.fromarray(np.full((64, 64), 255, np.uint8)).save(path)
+    run = evaluate(tmp_path, "output_dir=nothing", status=2)
+    assert run.stdout == ""
+    assert f"dataset.{split}" in run.stderr
+    assert run.stderr.count("\n") == 1
+    assert not (tmp_path / "nothing/results.json").exists()
+
+
+def test_a_single_pixel_is_a_target(tmp_path: Path) -> None:
+    for part, values in (("images", np.zeros((4, 4, 3), np.uint8)), ("labels", np.full((4, 4), 255, np.uint8))):
+        (tmp_path / "val" / part).mkdir(parents=True)
+        for name in "ab":
+            Image.fromarray(values).save(tmp_path / "val" / part / f"{name}.png")
+    data = DatasetConfig(root=str(tmp_path), size=(4, 4), classes=2)
+    with pytest.raises(ValueError, match=r"None of the 2 images .*dataset\.val"):
+        tasks.check_targets(dict(val=open_segmentation(data, "val")), Examples.targets)
+    values[1, 2] = 1
+    Image.fromarray(values).save(tmp_path / "val/labels/b.png")
+    tasks.check_targets(dict(val=open_segmentation(data, "val", mirrored=True)), Examples.targets)
+    with pytest.raises(ValueError, match="None of the 1 images"):
+        tasks.check_targets(dict(val=open_segmentation(data, "val", limit=1)), Examples.targets)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

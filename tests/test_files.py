@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -22,6 +23,21 @@ def saved(tmp_path, image: Image.Image, name: str = "image.png", **options):
     path = tmp_path / name
     image.save(path, **options)
     return path
+
+
+def test_what_counts_as_a_photograph(tmp_path):
+    photographs = ["a.JPEG", "b.Tif", "c.png"]
+    hidden = [".a.jpg", "._c.png", "__MACOSX/d.jpg", ".ipynb_checkpoints/c.png", ".git/e.png", "@eaDir/c.png/f.jpg"]
+    for name in [*photographs, *hidden, "notes.txt", "jpg", "inner.jpg/g.png"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    left_out = Counter()
+    assert files.list_folder(tmp_path, left_out) == (photographs, ["inner.jpg"])
+    assert left_out == {files.HIDDEN_ENTRIES: 6, files.OTHER_FILES: 2}
+    assert files.describe(left_out) == "; 8 left out: hidden files and folders (6), files that are no images (2)"
+    assert files.describe(Counter()) == ""
+    assert all(files.is_photograph(name) for name in [*photographs, "inner.jpg/g.png"])
+    assert not any(files.is_photograph(name) for name in [*hidden, "notes.txt", "jpg"])
 
 
 def test_colour_and_grayscale(tmp_path):

@@ -67,7 +67,10 @@ def test_values(root):
     assert build(root, None, 1, messages.append) == ROWS
     assert read_index(root / "size_index.tsv") == ROWS
     (message,) = messages
-    assert message.startswith(f"{root / 'size_index.tsv'}: 5 images, 1 ")
+    assert message == (
+        f"{root / 'size_index.tsv'}: 5 images, 1 of them unreadable; 3 left out: hidden files and "
+        "folders (1), images outside the class folders (1), files that are no images (1)"
+    )
     assert sorted(path.name for path in root.iterdir() if path.is_file()) == ["loose.png", "size_index.tsv"]
 
 
@@ -120,6 +123,15 @@ def test_every_real_folder_is_visited_once(root, tmp_path):
     save(tmp_path / "elsewhere/7.png", 7, 7)
     (root / "dog/linked").symlink_to(tmp_path / "elsewhere")
     assert build(root, None, 1, print) == [*ROWS, Row("dog/linked/7.png", 3, 7, 7, 7)]
+
+
+def test_hidden_photographs_are_left_out(root):
+    for name in (".ipynb_checkpoints/photo.jpg", "._photo.jpg", "__MACOSX/photo.jpg", ".git/photo.jpg"):
+        save(root / "ant" / name, 7, 7)
+    save(root / "__MACOSX/ant/photo.jpg", 7, 7)  # no class either
+    messages = []
+    assert build(root, None, 1, messages.append) == ROWS
+    assert "hidden files and folders (6)" in messages[0]
 
 
 def test_pipes_and_devices_are_unreadable(root):

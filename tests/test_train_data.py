@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import json
@@ -18,8 +19,9 @@ from PIL.Image import Transpose
 
 from tests.training import ROOT, environment, losses
 from tests.training import train as run_training
+from train import size_index
 from train.config import Config, DatasetConfig, EncoderConfig
-from train.data import Batches, open_source
+from train.data import Batches, open_source, sources
 from train.data.images import TooSmall, read_crop
 from train.data.sources import Files
 
@@ -187,6 +189,70 @@ def test_a_folder_is_indexed_once_and_small_images_are_left_out(root: Path) -> N
     assert (root.parent / "mine.tsv").is_file()
 
 
+def test_hidden_photographs_of_an_older_index_are_not_trained_on(root: Path) -> None:
+    settings, messages = config(kind="folder", root=str(root)).dataset, []
+    source = open_source(settings, messages.append)
+    with (root / "size_index.tsv").open("a") as index:
+        index.write("a/._4.png\t0\t60\t60\t60\n__MACOSX/a/4.png\t2\t60\t60\t60\n")
+    assert open_source(settings, messages.append).digest == source.digest
+    assert "2 of its 12 files" in messages[-1]
+
+
+def test_an_index_older_than_its_folders_is_named(root: Path) -> None:
+    for path in root.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    settings, messages = config(kind="folder", root=str(root)).dataset, []
+    digest = open_source(settings, messages.append).digest
+    index = root / "size_index.tsv"
+    os.utime(index, (1.1e9, 1.1e9))
+    messages.clear()
+    assert open_source(settings, messages.append).digest == digest
+    assert messages == []
+    photograph(60, 60).save(root / "b" / "added.png")
+    assert open_source(settings, messages.append).digest == digest
+    (message,) = messages
+    assert str(index) in message
+    assert " 10 photographs of 2004-11-" in message
+    assert "the folder b changed" in message
+    (root / "new").mkdir()
+    photograph(60, 60).save(root / "new" / "added.png")
+    os.utime(root / "new", (1e9, 1e9))  # as a folder that was moved here
+    open_source(settings, messages.append)
+    assert "the folder b (and 1 more) changed" in messages[-1]
+    index.unlink()
+    assert len(open_source(settings, messages.append)) == 12
+    assert messages[-1].startswith(f"{index}: 12 images, 0 ")
+
+
+def test_photographs_added_while_a_folder_is_indexed_are_said_to_be_missing(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = size_index._measure
+
+    def measure_and_add(path: str) -> tuple[int, int]:
+        photograph(60, 60).save(root / "a" / "added.png")
+        return measure(path)
+
+    monkeypatch.setattr(size_index, "_measure", measure_and_add)
+    messages: list[str] = []
+    assert len(open_source(config(kind="folder", root=str(root)).dataset, messages.append)) == 10
+    assert "the folder a changed" in messages[-1]
+
+
+def test_an_index_that_cannot_be_written_names_the_setting(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = config(kind="folder", root=str(root), index=str(root / "absent" / "index.tsv")).dataset
+    with pytest.raises(OSError, match=r"absent/index\.tsv .*dataset\.index=FILE"):
+        open_source(absent, lambda line: None)
+
+    def read_only(**options: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), options["dir"])
+
+    monkeypatch.setattr(sources.tempfile, "TemporaryFile", read_only)
+    with pytest.raises(OSError, match=r"size_index\.tsv .*Read-only file system.*dataset\.index=FILE"):
+        open_source(config(kind="folder", root=str(root)).dataset, lambda line: None)
+    assert sorted(path.name for path in root.iterdir()) == ["a", "b"]
+
+
 def test_folders_that_cannot_be_used(root: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"dataset\.root=.*nowhere .*root/class/file"):
         open_source(config(kind="folder", root=str(tmp_path / "nowhere")).dataset)
@@ -208,12 +274,21 @@ def module(name: str, *words: object, folder: Path, status: int = 0) -> subproce
 def test_tfds_round_trip(root: Path, tmp_path: Path) -> None:
     (root / "b" / "broken.png").write_bytes(b"no image")
     words = "root", "data", "mine"
+    files = {path.read_bytes() for path in root.glob("*/*.png")}
+    for name in ("__MACOSX/4.png", ".git/4.png", "a/._4.png", "a/.ipynb_checkpoints/4.png"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(b"hidden")
+    (root / "a" / "4.png").rename(root / "a" / "4.PNG")
+    (root / "b" / "deep").mkdir()
+    (root / "b" / "3.png").rename(root / "b" / "deep" / "3.png")
+    os.mkfifo(root / "b" / "pipe.png")
     run = module("train.data.tfds_from_folder", *words, folder=tmp_path)
+    assert "11 images; 5 left out: hidden files and folders (4), pipes, devices and broken links (1)" in run.stdout
     assert "mine: 11 images in data; train with dataset=tfds dataset.name=mine dataset.root=data" in run.stdout
     settings = config(kind="tfds", name="mine", root=str(tmp_path / "data"))
     source = open_source(settings.dataset)
     assert len(source) == 11
-    stored, files = set(), {path.read_bytes() for path in root.glob("*/*.png")}
+    stored = set()
     for index in range(len(source)):
         assert source.name(index) == f"mine/train#{index}"
         with source.open(index) as file:

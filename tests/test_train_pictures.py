@@ -58,6 +58,13 @@ def test_loops_of_links_and_pipes_are_left_out(tmp_path):
     assert [name for name, _ in photographs] == ["a/1.png", "b/2.png"]
 
 
+def test_hidden_photographs_are_not_drawn(tmp_path):
+    root = folder(tmp_path, "a/1.png", "__MACOSX/a/1.png", "a/._1.png", "a/.ipynb_checkpoints/1.png", ".git/1.png")
+    Path(root, "a/1.png").rename(Path(root, "a/1.PNG"))
+    photographs = pictures.held_out(settings(log=LogConfig(pictures=9, pictures_root=root)))
+    assert [name for name, _ in photographs] == ["a/1.PNG"]
+
+
 def test_the_folder_val_beside_the_data_set(tmp_path):
     root = folder(tmp_path / "train", "a/1.png", "a/2.png", "b/3.png")
     photographs = pictures.held_out(settings(kind="folder", root=root))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image
 
 from anyup_core import figure, visualize
-from anyup_core.files import read_image
+from anyup_core.files import list_folder, read_image
 from anyup_core.preprocessing import normalize
 from anyup_jax import AnyUp, upsample
 from train.config import Config, Size
@@ -122,17 +122,17 @@ def _centre_crop(path: Path, config: Config) -> UInt8[np.ndarray, "Hc Wc 3"]:
 
 
 def _files(folder: Path, reverse: bool, outer: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """Yield the image files below a folder by name; a subfolder is listed only when it is reached.
+    """Yield the photographs below a folder (see `list_folder`) by name; a subfolder is listed when it is reached.
 
     A link to one of the `outer` folders, which hold this one, is not followed.
     """
     outer |= {folder.resolve()}
-    for path in sorted(folder.iterdir(), reverse=reverse):
-        if path.is_dir():
-            if path.resolve() not in outer:
-                yield from _files(path, reverse, outer)
-        elif path.is_file() and path.suffix.lower() in Image.registered_extensions():
+    photographs, folders = list_folder(folder, Counter())
+    for path in sorted((folder / name for name in photographs + folders), reverse=reverse):
+        if path.is_file():
             yield path
+        elif path.is_dir() and path.resolve() not in outer:
+            yield from _files(path, reverse, outer)
 
 
 def _times(sizes: Sequence[int]) -> str:

@@ -12,17 +12,18 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from anyup_core.files import check_output, open_image, replacing
+from anyup_core.files import OTHER_FILES, check_output, describe, list_folder, open_image, replacing
 from train.config import Size
 from train.data.images import upright_size
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as ImageFolder's
 LAYOUT = "it must be root/class/file, as ImageNet's train/n01440764/n01440764_10026.JPEG"
 TEXT = dict(encoding="utf-8", errors="surrogateescape")  # a file name may be any bytes
 CHUNK = 32  # images that a process takes at once
@@ -63,11 +64,31 @@ def write_index(path: str | os.PathLike, rows: Iterable[Row]) -> None:
         file.writelines(map(_format, sorted(rows)))
 
 
+def changed_folders(path: str | os.PathLike, root: Path, rows: Iterable[Row]) -> list[str]:
+    """Return the folders below `root` that were changed since their photographs were listed, or are gone, sorted.
+
+    Their times are compared with that of the index; no photograph is looked at. A class folder that no row is from may
+    have been moved there with its old times, so that the time of the move counts.
+    """
+    listed = os.stat(path).st_mtime_ns
+    parents = {PurePosixPath(folder) for folder in {row.rel_path.rpartition("/")[0] for row in rows}}
+    known = {str(folder) for parent in parents for folder in (parent, *parent.parents)} - {"."}
+
+    def changed(folder: str) -> bool:
+        try:
+            times = os.stat(root / folder).st_mtime_ns, 0 if folder in known else os.lstat(root / folder).st_ctime_ns
+        except OSError:
+            return True
+        return max(times) > listed
+
+    return sorted(filter(changed, known.union(list_folder(root, Counter())[1])))
+
+
 def build(root: Path, out: Path | None, workers: int, say: Callable[[str], None]) -> list[Row]:
     """Measure every image below `root`, write the index and return its rows.
 
     Rows are appended to `out`.partial as they are measured. The next call after an interruption continues from there
-    and tries unreadable images again.
+    and tries unreadable images again. The time of the finished file is that at which the folders were listed.
 
     Args:
         root: the folder whose subfolders are the classes.
@@ -83,7 +104,8 @@ def build(root: Path, out: Path | None, workers: int, say: Callable[[str], None]
     """
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1.")
-    labels = _list_images(root)
+    started, left_out = time.time_ns(), Counter[str]()
+    labels = list_images(root, left_out)
     out = check_output(out, (Path(out).suffix,)) if out else check_output(root / "size_index.tsv", (".tsv",))
     partial = out.with_name(out.name + ".partial")
     rows = {row.rel_path: row for row in _resume(partial, root) if labels.get(row.rel_path) == row.label}
@@ -98,20 +120,28 @@ def build(root: Path, out: Path | None, workers: int, say: Callable[[str], None]
                 say(f"{len(rows)} of {len(labels)} images")
     done = sorted(rows.values())
     write_index(out, done)
+    os.utime(out, ns=(started, started))
     partial.unlink(missing_ok=True)
-    say(f"{out}: {len(done)} images, {sum(row.min_side < 0 for row in done)} of them unreadable")
+    unreadable = sum(row.min_side < 0 for row in done)
+    say(f"{out}: {len(done)} images, {unreadable} of them unreadable{describe(left_out)}")
     return done
 
 
-def _list_images(root: Path) -> dict[str, int]:
-    """Return path -> class of every image, at any depth below its class folder.
+def list_images(root: Path, left_out: Counter[str]) -> dict[str, int]:
+    """Return path -> class of every photograph (see `list_folder`), at any depth below its class folder, sorted.
 
-    Every real folder is visited once, whatever links lead to it; its own path comes before that of a link. Folders that
-    may not be read are left out.
+    Every real folder is visited once, whatever links lead to it; its own path comes before that of a link. What is no
+    photograph, and folders that may not be read, are counted in `left_out`.
+
+    Raises:
+        FileNotFoundError: if `root` does not exist or holds no images in subfolders.
+        ValueError: if a file name contains a line break.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"ROOT={root} is no folder; {LAYOUT}.")
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    outside, classes = list_folder(root, left_out)
+    left_out["images outside the class folders"] += len(outside)
+    del left_out[OTHER_FILES]  # the index itself, notes
     labels, visited = {}, {root.resolve()}
     folders, links = [], []
     for label, name in enumerate(classes):
@@ -121,15 +151,16 @@ def _list_images(root: Path) -> dict[str, int]:
         if (real := (root / folder).resolve()) in visited:
             continue
         visited.add(real)
-        with contextlib.suppress(PermissionError):
-            for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
-                path = f"{folder}/{entry.name}"
-                if entry.is_dir():
-                    (links if entry.is_symlink() else folders).append((label, path))
-                elif entry.name.lower().endswith(SUFFIXES):
-                    labels[path] = label
+        try:
+            images, subfolders = list_folder(root / folder, left_out)
+        except PermissionError:
+            left_out["folders that may not be read"] += 1
+            continue
+        labels |= {f"{folder}/{name}": label for name in images}
+        for path in (f"{folder}/{name}" for name in subfolders):
+            (links if (root / path).is_symlink() else folders).append((label, path))
     if not labels:
-        raise FileNotFoundError(f"ROOT={root} holds no images in subfolders; {LAYOUT}.")
+        raise FileNotFoundError(f"ROOT={root} holds no images in subfolders{describe(left_out)}; {LAYOUT}.")
     if broken := [path for path in labels if "\n" in path or "\r" in path]:
         raise ValueError(f"{broken[0]!r} in {root} has a line break in its name; rename it.")
     return dict(sorted(labels.items()))

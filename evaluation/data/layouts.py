@@ -9,12 +9,12 @@ import codecs
 import dataclasses
 import os
 import posixpath
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image
-
+from anyup_core.files import describe, list_folder
 from anyup_core.settings import require
 from evaluation.config import DatasetConfig
 from evaluation.data import tables
@@ -88,7 +88,8 @@ class Layout:
     """The folders and files of a data set.
 
     Attributes:
-        find: (folder, split) -> relative paths of images and labels, whether they exist or not.
+        find: (folder, split, left_out) -> relative paths of images and labels, whether they exist or not; what a folder
+            of images holds beside photographs is counted in `left_out`.
         contents: the files that belong in the folder, and where to download them.
         train, val: the usual splits.
         within: folders below dataset.root that the data set may be in, beside dataset.root itself.
@@ -96,7 +97,7 @@ class Layout:
         classes, ids: names of the classes, and the table of labels; None where every folder has its own.
     """
 
-    find: Callable[[Path, str], Pairs]
+    find: Callable[[Path, str, Counter[str]], Pairs]
     contents: str
     train: str = "train"
     val: str = "val"
@@ -105,45 +106,70 @@ class Layout:
     classes: tuple[str, ...] | None = None
     ids: Ids | None = None
 
-    def files(self, root: str, split: str) -> Files:
+    def files(self, root: str, split: str, say: Callable[[str], None]) -> Files:
         """Return the images of a split, in order of their names or of the list that defines it.
+
+        Suffixes may be in capitals. `say` prints a line about what was left out.
 
         Raises:
             FileNotFoundError: if the folder, the split, an image or the label of an image is missing; the message says
                 which files belong there.
-            ValueError: if a list of images has a line with more than one name, or two images have the same label.
+            ValueError: if a list of images has a line with more than one name, two images have the same label, or the
+                names of two files differ only in the case of their suffixes.
         """
         places = (Path(root, name, self.holds) for name in ("", *self.within))
         folder = locate(root, places, f"has no folder {self.holds}", self.contents)
         folder = folder.parent if self.holds else folder
-        pairs = self.find(folder, split)
+        left_out: Counter[str] = Counter()
+        pairs, told = self.find(folder, split, left_out), describe(left_out)
         if not pairs:
-            raise FileNotFoundError(f"The split {split} in {folder} has no images; it must hold {self.contents}.")
-        images, labels = zip(*pairs)
-        for image in _missing(folder, images):
-            raise FileNotFoundError(f"The image {image} of the split {split} does not exist in {folder}.")
-        for label in _missing(folder, labels):
-            image = images[labels.index(label)]
-            raise FileNotFoundError(f"The image {image} in {folder} has no label: {label} does not exist.")
-        owners = dict(zip(labels, images))
+            raise FileNotFoundError(f"The split {split} in {folder} has no images{told}; it must hold {self.contents}.")
+        stored = _stored(folder, [path for pair in pairs for path in pair])
+        for image, label in pairs:
+            if image not in stored:
+                raise FileNotFoundError(f"The image {image} of the split {split} does not exist in {folder}.")
+            if label not in stored:
+                raise FileNotFoundError(f"The image {image} in {folder} has no label: {label} does not exist.")
+        pairs = [(stored[image], stored[label]) for image, label in pairs]
+        owners = {label: image for image, label in pairs}
         for image, label in pairs:
             if (other := owners[label]) != image:
                 raise ValueError(f"The images {image} and {other} in {folder} share the label {label}; remove one.")
+        if told:
+            say(f"{folder}, {split}: {len(pairs)} images{told}")
         return Files(folder, pairs)
 
 
-def _missing(root: Path, paths: Sequence[str]) -> list[str]:
-    """Return the paths that do not exist. Every folder is listed once, which is faster than a look for each file."""
-    folders = {folder: root / folder for folder in map(posixpath.dirname, paths)}
-    names = {folder: set(os.listdir(path)) if path.is_dir() else set() for folder, path in folders.items()}
-    return [path for path in paths if posixpath.basename(path) not in names[posixpath.dirname(path)]]
+def _stored(root: Path, paths: Sequence[str]) -> dict[str, str]:
+    """Return path -> the path as it is stored, whose suffix may be in another case, of the paths that exist.
+
+    Every folder is listed once, which is faster than a look for each file.
+
+    Raises:
+        ValueError: if several files fit a path.
+    """
+
+    def folded(path: str) -> str:
+        name, suffix = posixpath.splitext(path)
+        return name + suffix.lower()
+
+    fitting: dict[str, list[str]] = {}
+    for folder in dict.fromkeys(map(posixpath.dirname, paths)):
+        for name in sorted(os.listdir(root / folder)) if (root / folder).is_dir() else ():
+            fitting.setdefault(folded(f"{folder}/{name}"), []).append(f"{folder}/{name}")
+    found = {path: fitting[folded(path)] for path in paths if folded(path) in fitting}
+    if several := next((files for files in found.values() if len(files) > 1), None):
+        raise ValueError(f"{' and '.join(several)} in {root} differ only in the case of their suffixes; remove one.")
+    return {path: file for path, (file,) in found.items()}
 
 
-def _images(root: Path, pattern: str) -> list[str]:
-    """Return the relative paths of the images that match, sorted."""
-    suffixes = Image.registered_extensions()
-    images = (path for path in root.glob(pattern) if path.suffix.lower() in suffixes and path.name[0] != ".")
-    return sorted(path.relative_to(root).as_posix() for path in images)
+def _images(root: Path, folder: str, left_out: Counter[str]) -> list[str]:
+    """Return the relative paths of the photographs in a folder, sorted; none where there is no such folder."""
+    if not (root / folder).is_dir():
+        return []
+    photographs, folders = list_folder(root / folder, left_out)
+    left_out["subfolders"] += len(folders)
+    return [f"{folder}/{name}" for name in photographs]
 
 
 def _listed(path: Path, split: str) -> list[str]:
@@ -161,34 +187,42 @@ def _listed(path: Path, split: str) -> list[str]:
     return [words[0] for words in lines if words]
 
 
-def _folder(root: Path, split: str) -> Pairs:
-    images = _images(root, f"{split}/images/*")
-    return [(image, f"{split}/labels/{PurePosixPath(image).stem}.png") for image in images]
+def _labelled(images: Iterable[str], labels: str) -> Pairs:
+    return [(image, f"{labels}/{PurePosixPath(image).stem}.png") for image in images]
 
 
-def _voc(root: Path, split: str) -> Pairs:
+def _folder(root: Path, split: str, left_out: Counter[str]) -> Pairs:
+    return _labelled(_images(root, f"{split}/images", left_out), f"{split}/labels")
+
+
+def _voc(root: Path, split: str, _left_out: Counter[str]) -> Pairs:
     names = _listed(root / "ImageSets" / "Segmentation" / f"{split}.txt", split)
     return [(f"JPEGImages/{name}.jpg", f"SegmentationClass/{name}.png") for name in names]
 
 
-def _ade20k(root: Path, split: str) -> Pairs:
-    images = _images(root, f"images/{split}/*.jpg")
-    return [(image, f"annotations/{split}/{PurePosixPath(image).stem}.png") for image in images]
+def _ade20k(root: Path, split: str, left_out: Counter[str]) -> Pairs:
+    return _labelled(_images(root, f"images/{split}", left_out), f"annotations/{split}")
 
 
-def _cityscapes(root: Path, split: str) -> Pairs:
-    images = _images(root, f"leftImg8bit/{split}/*/*_leftImg8bit.png")
-    return [(x, x.replace("leftImg8bit/", "gtFine/").replace("_leftImg8bit", "_gtFine_labelIds")) for x in images]
+def _cityscapes(root: Path, split: str, left_out: Counter[str]) -> Pairs:
+    folder, ending = f"leftImg8bit/{split}", "_leftImg8bit"
+    cities = list_folder(root / folder, left_out)[1] if (root / folder).is_dir() else []
+    paths = [PurePosixPath(image) for city in cities for image in _images(root, f"{folder}/{city}", left_out)]
+    images = [path for path in paths if path.stem.endswith(ending)]
+    left_out[f"images whose names do not end in {ending}"] += len(paths) - len(images)
+    labels = (f"{path.parent.name}/{path.stem.removesuffix(ending)}_gtFine_labelIds.png" for path in images)
+    return [(str(image), f"gtFine/{split}/{label}") for image, label in zip(images, labels)]
 
 
-def _cocostuff27(root: Path, split: str) -> Pairs:
+def _cocostuff27(root: Path, split: str, left_out: Counter[str]) -> Pairs:
     """A split is a folder, or FOLDER/LIST for another curated list; without curated lists it is the whole folder."""
     folder, _, chosen = split.partition("/")
     if chosen or (root / "curated" / folder).is_dir():
         names = _listed(root / "curated" / folder / f"{chosen or COCO_LIST}.txt", split)
+        images = [f"images/{folder}/{name}.jpg" for name in names]
     else:
-        names = [PurePosixPath(image).stem for image in _images(root, f"images/{folder}/*.jpg")]
-    return [(f"images/{folder}/{name}.jpg", f"annotations/{folder}/{name}.png") for name in names]
+        images = _images(root, f"images/{folder}", left_out)
+    return _labelled(images, f"annotations/{folder}")
 
 
 LAYOUTS = {

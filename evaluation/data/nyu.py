@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float32, Shaped, UInt8
 from PIL import Image, ImageEnhance
 
+from anyup_core.files import is_hidden
 from evaluation.config import DatasetConfig
 from evaluation.data.cropping import centre, crop_image, crop_nearest
 from evaluation.data.layouts import locate
@@ -160,7 +161,7 @@ def open_nyu(config: DatasetConfig, split: Literal["train", "val"], limit: int |
     if chosen not in ("trainval", "train", "valid"):
         raise ValueError(f"dataset.{split}={chosen} is no split of NYUv2; choose of trainval, train, valid, test.")
     folder = place(TRAIN_FOLDERS)
-    files = sorted(path.name for path in folder.glob("*.mat"))
+    files = sorted(path.name for path in folder.glob("*.mat") if not is_hidden(path.name))
     bad = {files[position] for position in BAD} if len(files) == COMPLETE else set(BAD.values())
     files = [name for name in files if name not in bad]
     if chosen != "trainval":

@@ -6,12 +6,13 @@ import dataclasses
 import functools
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Int16, UInt8
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from anyup_core.files import open_image, to_rgb
 from anyup_core.settings import require
@@ -19,6 +20,7 @@ from evaluation.config import DatasetConfig
 from evaluation.data.cropping import crop_image, crop_nearest
 from evaluation.data.layouts import LAYOUTS, SPLITS, Records, open_records
 from evaluation.data.split import Files, Split
+from train.data.images import upright_size
 
 CLASSES = "classes.json"
 UNKNOWN = -1  # in a table of labels: a value that is no class
@@ -58,6 +60,12 @@ class Examples(Split):
             return label
         return np.where(self.chosen(index, mirror), label, self.ignore).astype(np.uint8)
 
+    def targets(self, index: int) -> Bool[np.ndarray, "views H W"]:
+        """Return which pixels of the views of an image are learned or scored."""
+        views = (False, True)[: 1 + self.mirrored]
+        labels = [self.thinned(self.read(index, mirror)[1], index, mirror) for mirror in views]
+        return np.stack(labels) != self.ignore
+
     def chosen(self, index: int, mirror: bool) -> Bool[np.ndarray, "H W"]:
         """Return which pixels of a view count."""
         stride = self.pixel_stride
@@ -71,8 +79,8 @@ class Examples(Split):
         """Return the image of a view as RGB, and the class of each of its pixels, or `ignore`; all pixels count.
 
         Both are resized so that they just cover the size, the image bilinearly (antialiased) and the label to the
-        nearest pixel, then centre cropped (JAFAR's protocol). Pixels are taken as they are stored: labels are drawn on
-        these, so an EXIF orientation is not applied.
+        nearest pixel, then centre cropped (JAFAR's protocol). Both are turned upright as their EXIF orientation says,
+        as photographs are everywhere else.
 
         Raises:
             OSError: if the image or the label cannot be read.
@@ -82,12 +90,13 @@ class Examples(Split):
         image_file, label_file = map(io.BytesIO, self.source.contents(index))
         try:
             with open_image(image_file, name) as image, open_image(label_file, label_name) as label:
-                if label.size != image.size:
+                values = _values(label, label_name)
+                if values.shape != upright_size(image):
                     raise ValueError(
-                        f"The label {label_name} has {label.height}x{label.width} pixels and its image {name} "
-                        f"{image.height}x{image.width}; they must have the same size."
+                        f"The label {label_name} has {_size(label)} pixels and its image {name} {_size(image)}; "
+                        "they must have the same size."
                     )
-                values = crop_nearest(_values(label, label_name), self.size)
+                values = crop_nearest(values, self.size)
                 pixels, classes = crop_image(to_rgb(image, name), self.size), self.table[values]
         except (OSError, ValueError):
             raise
@@ -102,12 +111,15 @@ class Examples(Split):
         return tuple(np.ascontiguousarray(plane[:, ::-1]) for plane in planes) if mirror else planes
 
 
-def open_segmentation(config: DatasetConfig, split: Literal["train", "val"], **options: Any) -> Examples:
+def open_segmentation(
+    config: DatasetConfig, split: Literal["train", "val"], say: Callable[[str], None] = print, **options: Any
+) -> Examples:
     """Return the images of a split with their labels; nothing is decoded yet.
 
     Args:
         config: the data set; its `train` and `val` override the usual names of the splits.
         split: the split that probes are trained on, or the one that they are scored on.
+        say: prints a line, about files that were left out.
         options: `limit`, `mirrored`, `pixel_stride` and `seed` of the examples.
 
     Raises:
@@ -122,7 +134,7 @@ def open_segmentation(config: DatasetConfig, split: Literal["train", "val"], **o
         classes, ids = _numbered(config, source.classes, f"the feature {config.label} of {config.name}"), None
     elif config.kind in LAYOUTS:
         layout = LAYOUTS[config.kind]
-        source, ids = layout.files(str(config.root), chosen or getattr(layout, split)), layout.ids
+        source, ids = layout.files(str(config.root), chosen or getattr(layout, split), say), layout.ids
         names = layout.classes if ids else _named(source.root / CLASSES)
         classes = _numbered(config, names, f"dataset.kind={config.kind}" if ids else str(source.root / CLASSES))
     else:
@@ -144,11 +156,20 @@ def _values(label: Image.Image, name: str) -> UInt8[np.ndarray, "H W"]:
             f"The label {name} is an image of mode {label.mode} ({stored}); it must be grayscale or palette, the class "
             "of each pixel."
         )
-    values = np.asarray(label)
+    values = np.asarray(ImageOps.exif_transpose(label))
     values = values[..., 0] if label.mode == "LA" else values
     if values.max() > 255:
         raise ValueError(f"The label {name} has the value {values.max()}; classes are from 0 to 255.")
     return values.astype(np.uint8) // STORED[stored]
+
+
+def _size(image: Image.Image) -> str:
+    """Return height and width once upright, and the EXIF orientation where there is one."""
+    height, width = upright_size(image)
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    remedy = "remove the tag if the label is drawn on the image as it is stored"
+    tag = f" (turned upright as its EXIF orientation {orientation} says; {remedy})"
+    return f"{height}x{width}{tag if orientation in range(2, 9) else ''}"
 
 
 def _named(path: Path) -> tuple[str, ...] | None:

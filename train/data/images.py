@@ -10,7 +10,7 @@ from typing import IO
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from anyup_core.files import open_image, to_rgb
 from train.config import Size
@@ -98,7 +98,6 @@ def _crop(
     if image.format == "JPEG":
         stored = whole if (height, width) == image.size[::-1] else whole[::-1]  # before it is turned upright
         image.draft(None, (2 * stored[1], 2 * stored[0]))
-    ImageOps.exif_transpose(image, in_place=True)
     image = to_rgb(image, name)
     y, x = (round((full - part) * place) for full, part, place in zip(whole, size, (down, across)))
     tall, wide = image.height / whole[0], image.width / whole[1]

@@ -8,12 +8,15 @@ import functools
 import hashlib
 import importlib.resources
 import io
+import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
 
 from PIL import Image
 
+from anyup_core.files import is_photograph
 from train.config import DatasetConfig, Size
 from train.data.images import covers, read_crop
 
@@ -97,10 +100,11 @@ def open_source(config: DatasetConfig, say: Callable[[str], None] = print) -> So
 
     Args:
         config: the data set. A folder without a size index is indexed first.
-        say: prints a line, about the indexing.
+        say: prints a line, about the indexing, and about a size index that is older than the folders.
 
     Raises:
         FileNotFoundError: if the data set does not exist; the message says what must be where.
+        OSError: if a size index cannot be read or written.
         ValueError: if no photograph is large enough, or the data set has no image feature or several.
         ImportError: if a package is missing.
     """
@@ -138,9 +142,27 @@ def _folder(config: DatasetConfig, say: Callable[[str], None]) -> Files:
         )
     index = root / INDEX if config.index is None else Path(config.index)
     if not index.is_file():
+        try:
+            tempfile.TemporaryFile(dir=index.parent).close()
+        except OSError as error:
+            raise OSError(
+                f"The size index {index} does not exist and cannot be written ({error.strerror}); name a file in "
+                "another folder, dataset.index=FILE."
+            ) from error
         say(f"{index} does not exist yet: reading the size of every image (python -m train.size_index {root})")
         size_index.build(root, index, max(1, config.workers), say)
-    sizes = {row.rel_path: (row.height, row.width) for row in size_index.read_index(index)}
+    listed = size_index.read_index(index)
+    rows = [row for row in listed if is_photograph(row.rel_path)]
+    if len(rows) < len(listed):
+        say(f"{index}: {len(listed) - len(rows)} of its {len(listed)} files are hidden or no images and are left out")
+    if changed := size_index.changed_folders(index, root, rows):
+        date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(index.stat().st_mtime))
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        say(
+            f"{index} lists the {len(rows)} photographs of {date}, and only these are used; the folder "
+            f"{printable(changed[0])}{more} changed later: delete the index, and the next run makes it anew"
+        )
+    sizes = {row.rel_path: (row.height, row.width) for row in rows}
     return Files(root, _large_enough(sizes, config, root))
 
 

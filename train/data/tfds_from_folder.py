@@ -9,30 +9,38 @@ from __future__ import annotations
 import argparse
 import io
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from anyup_core.files import describe
+from train.size_index import list_images
 
 
-def write_tfds(root: Path, data_dir: str, name: str, split: str = "train") -> int:
-    """Write the images of root/class/file as the data set `name`, and return how many there are.
+def write_tfds(root: Path, data_dir: str, name: str, split: str = "train", say: Callable[[str], None] = print) -> int:
+    """Write the photographs that a size index of `root` would list as the data set `name`; return how many there are.
+
+    Pipes and devices are left out too; `say` prints a line about what was left out.
 
     Raises:
         FileNotFoundError: if there are no images.
         FileExistsError: if a data set of this name exists.
-        ValueError: if TFDS does not accept the name.
+        ValueError: if TFDS does not accept the name, or a file name contains a line break.
     """
     import tensorflow_datasets as tfds
 
     if not (name.isidentifier() and name.islower()):
         raise ValueError(f"NAME={name!r} must be of lower-case letters, digits and underscores.")
-    suffixes = Image.registered_extensions()
-    paths = sorted(p for p in Path(root).glob("*/*") if p.suffix.lower() in suffixes and p.is_file())
+    left_out: Counter[str] = Counter()
+    listed = list_images(Path(root), left_out)
+    paths = [path for path in listed if (root / path).is_file()]
+    left_out["pipes, devices and broken links"] += len(listed) - len(paths)
     if not paths:
-        raise FileNotFoundError(f"ROOT={root} holds no images in subfolders; it must be root/class/file.")
-    classes = sorted({path.parent.name for path in paths})
+        raise FileNotFoundError(f"ROOT={root} holds no images that can be read{describe(left_out)}.")
+    if told := describe(left_out):
+        say(f"{root}: {len(paths)} images{told}")
+    classes = sorted({path.split("/")[0] for path in paths})
 
     class Folder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """A folder of images."""
@@ -52,8 +60,7 @@ def write_tfds(root: Path, data_dir: str, name: str, split: str = "train") -> in
 
         def _generate_examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
             for path in paths:
-                key = path.relative_to(root).as_posix()
-                yield key, dict(image=io.BytesIO(path.read_bytes()), label=path.parent.name)
+                yield path, dict(image=io.BytesIO((root / path).read_bytes()), label=path.split("/")[0])
 
     builder = Folder(data_dir=data_dir, file_format="array_record")
     if builder.is_prepared():
