@@ -62,7 +62,7 @@ class Block(nnx.Module):
         self.norm = LayerNorm(width, epsilon=EPSILON, rngs=rngs)
         self.widen = Linear(width, 4 * width, dtype=dtype, rngs=rngs)
         self.narrow = Linear(4 * width, width, dtype=dtype, rngs=rngs)
-        self.layer_scale = nnx.Param(jnp.full(width, 1e-6))
+        self.layer_scale = nnx.Param(jnp.full(width, 1e-6, jnp.float32))
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         hidden = gelu(self.widen(self.norm(self.depthwise(x))))

@@ -24,7 +24,7 @@ Queries = Float[Array, "B T N K"]  # of N heads
 Keys = Float[Array, "B S N K"]  # and values
 Padding = str | tuple[tuple[int, int], tuple[int, int]]
 
-normal = nnx.initializers.normal(0.02)
+normal = nnx.initializers.normal(0.02, jnp.float32)
 Linear = functools.partial(nnx.Linear, kernel_init=normal)
 
 

@@ -98,7 +98,10 @@ class Block(nnx.Module):
     def __init__(self, config: Config, attention: nnx.Module, mlp: nnx.Module, rngs: nnx.Rngs):
         self.norm1, self.norm2 = (LayerNorm(config.width, epsilon=config.epsilon, rngs=rngs) for _ in range(2))
         self.attention, self.mlp = attention, mlp
-        scales = [nnx.Param(jnp.full(config.width, LAYER_SCALE)) if config.layer_scale else None for _ in range(2)]
+        scales = [
+            nnx.Param(jnp.full(config.width, LAYER_SCALE, jnp.float32)) if config.layer_scale else None
+            for _ in range(2)
+        ]
         self.scale1, self.scale2 = scales
 
     def __call__(self, x: Float[Array, "B T C"], *context: Any) -> Float[Array, "B T C"]:
