@@ -6,14 +6,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from tests import training
 
-MODES = [{"JAX_ENABLE_X64": "1"}, {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}]
+MODES = [
+    pytest.param("float32", {"JAX_ENABLE_X64": "1"}, id="x64"),
+    pytest.param(
+        "bfloat16", {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}, id="no promotion"
+    ),
+]
 PROGRAM = """
 import sys
 import jax
@@ -39,7 +43,7 @@ outputs = dict(
     gradient=jax.grad(lambda x: model(image, x).astype(jnp.float32).sum())(jnp.asarray(features)),
     weights=nnx.grad(lambda m: m(image, features).astype(jnp.float32).sum())(model).query_encoder.conv.kernel[...],
 )
-for name in ("vit_tiny_patch16_224", "vit_small_patch16_dinov3", "convnext_tiny", "resnet50", "efficientnet_lite0"):
+for name in ("vit_tiny_patch16_224", "vit_small_patch16_dinov3", "convnext_tiny", "efficientnet_lite0"):
     encoder = encoders.create(name, pretrained=False, dtype=dtype)
     outputs[name] = encoder(encoder.normalize(jnp.asarray(photograph)))
 np.savez(path, **{name: np.asarray(output, np.float32) for name, output in outputs.items()})
@@ -53,30 +57,19 @@ def outputs(path: Path, dtype: str, **variables: str) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
-    return request.param, outputs(tmp_path_factory.mktemp("plain") / "x.npz", request.param)
+@pytest.mark.parametrize(("dtype", "variables"), MODES)
+def test_outputs(tmp_path: Path, dtype: str, variables: dict[str, str]) -> None:
+    expected, found = outputs(tmp_path / "plain.npz", dtype), outputs(tmp_path / "mode.npz", dtype, **variables)
+    for name, output in expected.items():
+        tolerance = (2e-5 if dtype == "float32" else 2e-2) * np.abs(output).max()
+        np.testing.assert_allclose(found[name], output, rtol=0, atol=tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize("variables", MODES, ids=lambda variables: next(iter(variables)))
-def test_outputs(plain: tuple[str, dict[str, Any]], tmp_path: Path, variables: dict[str, str]) -> None:
-    dtype, expected = plain
-    for name, output in outputs(tmp_path / "x.npz", dtype, **variables).items():
-        scale = np.abs(expected[name]).max()
-        tolerance = 2e-5 if dtype == "float32" else 2e-2
-        np.testing.assert_allclose(output / scale, expected[name] / scale, rtol=0, atol=tolerance, err_msg=name)
-
-
-@pytest.fixture(scope="module")
-def plain_losses(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    return losses_of_a_run(tmp_path_factory.mktemp("plain"))
-
-
-def losses_of_a_run(folder: Path, **variables: str) -> list[float]:
-    training.train(folder, "output_dir=run", "max_steps=2", "dataset.pasted_regions=2", "loss.outlines=1", **variables)
-    return training.losses(folder / "run")
-
-
-@pytest.mark.parametrize("variables", MODES, ids=lambda variables: next(iter(variables)))
-def test_training(plain_losses: list[float], tmp_path: Path, variables: dict[str, str]) -> None:
-    np.testing.assert_allclose(losses_of_a_run(tmp_path, **variables), plain_losses, rtol=2e-5)
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "variables"), MODES)
+def test_training(tmp_path: Path, dtype: str, variables: dict[str, str]) -> None:
+    words = "max_steps=2", "dataset.pasted_regions=2", "loss.outlines=1", f"dtype={dtype}"
+    training.train(tmp_path, "output_dir=plain", *words)
+    training.train(tmp_path, "output_dir=mode", *words, **variables)
+    expected, found = (training.losses(tmp_path / name) for name in ("plain", "mode"))
+    np.testing.assert_allclose(found, expected, rtol=2e-5 if dtype == "float32" else 2e-2)
