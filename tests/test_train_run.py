@@ -83,6 +83,21 @@ def test_sigterm_saves_and_the_same_command_goes_on(whole: Path, tmp_path: Path)
     assert losses(tmp_path / "run")[:4] == losses(whole)[: done + 1]
 
 
+def test_a_terminal_that_goes_away_saves(tmp_path: Path) -> None:
+    """Its pipe is closed, and SIGHUP goes to the whole group, with the process that prepares batches."""
+    words = command("output_dir=run", "max_steps=1000", "dataset.workers=1")
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen(words, cwd=tmp_path, env=environment(), **options)
+    assert process.stdout.readline().startswith(b"step 1/1000")
+    process.stdout.close()
+    while len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGHUP)
+    assert process.wait(timeout=120) == 75
+    assert [int(path.name) >= 2 for path in (tmp_path / "run" / "checkpoints").iterdir()] == [True]
+
+
 @pytest.mark.slow
 def test_through_a_pth_of_the_published_trainer_and_back(whole: Path, tmp_path: Path) -> None:
     """Weights, moments and step survive, and the photographs go on where they were."""

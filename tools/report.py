@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from anyup_core import figure
+from anyup_core import command, figure
 from anyup_core.files import replacing
 from anyup_core.settings import changes, flat
 from evaluation.results import Result, markdown, texts_of
@@ -288,8 +288,8 @@ def _differences(first: Attempt, other: Attempt) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the document and return the exit status: 0, or 2 after one line that names the error."""
-    parser = argparse.ArgumentParser(prog="python -m tools.report", description=__doc__.splitlines()[0])
+    """Write the document and return the exit status, see `anyup_core.command`."""
+    parser = argparse.ArgumentParser(prog="python -m tools.report", description="Write the document of training runs.")
     parser.add_argument("out", type=Path, metavar="OUT.md", help="the document; its pictures are put beside it")
     parser.add_argument(
         "--attempt", nargs=2, type=Path, action="append", required=True, metavar=("RUN", "EVALUATION"),
@@ -311,18 +311,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--note", default="", metavar="TEXT", help="the last paragraph, such as the source of the images"
     )
-    args = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
+        args = parser.parse_args(argv)
         attempts = [Attempt.read(*folders) for folders in args.attempt]
         attempts += [Attempt.read(folder) for folder in args.training]
         attempts += read_record(args.earlier) if args.earlier else []
         reference = read_results(args.reference) if args.reference else []
         write(args.out, attempts, args.note, args.sheets, reference)
-    except (OSError, ValueError, ImportError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    print(f"written: {args.out}")
-    return 0
+        print(f"written: {args.out}")
+
+    return command.execute(work)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
+
+from anyup_core import command
 
 ENCODER = "efficientnet_lite0"
 WEIGHTS, RANDOM = "anyup_efficientnet_lite", "random"
@@ -18,14 +19,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def execute(parser: Parser, argv: Sequence[str] | None) -> int:
-    """Call `args.command(args)`. Return 0, or 2 after printing what was wrong in one line."""
-    args = parser.parse_args(argv)
-    try:
+    """Call `args.command(args)`. Return the exit status, see `anyup_core.command`."""
+
+    def work() -> None:
+        args = parser.parse_args(argv)
         args.command(args)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+
+    return command.execute(work, TypeError)
 
 
 def positive(text: str) -> int:

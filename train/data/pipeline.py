@@ -15,6 +15,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import UInt8
 
+from anyup_core import command
 from train.augment import augment
 from train.config import Config, DatasetConfig
 from train.data.images import Region, read_crop
@@ -107,7 +108,9 @@ class Batches(Iterator[dict[str, Any]]):
         if data.workers:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # grain's processes inherit its flags, which keep their defaults
-            stream = stream.mp_prefetch(grain.MultiprocessingOptions(data.workers, data.prefetch))
+            command.start_tracker()
+            options = grain.MultiprocessingOptions(data.workers, data.prefetch)
+            stream = stream.mp_prefetch(options, command.start_worker)
         self.position, self.iterator = start, iter(stream)
 
     def __next__(self) -> dict[str, Any]:
