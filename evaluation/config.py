@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
+from anyup_core.paths import PathText
 from anyup_core.settings import require
 from anyup_jax.encoders.settings import EncoderConfig
 from train.config import Size, at_least
@@ -32,7 +33,7 @@ class DatasetConfig:
     """
 
     kind: Literal["folder", "voc", "ade20k", "cityscapes", "cocostuff27", "nyu", "tfds"] = "folder"
-    root: str | None = None
+    root: PathText | None = None
     name: str | None = None
     train: str | None = None
     val: str | None = None
@@ -106,7 +107,7 @@ class UpsamplerConfig:
         dtype: type of the computation.
     """
 
-    weights: str = "anyup_multi_backbone"
+    weights: PathText = "anyup_multi_backbone"
     ema: bool = False
     window: Literal["paper", "natten"] | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -139,11 +140,11 @@ class Config:
     probe: ProbeConfig = ProbeConfig()
     anyup: UpsamplerConfig = UpsamplerConfig()
     high_resolution: int = 2
-    cache: str | None = None
+    cache: PathText | None = None
     limit: int | None = None
     pictures: int = 6
     seed: int = 0
-    output_dir: str = "outputs/evaluation"
+    output_dir: PathText = "outputs/evaluation"
 
     def __post_init__(self) -> None:
         require(len(self.encoders) >= 1, "encoders", dict(self.encoders), "name at least one encoder")

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from anyup_core import settings
 from anyup_core.config import AnyUpConfig
+from anyup_core.paths import PathText
 from anyup_core.settings import require
 from anyup_jax.encoders.settings import EncoderConfig
 
@@ -55,10 +56,10 @@ class DatasetConfig:
     """
 
     kind: Literal["skimage", "folder", "tfds"] = "skimage"
-    root: str | None = None
+    root: PathText | None = None
     name: str | None = None
     split: str = "train"
-    index: str | None = None
+    index: PathText | None = None
     crop_size: Size = (448, 448)
     img_size: Size = (224, 224)
     guidance_size: Size | None = None
@@ -228,7 +229,7 @@ class CheckpointConfig:
     every: int = 1000
     keep: int = 3
     keep_period: int | None = None
-    init_from: str | None = None
+    init_from: PathText | None = None
 
     def __post_init__(self) -> None:
         at_least(self, "checkpoint.", every=1, keep=1, keep_period=1)
@@ -249,7 +250,7 @@ class LogConfig:
     every: int = 10
     pictures_every: int = 1000
     pictures: int = 2
-    pictures_root: str | None = None
+    pictures_root: PathText | None = None
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
@@ -309,7 +310,7 @@ class Config:
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: bool = False
-    output_dir: str = "outputs/train"
+    output_dir: PathText = "outputs/train"
 
     def __post_init__(self) -> None:
         require(len(self.encoders) >= 1, "encoders", dict(self.encoders), "name at least one encoder")

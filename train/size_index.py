@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from anyup_core import command
 from anyup_core.files import check_output, open_image, replacing
+from anyup_core.paths import user_path
 from train.config import Size
 from train.data.images import upright_size
 
@@ -188,8 +189,8 @@ def _parse(line: str) -> Row:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return the exit status, see `anyup_core.command`."""
     parser = argparse.ArgumentParser(prog="python -m train.size_index", description="Measure every image of a folder.")
-    parser.add_argument("root", metavar="ROOT", type=Path, help="root/class/file")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="default: ROOT/size_index.tsv")
+    parser.add_argument("root", metavar="ROOT", type=user_path, help="root/class/file")
+    parser.add_argument("--out", metavar="FILE", type=user_path, help="default: ROOT/size_index.tsv")
     parser.add_argument("--workers", metavar="N", type=int, default=os.cpu_count() or 1, help="default: %(default)s")
 
     def work() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from anyup_core.files import check_output, read_image, resize_image
+from anyup_core.paths import expanded
 from anyup_core.preprocessing import normalize
 from anyup_jax.cli import models
 from anyup_jax.cli.models import build_model, describe_weights, encode, overrides, run, say, sizes_text
@@ -25,8 +26,10 @@ CROP = 32  # the demo's image has sides that are multiples of it
 def add_to(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("demo", help="draw features before and after upsampling", description=demo.__doc__)
     parser.set_defaults(command=demo)
-    parser.add_argument("image", nargs="?", metavar="IMAGE", help="an image file (default: a shipped photograph)")
-    parser.add_argument("--picture", default="outputs/demo.png", metavar="P.png", help="default: %(default)s")
+    parser.add_argument("image", type=expanded, nargs="?", metavar="IMAGE", help="default: a shipped photograph")
+    parser.add_argument(
+        "--picture", type=expanded, default="outputs/demo.png", metavar="P.png", help="default: %(default)s"
+    )
     side = "the image's, after resizing (default: %(default)s)"
     parser.add_argument("--short-side", type=positive, default=448, metavar="N", help=side)
     compare = "upsample with the PyTorch mirror too, and print the largest difference"

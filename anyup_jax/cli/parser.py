@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from anyup_core import command
+from anyup_core.paths import expanded
 
 ENCODER = "efficientnet_lite0"
 WEIGHTS, RANDOM = "anyup_efficientnet_lite", "random"
@@ -47,10 +48,10 @@ def add_models(parser: argparse.ArgumentParser, layers: str) -> None:
     encoder.add_argument(
         "--layer", type=int, action="append", metavar="I", help=f"block or stage; may be repeated: {layers}"
     )
-    encoder.add_argument("--encoder-weights", metavar="FILE", help="its state dict (default: the pretrained weights)")
+    encoder.add_argument("--encoder-weights", type=expanded, metavar="FILE", help="default: the pretrained weights")
     model = parser.add_argument_group("AnyUp")
     weights = 'a name, a file, or "random" (default: %(default)s; anyup_multi_backbone for DINO and its like)'
-    model.add_argument("--weights", default=WEIGHTS, metavar="W", help=weights)
+    model.add_argument("--weights", type=expanded, default=WEIGHTS, metavar="W", help=weights)
     model.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights (default: 0)")
     model.add_argument("--window", choices=("paper", "natten"), help="which keys a query sees")
     model.add_argument("--backend", metavar="NAME", help="how attention is computed")

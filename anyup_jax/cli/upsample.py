@@ -6,6 +6,7 @@ import argparse
 import time
 
 from anyup_core import files
+from anyup_core.paths import expanded
 from anyup_core.preprocessing import normalize
 from anyup_jax.cli import models
 from anyup_jax.cli.models import build_model, describe_weights, encode, run, say, sizes_text
@@ -16,10 +17,12 @@ from anyup_jax.encoders.settings import EncoderConfig
 def add_to(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("upsample", help="write upsampled features to a file", description=upsample.__doc__)
     parser.set_defaults(command=upsample)
-    parser.add_argument("image", metavar="IMAGE", help="an image file")
+    parser.add_argument("image", type=expanded, metavar="IMAGE", help="an image file")
     formats = ".npy or .zarr, band by band, so that it may be larger than memory; .npz or .safetensors, from memory"
-    parser.add_argument("--out", required=True, metavar="F", help=f"the file to write: {formats} at once")
-    parser.add_argument("--features", metavar="F.npy", help="features (h, w, C) of the image, instead of an encoder")
+    parser.add_argument(
+        "--out", type=expanded, required=True, metavar="F", help=f"the file to write: {formats} at once"
+    )
+    parser.add_argument("--features", type=expanded, metavar="F.npy", help="features (h, w, C), instead of an encoder")
     parser.add_argument(
         "--output-size", type=positive, nargs=2, metavar=("H", "W"), help="of the features (default: the image's)"
     )

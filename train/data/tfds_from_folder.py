@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from anyup_core import command
+from anyup_core.paths import expanded, user_path
 
 
 def write_tfds(root: Path, data_dir: str, name: str, split: str = "train") -> int:
@@ -68,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return the exit status, see `anyup_core.command`."""
     about = "Make a TFDS data set of a folder of photographs."
     parser = argparse.ArgumentParser(prog="python -m train.data.tfds_from_folder", description=about)
-    parser.add_argument("root", metavar="ROOT", type=Path, help="root/class/file")
-    parser.add_argument("data_dir", metavar="DATA_DIR", help="where TFDS keeps data sets")
+    parser.add_argument("root", metavar="ROOT", type=user_path, help="root/class/file")
+    parser.add_argument("data_dir", type=expanded, metavar="DATA_DIR", help="where TFDS keeps data sets")
     parser.add_argument("name", metavar="NAME", help="of the data set")
     parser.add_argument("--split", default="train", help="default: %(default)s")
 
