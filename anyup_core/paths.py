@@ -7,6 +7,8 @@ import unicodedata
 from pathlib import Path
 from typing import Annotated
 
+SYNTAX = set("[]{}()=,'\"\\$")  # of hydra, with which a value is quoted already, or is no path
+
 
 def expanded(text: str) -> str:
     """Return a path with `~` as the home folder, and each name as it is on the disk.
@@ -29,6 +31,14 @@ def expanded(text: str) -> str:
 def user_path(path: str | os.PathLike) -> Path:
     """Return the path that a user means, see `expanded`."""
     return Path(expanded(os.fspath(path)))
+
+
+def for_hydra(word: str) -> str:
+    """Return NAME=VALUE as hydra's grammar takes it, which knows neither `~` nor letters beyond ASCII without quotes."""
+    name, equals, value = word.partition("=")
+    value = os.path.expanduser(value)
+    quoted = not value.isascii() and SYNTAX.isdisjoint(value)
+    return name + equals + (f'"{value}"' if quoted else value)
 
 
 def printable(name: str) -> str:

@@ -12,6 +12,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from anyup_core import command
+from anyup_core.paths import for_hydra
 from anyup_core.settings import from_dict
 from evaluation import presets
 from evaluation.config import Config
@@ -33,4 +34,5 @@ def launch(settings: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = map(for_hydra, sys.argv[1:])
     sys.exit(command.execute(launch, hint=RESUMES))

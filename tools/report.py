@@ -304,13 +304,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--earlier",
         type=user_path,
         metavar="OUT.json",
-        help="the record of an earlier document, whose attempts come last",
+        help="the record of an earlier document; its attempts come last",
     )
     parser.add_argument(
         "--reference",
         type=user_path,
         metavar="EVALUATION",
-        help="a folder of evaluation.run with bilinear and label_guided",
+        help="an evaluation with bilinear and label_guided",
     )
     parser.add_argument(
         "--sheets", nargs="*", metavar="ENCODER", help="encoders whose sheets of predictions are shown; default: all"

@@ -17,6 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from anyup_core import command
+from anyup_core.paths import for_hydra
 from anyup_core.settings import from_dict
 from train import presets
 from train.config import Config
@@ -56,7 +57,7 @@ def quieten_orbax() -> None:
 
 
 def main() -> None:
-    sys.argv[1:] = ["+dry_run=true" if word == "--dry-run" else word for word in sys.argv[1:]]
+    sys.argv[1:] = ["+dry_run=true" if word == "--dry-run" else for_hydra(word) for word in sys.argv[1:]]
     sys.exit(command.execute(launch, hint=RESUMES))
 
 
