@@ -125,10 +125,11 @@ def check_output(path: str | os.PathLike, suffixes: Collection[str]) -> Path:
         raise OSError(f"{path} exists and is no Zarr array of version 2; move it away or choose another name.")
     if path.suffix != ".zarr" and path.is_dir():
         raise OSError(f"{path} is a folder; name a file in it.")
-    if not path.parent.is_dir():
-        raise OSError(f"The folder {path.parent} does not exist; create it first.")
-    if not os.access(path.parent, os.W_OK):
-        raise OSError(f"The folder {path.parent} is not writable.")
+    folder = Path(os.path.realpath(path)).parent  # where `path` is a link, the file behind it is written
+    if not folder.is_dir():
+        raise OSError(f"The folder {folder} does not exist; create it first.")
+    if not os.access(folder, os.W_OK):
+        raise OSError(f"The folder {folder} is not writable.")
     return path
 
 

@@ -34,7 +34,7 @@ def user_path(path: str | os.PathLike) -> Path:
 
 
 def for_hydra(word: str) -> str:
-    """Return NAME=VALUE as hydra's grammar takes it, which knows neither `~` nor letters beyond ASCII without quotes."""
+    """Return NAME=VALUE as hydra's grammar takes it, without a bare `~` or bare letters beyond ASCII."""
     name, equals, value = word.partition("=")
     value = os.path.expanduser(value)
     quoted = not value.isascii() and SYNTAX.isdisjoint(value)

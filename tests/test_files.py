@@ -107,6 +107,9 @@ def test_output_paths_are_checked(tmp_path):
         files.check_output(tmp_path / "a.txt", files.ARRAY_SUFFIXES)
     with pytest.raises(OSError, match="does not exist; create it first"):
         files.check_output(tmp_path / "absent" / "a.npz", files.ARRAY_SUFFIXES)
+    (tmp_path / "link.npz").symlink_to(tmp_path / "absent" / "a.npz")
+    with pytest.raises(OSError, match="absent does not exist"):
+        files.check_output(tmp_path / "link.npz", files.ARRAY_SUFFIXES)
     (tmp_path / "folder.npz").mkdir()
     with pytest.raises(OSError, match="is a folder"):
         files.check_output(tmp_path / "folder.npz", files.ARRAY_SUFFIXES)
