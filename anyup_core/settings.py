@@ -27,6 +27,8 @@ def from_dict(kind: type, values: Mapping[str, Any], where: str = "") -> Any:
     Raises:
         ValueError: for a field that does not exist, is missing, or has a value of another type or out of range.
     """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where.rstrip('.') or 'The configuration'} is {values!r}, which is no group of settings.")
     hints = typing.get_type_hints(kind, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     if unknown := sorted(set(values) - set(fields)):

@@ -9,7 +9,7 @@ from typing import Literal
 from anyup_core.paths import PathText
 from anyup_core.settings import require
 from anyup_jax.encoders.settings import EncoderConfig
-from train.config import Size, at_least
+from train.config import GREATEST, Size, at_least
 
 GEOMETRY = ("depth", "normals")  # tasks
 LEVELS = 4  # feature maps of the DPT head
@@ -51,7 +51,8 @@ class DatasetConfig:
         possible = self.classes is None or 2 <= self.classes <= 256
         require(possible, "dataset.classes", self.classes, "give a number from 2 to 256, or null")
         require(0 <= self.ignore <= 255, "dataset.ignore", self.ignore, "labels are from 0 to 255")
-        require(min(self.size) >= 1, "dataset.size", self.size, "give a positive height and width")
+        possible = 1 <= min(self.size) <= max(self.size) <= GREATEST
+        require(possible, "dataset.size", self.size, f"give a height and width from 1 to {GREATEST}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

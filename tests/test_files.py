@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import zarr
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors import safe_open
 
 from anyup_core import files
@@ -99,6 +100,16 @@ def test_features_are_read_and_checked(tmp_path):
     path.write_bytes(b"not numpy")
     with pytest.raises(ValueError, match=r"is not an \.npy file"):
         files.read_features(path)
+
+
+@pytest.mark.parametrize("metadata", ["text", "icc_profile"])
+def test_metadata_that_pillow_refuses(tmp_path, metadata):
+    info = PngInfo()
+    info.add_text("text", 2_000_000 * "x", zip=True)
+    options = dict(pnginfo=info) if metadata == "text" else dict(icc_profile=bytes(2_000_000))
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png", **options)
+    with pytest.raises(ValueError, match=r"image\.png has text or a colour profile .*; save it without these"):
+        files.read_image(tmp_path / "image.png")
 
 
 def test_output_paths_are_checked(tmp_path):

@@ -21,8 +21,10 @@ from anyup_core.settings import from_dict
 from tests.training import command, configured, environment, losses, metrics, same, tiny, train, weights
 from train import config as settings
 from train import loop
+from train.config import MeshConfig
 from train.data.sources import SHIPPED
 from train.output_dir import HOLDER, check_output, locked
+from train.sharding import ANNOUNCEMENTS, join
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +212,9 @@ def test_an_encoder_of_timm_and_a_trace_and_a_picture(tmp_path: Path) -> None:
         (["encoders.lite0.name=efficientnet_lite9"], ValueError, "efficientnet_lite9"),
         (["mesh.data=3"], ValueError, "mesh.data=3"),
         (["output_dir=taken"], FileExistsError, "output_dir=taken"),
+        (["output_dir=taken/thesis.txt/run"], OSError, "output_dir=taken/thesis.txt/run"),
+        ([f"output_dir={300 * 'a'}"], OSError, f"output_dir={300 * 'a'}"),
+        (["output_dir=/proc/run"], OSError, "output_dir=/proc/run"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -222,6 +227,23 @@ def test_impossible_runs_are_refused(
     with pytest.raises(error, match=re.escape(named)):
         loop.run(configured(*tiny(*words)))
     assert [path.name for path in tmp_path.rglob("*")] == ["taken", "thesis.txt"]
+
+
+@pytest.mark.parametrize("text", [b"", b"- 1", b"{{", b"\xff\x00", b"seed: x", b"no_setting: 1", b"12"])
+def test_a_damaged_configuration_is_named(text: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(text)
+    with pytest.raises(ValueError, match=r"its config\.yaml is damaged"):
+        check_output(tmp_path, configured())
+
+
+def test_announced_processes_that_cannot_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variables in ("SLURM_STEP_NODELIST SLURM_PROCID", "SLURM_STEP_NODELIST SLURM_JOB_ID", *ANNOUNCEMENTS):
+        with monkeypatch.context() as patch:
+            for name in variables.split():
+                patch.setenv(name, "0")
+            with pytest.raises(ValueError, match=rf"{variables.split()[0]} .*mesh\.distributed=off"):
+                join(MeshConfig())
+            join(MeshConfig(distributed="off"))
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:

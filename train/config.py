@@ -18,6 +18,7 @@ from anyup_jax.encoders.settings import EncoderConfig
 
 Size = tuple[int, int]
 GREATEST = 2**31 - 1  # of whole numbers, which arrays of int32 hold
+CROWD = 1024  # processes, or threads of one, that are of any use
 
 
 def at_least(config: Any, group: str, **least: int) -> None:
@@ -86,6 +87,8 @@ class DatasetConfig:
         fits = all(view <= crop for view, crop in zip(self.img_size, self.crop_size))
         require(fits, "dataset.img_size", self.img_size, f"it must fit into dataset.crop_size={self.crop_size}")
         at_least(self, "dataset.", num_local_crops=1, workers=0, threads=1, prefetch=1)
+        for field in ("workers", "threads"):
+            require(getattr(self, field) <= CROWD, f"dataset.{field}", getattr(self, field), f"give at most {CROWD}")
         require(0 <= self.pasted_regions <= 15, "dataset.pasted_regions", self.pasted_regions, "give 0 to 15")
         require(self.augmentation_strength >= 0, "dataset.augmentation_strength", self.augmentation_strength,
                  "give 0 for none, 1 for the published recipe")  # fmt: skip
@@ -254,8 +257,7 @@ class LogConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        at_least(self, "log.", every=1, pictures_every=0)
-        require(self.pictures >= 1, "log.pictures", self.pictures, "give at least 1, or log.pictures_every=0 for none")
+        at_least(self, "log.", every=1, pictures_every=0, pictures=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """`python -m train.run [NAME=VALUE ...]`: train AnyUp; the same command resumes a run that stopped.
 
-Exit status: 0 finished, 2 impossible as configured, 3 loss not finite, 74 a checkpoint could not be written, 75 stopped
-by SIGTERM, SIGHUP or SIGINT after saving (run the same command again). The last three end it with 128 + their number
-before the first step, and a second SIGINT at any time.
+Exit status: 0 finished, 2 impossible as configured, 3 loss not finite, 74 a file could not be written or batches not be
+prepared, 75 stopped by SIGTERM, SIGHUP or SIGINT after saving (run the same command again). Before the first step these
+end it with 128 + their number, and a second SIGINT does at any time.
 """
 
 from __future__ import annotations
