@@ -9,7 +9,7 @@ from typing import Literal
 from anyup_core.paths import PathText
 from anyup_core.settings import require
 from anyup_jax.encoders.settings import EncoderConfig
-from train.config import GREATEST, Size, at_least
+from train.config import CROWD, GREATEST, Size, at_least
 
 GEOMETRY = ("depth", "normals")  # tasks
 LEVELS = 4  # feature maps of the DPT head
@@ -94,6 +94,7 @@ class ProbeConfig:
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, "probe.learning_rate", self.learning_rate, "give a positive rate")
+        require(self.repeats <= CROWD, "probe.repeats", self.repeats, f"give at most {CROWD}")
         at_least(self, "probe.", weight_decay=0, epochs=1, batch_size=1, warmup_epochs=0, pixel_stride=1, repeats=1)
 
 

@@ -40,7 +40,10 @@ def run(config: Config, log: Log = print) -> list[Result]:
         ValueError, OSError, ImportError: for what is impossible as configured; before anything is computed.
     """
     check_devices()
-    check_memory(f"dataset.size={config.dataset.size}", 12 * math.prod(config.dataset.size))
+    size, factor = config.dataset.size, config.high_resolution
+    check_memory(f"dataset.size={size}", 12 * math.prod(size))  # bytes of an image in float32
+    if config.task == "fidelity" or "high_resolution" in config.methods:
+        check_memory(f"high_resolution={factor} of dataset.size={size}", 12 * factor**2 * math.prod(size))
     return TASKS[config.task](config, log)
 
 

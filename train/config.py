@@ -18,7 +18,7 @@ from anyup_jax.encoders.settings import EncoderConfig
 
 Size = tuple[int, int]
 GREATEST = 2**31 - 1  # of whole numbers, which arrays of int32 hold
-CROWD = 1024  # processes, or threads of one, that are of any use
+CROWD = 1024  # more processes, threads of one, or probes at once are of no use
 
 
 def at_least(config: Any, group: str, **least: int) -> None:
