@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -119,6 +120,16 @@ def check_attention(
     if q_chunk_size is not None and q_chunk_size < 1:
         raise ValueError(f"q_chunk_size={q_chunk_size} must be at least 1, or None to let the backend choose.")
     return None if q_chunk_size is None else int(q_chunk_size)
+
+
+def check_memory(what: str, needed: int) -> None:
+    """Raise ValueError if `what`, a setting or an option, takes more bytes than the machine has memory."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else needed
+    if needed > memory:
+        raise ValueError(
+            f"{what} takes {needed / 1e9:,.0f} GB, but the machine has {memory / 1e9:,.0f} GB of memory; make it "
+            "smaller."
+        )
 
 
 def encoded(maps: Mapping[tuple[int, int], Any], size: tuple[int, int], argument: str) -> Any:

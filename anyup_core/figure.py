@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 from anyup_core.files import replacing
+from anyup_core.paths import printable
 from anyup_core.visualize import Picture
 
 
@@ -49,8 +50,10 @@ def draw_panels(
     width = 2 * margin + columns * wide + (columns - 1) * gap
     height = 2 * margin + head + rows * (high + label) + (rows - 1) * gap
     figure = figure_class(figsize=(width, height), dpi=150, facecolor="white")
-    figure.text(margin / width, 1 - margin / height, title, size=15, weight="bold", va="top")
-    figure.text(margin / width, 1 - (margin + 0.36 * bool(title)) / height, subtitle, size=11, color="0.35", va="top")
+    plain = dict(va="top", parse_math=False)  # names of files, whose dollars are dollars
+    left, top, below = margin / width, 1 - margin / height, 1 - (margin + 0.36 * bool(title)) / height
+    figure.text(left, top, printable(title), size=15, weight="bold", **plain)
+    figure.text(left, below, printable(subtitle), size=11, color="0.35", **plain)
     for index, (text, picture) in enumerate(panels):
         row, column = divmod(index, columns)
         left = margin + column * (wide + gap)
@@ -58,6 +61,6 @@ def draw_panels(
         axes = figure.add_axes((left / width, bottom / height, wide / width, high / height))
         axes.imshow(picture, interpolation="nearest")
         axes.set_axis_off()
-        axes.set_title(text, size=10, loc="left", pad=5)
+        axes.set_title(printable(text), size=10, loc="left", pad=5, parse_math=False)
     with replacing(path) as temporary:
         figure.savefig(temporary)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -94,9 +95,15 @@ def open_image(file: str | os.PathLike | IO[bytes] | io.BytesIO, name: str | os.
         raise OSError(f"{name} is not an image that Pillow can read.") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large: {error}") from error
-    except (OSError, SyntaxError, EOFError, RuntimeError) as error:  # Pillow reports damage in any of these
-        if isinstance(error, OSError) and error.filename:
+    except (OSError, SyntaxError, EOFError, RuntimeError, ValueError) as error:  # Pillow reports damage in any of these
+        if (isinstance(error, OSError) and error.filename) or str(name) in str(error):
             raise
+        if isinstance(error, ValueError):
+            raise ValueError(
+                f"{name} has text or a colour profile that Pillow refuses ({error}); save it without these."
+                if "MAX_TEXT" in str(error)
+                else f"{name} cannot be read: {error}"
+            ) from error
         raise OSError(f"{name} is damaged: {error}.") from error
 
 
@@ -166,10 +173,11 @@ def check_output(path: str | os.PathLike, suffixes: Collection[str]) -> Path:
         raise OSError(f"{path} exists and is no Zarr array of version 2; move it away or choose another name.")
     if path.suffix != ".zarr" and path.is_dir():
         raise OSError(f"{path} is a folder; name a file in it.")
-    if not path.parent.is_dir():
-        raise OSError(f"The folder {path.parent} does not exist; create it first.")
-    if not os.access(path.parent, os.W_OK):
-        raise OSError(f"The folder {path.parent} is not writable; name a file in another one.")
+    folder = Path(os.path.realpath(path)).parent  # where `path` is a link, the file behind it is written
+    if not folder.is_dir():
+        raise OSError(f"The folder {folder} does not exist; create it first.")
+    if not os.access(folder, os.W_OK):
+        raise OSError(f"The folder {folder} is not writable; name a file in another one.")
     return path
 
 
@@ -229,15 +237,20 @@ def write_bands(
         ValueError: if the bands do not make up a map of this shape.
     """
     path = Path(path)
-    needed, free = int(np.prod(shape)) * np.dtype(dtype).itemsize, shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise OSError(
-            f"{path} of shape {tuple(shape)} in {dtype} takes {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are "
-            "free there; write float16, choose another disk or a smaller output size."
-        )
+    check_room(path, shape, dtype)
     write = _write_npy if path.suffix == ".npy" else _write_zarr
     with replacing(path) as temporary:
         write(temporary, _placed(bands, shape, dtype), shape, np.dtype(dtype), metadata)
+
+
+def check_room(path: Path, shape: tuple[int, int, int], dtype: str) -> None:
+    """Raise OSError if the disk has no room for a feature map of this shape."""
+    needed, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OSError(
+            f"{path} of shape {tuple(shape)} in {dtype} takes {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are "
+            "free there; write float16, choose another disk or a smaller output size (--output-size)."
+        )
 
 
 def _placed(bands: Iterable[Float[np.ndarray, "_ _ _"]], shape: tuple[int, ...], dtype: str) -> PlacedBands:

@@ -7,7 +7,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 
 def require(condition: Any, name: str, value: Any, remedy: str) -> None:
@@ -27,7 +27,9 @@ def from_dict(kind: type, values: Mapping[str, Any], where: str = "") -> Any:
     Raises:
         ValueError: for a field that does not exist, is missing, or has a value of another type or out of range.
     """
-    hints = typing.get_type_hints(kind)
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where.rstrip('.') or 'The configuration'} is {values!r}, which is no group of settings.")
+    hints = typing.get_type_hints(kind, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     if unknown := sorted(set(values) - set(fields)):
         raise ValueError(f"{where + unknown[0]} is no setting; {where or 'the configuration'} has {', '.join(fields)}.")
@@ -49,6 +51,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         kind = next(kind for kind in arguments if kind is not type(None))
         return None if value is None else _convert(value, kind, where)
+    if origin is Annotated:  # with what turns a user's value into the one that is meant
+        return arguments[1](_convert(value, arguments[0], where))
     if origin is Literal:
         require(value in arguments, where, value, f"choose one of {', '.join(map(str, arguments))}")
         return value

@@ -12,7 +12,6 @@ import difflib
 import importlib
 import inspect
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from anyup_core.checkpoints.checkpoint import differences, warn_unless_finite
 from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint, refusal
 from anyup_core.encoders import catalogue
 from anyup_core.encoders.frozen import EncoderSizes
+from anyup_core.paths import user_path
 
 
 def create(
@@ -196,7 +196,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike, name: str) -> None:
         ValueError: for another kind of file, or tensors that are missing, left over or of another shape.
         OSError: if the file cannot be read.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     if formats.format_of(path) == formats.ORBAX:
         tensors = encoder_files.read(path, name).tensors
     else:

@@ -49,7 +49,7 @@ TABLES = {
 
 def main(argv: list[str] | None = None) -> None:
     """Print the named tables, all of them by default, in this order."""
-    lines = "\n".join(f"  {name:<10}{table.__doc__.splitlines()[0]}" for name, table in TABLES.items())
+    lines = "\n".join(f"  {name:<10}{(table.__doc__ or name).splitlines()[0]}" for name, table in TABLES.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run",
         description=f"Benchmarks on this machine:\n{lines}",

@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
+from anyup_core.paths import PathText
 from anyup_core.settings import require
 from anyup_jax.encoders.settings import EncoderConfig
-from train.config import Size, at_least
+from train.config import CROWD, GREATEST, Size, at_least
 
 GEOMETRY = ("depth", "normals")  # tasks
 LEVELS = 4  # feature maps of the DPT head
@@ -32,7 +33,7 @@ class DatasetConfig:
     """
 
     kind: Literal["folder", "voc", "ade20k", "cityscapes", "cocostuff27", "nyu", "tfds"] = "folder"
-    root: str | None = None
+    root: PathText | None = None
     name: str | None = None
     train: str | None = None
     val: str | None = None
@@ -50,7 +51,8 @@ class DatasetConfig:
         possible = self.classes is None or 2 <= self.classes <= 256
         require(possible, "dataset.classes", self.classes, "give a number from 2 to 256, or null")
         require(0 <= self.ignore <= 255, "dataset.ignore", self.ignore, "labels are from 0 to 255")
-        require(min(self.size) >= 1, "dataset.size", self.size, "give a positive height and width")
+        possible = 1 <= min(self.size) <= max(self.size) <= GREATEST
+        require(possible, "dataset.size", self.size, f"give a height and width from 1 to {GREATEST}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,7 @@ class ProbeConfig:
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, "probe.learning_rate", self.learning_rate, "give a positive rate")
+        require(self.repeats <= CROWD, "probe.repeats", self.repeats, f"give at most {CROWD}")
         at_least(self, "probe.", weight_decay=0, epochs=1, batch_size=1, warmup_epochs=0, pixel_stride=1, repeats=1)
 
 
@@ -106,7 +109,7 @@ class UpsamplerConfig:
         dtype: type of the computation.
     """
 
-    weights: str = "anyup_multi_backbone"
+    weights: PathText = "anyup_multi_backbone"
     ema: bool = False
     window: Literal["paper", "natten"] | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -139,11 +142,11 @@ class Config:
     probe: ProbeConfig = ProbeConfig()
     anyup: UpsamplerConfig = UpsamplerConfig()
     high_resolution: int = 2
-    cache: str | None = None
+    cache: PathText | None = None
     limit: int | None = None
     pictures: int = 6
     seed: int = 0
-    output_dir: str = "outputs/evaluation"
+    output_dir: PathText = "outputs/evaluation"
 
     def __post_init__(self) -> None:
         require(len(self.encoders) >= 1, "encoders", dict(self.encoders), "name at least one encoder")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,10 @@ import numpy as np
 from flax import nnx
 
 from anyup_core import figure
+from anyup_core.checks import check_memory
 from anyup_core.encoders.frozen import FrozenEncoder
 from anyup_core.settings import to_dict
+from anyup_jax.devices import check_devices
 from anyup_jax.encoders.settings import check_cells
 from anyup_jax.encoders.timm_bridge import Bridge
 from anyup_jax.promotion import standard_promotion
@@ -38,6 +41,11 @@ def run(config: Config, log: Log = print) -> list[Result]:
     Raises:
         ValueError, OSError, ImportError: for what is impossible as configured; before anything is computed.
     """
+    check_devices()
+    size, factor = config.dataset.size, config.high_resolution
+    check_memory(f"dataset.size={size}", 12 * math.prod(size))  # bytes of an image in float32
+    if config.task == "fidelity" or "high_resolution" in config.methods:
+        check_memory(f"high_resolution={factor} of dataset.size={size}", 12 * factor**2 * math.prod(size))
     return TASKS[config.task](config, log)
 
 

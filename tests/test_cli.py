@@ -17,6 +17,7 @@ from safetensors import safe_open
 from anyup_jax.cli import main
 from tests.hidden import hide
 
+BEYOND, HUGE = 20 * "9", ("3000000", "3000000")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -153,8 +154,7 @@ def test_an_interrupted_upsampling_leaves_nothing(tmp_path, photograph, features
     before = sorted(tmp_path.iterdir())
     for suffix in ("npy", "zarr"):
         argv = ["upsample", str(photograph), "--features", str(features), "--out", str(tmp_path / f"out.{suffix}")]
-        with pytest.raises(KeyboardInterrupt):
-            main(argv)
+        assert main(argv) == 130
         assert sorted(tmp_path.iterdir()) == before
 
 
@@ -192,6 +192,13 @@ def test_help_needs_no_image():
             main(args)
 
 
+def test_a_device_that_is_not_there(tmp_path, photograph, features, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    done = command("upsample", photograph, "--features", features, "--out", tmp_path / "out.npy")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: jax finds no device with JAX_PLATFORMS=cuda")
+
+
 def test_an_error_is_one_line_and_status_2(tmp_path):
     done = command("upsample", tmp_path / "absent.jpg", "--out", tmp_path / "out.npy")
     assert done.returncode == 2
@@ -225,6 +232,15 @@ def test_an_error_is_one_line_and_status_2(tmp_path):
         (["demo", "{folder}/absent.png", "--picture", "{folder}/demo.png"], "absent.png"),
         (["demo", "--picture", "{folder}/demo.jpg"], "the output can be .png"),
         (["demo", "--picture", "{folder}/demo.png", "--short-side", "20"], "too small for the demo"),
+        (
+            ["demo", "{image}", "--picture", "{folder}/demo.png", "--short-side", "3000000"],
+            "--short-side 3000000 takes",
+        ),
+        (["upsample", "{image}", "--out", "{folder}/o.npy", "--output-size", *HUGE], "(--output-size)"),
+        (
+            ["upsample", "{image}", "--out", "{folder}/o.npz", "--output-size", *HUGE],
+            "--output-size 3000000 3000000 takes",
+        ),
     ],
 )
 def test_what_is_refused(tmp_path, photograph, capsys, argv, sentence):
@@ -245,6 +261,13 @@ def test_what_is_refused(tmp_path, photograph, capsys, argv, sentence):
         (["upsample", "i.png", "--out", "o.npy", "--output-size", "0", "9"], "'0' is not a positive integer"),
         (["upsample", "i.png", "--out", "o.npy", "--output-size", "9"], "expected 2 arguments"),
         (["upsample", "i.png"], "--out"),
+        (["upsample", "i.png", "--out", "o.npy", "--output-size", BEYOND, "9"], "argument --output-size"),
+        (["upsample", "i.png", "--out", "o.npy", "--max-side", BEYOND], "argument --max-side"),
+        (["upsample", "i.png", "--out", "o.npy", "--q-chunk-size", BEYOND], "argument --q-chunk-size"),
+        (["upsample", "i.png", "--out", "o.npy", "--layer", BEYOND], "argument --layer"),
+        (["demo", "--seed", BEYOND], "argument --seed"),
+        (["demo", "--seed", "-1"], "argument --seed"),
+        (["demo", "--short-side", BEYOND], "argument --short-side"),
         (["upsample", "i.png", "--out", "o.npy", "--window", "round"], "invalid choice: 'round'"),
         ([], "COMMAND"),
     ],

@@ -292,6 +292,9 @@ def test_a_single_pixel_is_a_target(tmp_path: Path) -> None:
         (dict(task="fidelity", methods=["label_guided"]), "methods=.*label_guided.*fidelity"),
         (dict(task="height"), "task='height' .*segmentation, depth, normals, fidelity"),
         (dict(dataset=dict(root="data", classes=300)), r"dataset\.classes=300 .*256"),
+        (dict(dataset=dict(root="data", size=10**20)), r"dataset\.size="),
+        (dict(probe=dict(batch_size=10**30)), r"probe\.batch_size="),
+        (dict(probe=dict(repeats=2 * 10**9)), r"probe\.repeats="),
     ],
 )
 def test_impossible_configurations_are_refused(changes: dict, message: str) -> None:
@@ -421,3 +424,16 @@ def test_one_pixel_of_every_block_counts() -> None:
     label = split.thinned(split.read(0)[1], 0, False)
     assert np.array_equal(label == 1, chosen[0])
     assert set(label[~chosen[0]]) == {255}
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (dict(dataset=dict(root="data", size=10**6)), r"dataset\.size=.* takes 12,000 GB"),
+        (dict(methods=["high_resolution"], high_resolution=2 * 10**9), "high_resolution=2000000000 .* takes"),
+    ],
+)
+def test_what_is_larger_than_the_memory_is_refused_at_once(options: dict, named: str) -> None:
+    values = dict(encoders=dict(e=dict(name="resnet50")), dataset=dict(root="data")) | options
+    with pytest.raises(ValueError, match=named):
+        tasks.run(from_dict(Config, values))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import zarr
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors import safe_open
 
 from anyup_core import files
@@ -117,12 +118,25 @@ def test_features_are_read_and_checked(tmp_path):
         files.read_features(path)
 
 
+@pytest.mark.parametrize("metadata", ["text", "icc_profile"])
+def test_metadata_that_pillow_refuses(tmp_path, metadata):
+    info = PngInfo()
+    info.add_text("text", 2_000_000 * "x", zip=True)
+    options = dict(pnginfo=info) if metadata == "text" else dict(icc_profile=bytes(2_000_000))
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png", **options)
+    with pytest.raises(ValueError, match=r"image\.png has text or a colour profile .*; save it without these"):
+        files.read_image(tmp_path / "image.png")
+
+
 def test_output_paths_are_checked(tmp_path):
     assert files.check_output(tmp_path / "a.npz", files.ARRAY_SUFFIXES) == tmp_path / "a.npz"
     with pytest.raises(ValueError, match=r"suffix '\.txt'; the output can be \.npz, \.safetensors"):
         files.check_output(tmp_path / "a.txt", files.ARRAY_SUFFIXES)
     with pytest.raises(OSError, match="does not exist; create it first"):
         files.check_output(tmp_path / "absent" / "a.npz", files.ARRAY_SUFFIXES)
+    (tmp_path / "link.npz").symlink_to(tmp_path / "absent" / "a.npz")
+    with pytest.raises(OSError, match="absent does not exist"):
+        files.check_output(tmp_path / "link.npz", files.ARRAY_SUFFIXES)
     (tmp_path / "folder.npz").mkdir()
     with pytest.raises(OSError, match="is a folder"):
         files.check_output(tmp_path / "folder.npz", files.ARRAY_SUFFIXES)

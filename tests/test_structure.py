@@ -191,3 +191,29 @@ def test_modules_are_attributes(package: str, module: str) -> None:
     assert run.stdout.strip().endswith(f".{module}")
     assert "AttributeError" in run.stderr
     assert "nothing" in run.stderr
+
+
+HELPS = """
+import runpy, sys
+for name in sys.argv[1:]:
+    sys.argv = [name, "--help"]
+    try:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        assert not ended.code, name
+    print("helped", name)
+"""
+
+
+def test_every_command_helps_where_docstrings_are_left_out() -> None:
+    commands = [
+        name.removesuffix(".__main__")
+        for name, path in MODULES.items()
+        if name.endswith("__main__")
+        or ('"__main__"' in (text := path.read_text()) and ("argparse" in text or "@hydra" in text))
+    ]
+    assert {"anyup_jax", "convert", "train.run", "evaluation.run", "train.size_index"} <= set(commands)
+    words = [sys.executable, "-OO", "-c", HELPS, *commands]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line for line in done.stdout.splitlines() if line.startswith("helped")] == [f"helped {x}" for x in commands]

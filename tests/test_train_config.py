@@ -76,6 +76,10 @@ def test_the_command_line_has_the_last_word() -> None:
         ("optimizer.warmup_steps=1000", "optimizer.warmup_steps=1000"),
         ("checkpoint.keep_period=0", "checkpoint.keep_period=0"),
         ("log.pictures=0", "log.pictures=0"),
+        ("log.pictures=99999999999999999999", "log.pictures=9"),
+        ("dataset.workers=2000000000", "dataset.workers=2000000000"),
+        ("dataset.threads=2000000000", "dataset.threads=2000000000"),
+        ("batch_size=1000000000000000000000000000000", "batch_size=1"),
         ("+model.depth=3", "model.depth"),
     ],
 )

@@ -21,8 +21,10 @@ from anyup_core.settings import from_dict
 from tests.training import command, configured, environment, losses, metrics, same, tiny, train, weights
 from train import config as settings
 from train import loop
+from train.config import MeshConfig
 from train.data.sources import SHIPPED
 from train.output_dir import HOLDER, check_output, locked
+from train.sharding import ANNOUNCEMENTS, join
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,21 @@ def test_sigterm_saves_and_the_same_command_goes_on(whole: Path, tmp_path: Path)
     train(tmp_path, "output_dir=run", f"max_steps={done + 1}", *OPTIONS)
     assert len(losses(tmp_path / "run")) == done + 1
     assert losses(tmp_path / "run")[:4] == losses(whole)[: done + 1]
+
+
+def test_a_terminal_that_goes_away_saves(tmp_path: Path) -> None:
+    """Its pipe is closed, and SIGHUP goes to the whole group, with the process that prepares batches."""
+    words = command("output_dir=run", "max_steps=1000", "dataset.workers=1")
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen(words, cwd=tmp_path, env=environment(), **options)
+    assert process.stdout.readline().startswith(b"step 1/1000")
+    process.stdout.close()
+    while len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGHUP)
+    assert process.wait(timeout=120) == 75
+    assert [int(path.name) >= 2 for path in (tmp_path / "run" / "checkpoints").iterdir()] == [True]
 
 
 @pytest.mark.slow
@@ -195,6 +212,9 @@ def test_an_encoder_of_timm_and_a_trace_and_a_picture(tmp_path: Path) -> None:
         (["encoders.lite0.name=efficientnet_lite9"], ValueError, "efficientnet_lite9"),
         (["mesh.data=3"], ValueError, "mesh.data=3"),
         (["output_dir=taken"], FileExistsError, "output_dir=taken"),
+        (["output_dir=taken/thesis.txt/run"], OSError, "output_dir=taken/thesis.txt/run"),
+        ([f"output_dir={300 * 'a'}"], OSError, f"output_dir={300 * 'a'}"),
+        (["output_dir=/proc/run"], OSError, "output_dir=/proc/run"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -207,6 +227,23 @@ def test_impossible_runs_are_refused(
     with pytest.raises(error, match=re.escape(named)):
         loop.run(configured(*tiny(*words)))
     assert [path.name for path in tmp_path.rglob("*")] == ["taken", "thesis.txt"]
+
+
+@pytest.mark.parametrize("text", [b"", b"- 1", b"{{", b"\xff\x00", b"seed: x", b"no_setting: 1", b"12"])
+def test_a_damaged_configuration_is_named(text: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(text)
+    with pytest.raises(ValueError, match=r"its config\.yaml is damaged"):
+        check_output(tmp_path, configured())
+
+
+def test_announced_processes_that_cannot_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variables in ("SLURM_STEP_NODELIST SLURM_PROCID", "SLURM_STEP_NODELIST SLURM_JOB_ID", *ANNOUNCEMENTS):
+        with monkeypatch.context() as patch:
+            for name in variables.split():
+                patch.setenv(name, "0")
+            with pytest.raises(ValueError, match=rf"{variables.split()[0]} .*mesh\.distributed=off"):
+                join(MeshConfig())
+            join(MeshConfig(distributed="off"))
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
@@ -241,8 +278,9 @@ def test_a_refusal_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_cfg_and_dry_run(tmp_path: Path) -> None:
-    shown = train(tmp_path, "--cfg", "job").stdout
-    assert yaml.safe_load(shown)["model"]["qk_dim"] == 16
+    shown = yaml.safe_load(train(tmp_path, "--cfg", "job", "dataset.root=~/é", HOME="/home/me").stdout)
+    assert shown["model"]["qk_dim"] == 16
+    assert shown["dataset"]["root"] == "/home/me/é"
     dry = train(tmp_path, "--dry-run", "max_steps=4", *OPTIONS).stdout  # the step of the fixture `whole`, compiled once
     named = {words[0]: " ".join(words[1:]) for line in dry.splitlines() if (words := line.split())}
     assert {"parameters", "devices", "data", "memory", "batch"} <= named.keys()

@@ -133,8 +133,8 @@ def test_panels_are_drawn_into_one_picture(tmp_path):
     path = tmp_path / "panels.png"
     path.write_bytes(b"an older picture")
     colours = [np.full((h, w, 3), c, np.uint8) for h, w, c in ((64, 96, 10), (4, 6, 90), (64, 96, 170), (2, 3, 250))]
-    panels = [(f"panel {i}\nline", picture) for i, picture in enumerate(colours)]
-    figure.draw_panels(path, panels, columns=2, title="A title", subtitle="weights: none")
+    panels = [(f"$panel\\frac_{i}$ \udcff\nline", picture) for i, picture in enumerate(colours)]
+    figure.draw_panels(path, panels, columns=2, title="A $title$", subtitle="weights: \udcff")
     with Image.open(path) as image:
         drawn = np.asarray(image.convert("L"))
     areas = [np.count_nonzero(drawn == c) for c in (10, 90, 170, 250)]

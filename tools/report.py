@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from anyup_core import figure
+from anyup_core import command, figure
 from anyup_core.files import replacing
+from anyup_core.paths import user_path
 from anyup_core.settings import changes, flat
 from evaluation.results import Result, markdown, texts_of
 
@@ -288,22 +289,28 @@ def _differences(first: Attempt, other: Attempt) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the document and return the exit status: 0, or 2 after one line that names the error."""
-    parser = argparse.ArgumentParser(prog="python -m tools.report", description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, metavar="OUT.md", help="the document; its pictures are put beside it")
+    """Write the document and return the exit status, see `anyup_core.command`."""
+    parser = argparse.ArgumentParser(prog="python -m tools.report", description="Write the document of training runs.")
+    parser.add_argument("out", type=user_path, metavar="OUT.md", help="the document; its pictures are put beside it")
     parser.add_argument(
-        "--attempt", nargs=2, type=Path, action="append", required=True, metavar=("RUN", "EVALUATION"),
+        "--attempt", nargs=2, type=user_path, action="append", required=True, metavar=("RUN", "EVALUATION"),
         help="folders of train.run and evaluation.run; may be repeated, the table and sheets are those of the first",
     )  # fmt: skip
     parser.add_argument(
-        "--training", type=Path, action="append", default=[], metavar="RUN",
+        "--training", type=user_path, action="append", default=[], metavar="RUN",
         help="a folder of train.run that was not scored; may be repeated",
     )  # fmt: skip
     parser.add_argument(
-        "--earlier", type=Path, metavar="OUT.json", help="the record of an earlier document, whose attempts come last"
+        "--earlier",
+        type=user_path,
+        metavar="OUT.json",
+        help="the record of an earlier document; its attempts come last",
     )
     parser.add_argument(
-        "--reference", type=Path, metavar="EVALUATION", help="a folder of evaluation.run with bilinear and label_guided"
+        "--reference",
+        type=user_path,
+        metavar="EVALUATION",
+        help="an evaluation with bilinear and label_guided",
     )
     parser.add_argument(
         "--sheets", nargs="*", metavar="ENCODER", help="encoders whose sheets of predictions are shown; default: all"
@@ -311,18 +318,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--note", default="", metavar="TEXT", help="the last paragraph, such as the source of the images"
     )
-    args = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
+        args = parser.parse_args(argv)
         attempts = [Attempt.read(*folders) for folders in args.attempt]
         attempts += [Attempt.read(folder) for folder in args.training]
         attempts += read_record(args.earlier) if args.earlier else []
         reference = read_results(args.reference) if args.reference else []
         write(args.out, attempts, args.note, args.sheets, reference)
-    except (OSError, ValueError, ImportError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    print(f"written: {args.out}")
-    return 0
+        print(f"written: {args.out}")
+
+    return command.execute(work)
 
 
 if __name__ == "__main__":

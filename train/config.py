@@ -12,11 +12,13 @@ from typing import Any, Literal
 
 from anyup_core import settings
 from anyup_core.config import AnyUpConfig
+from anyup_core.paths import PathText
 from anyup_core.settings import require
 from anyup_jax.encoders.settings import EncoderConfig
 
 Size = tuple[int, int]
 GREATEST = 2**31 - 1  # of whole numbers, which arrays of int32 hold
+CROWD = 1024  # more processes, threads of one, or probes at once are of no use
 
 
 def at_least(config: Any, group: str, **least: int) -> None:
@@ -55,10 +57,10 @@ class DatasetConfig:
     """
 
     kind: Literal["skimage", "folder", "tfds"] = "skimage"
-    root: str | None = None
+    root: PathText | None = None
     name: str | None = None
     split: str = "train"
-    index: str | None = None
+    index: PathText | None = None
     crop_size: Size = (448, 448)
     img_size: Size = (224, 224)
     guidance_size: Size | None = None
@@ -85,6 +87,8 @@ class DatasetConfig:
         fits = all(view <= crop for view, crop in zip(self.img_size, self.crop_size))
         require(fits, "dataset.img_size", self.img_size, f"it must fit into dataset.crop_size={self.crop_size}")
         at_least(self, "dataset.", num_local_crops=1, workers=0, threads=1, prefetch=1)
+        for field in ("workers", "threads"):
+            require(getattr(self, field) <= CROWD, f"dataset.{field}", getattr(self, field), f"give at most {CROWD}")
         require(0 <= self.pasted_regions <= 15, "dataset.pasted_regions", self.pasted_regions, "give 0 to 15")
         require(self.augmentation_strength >= 0, "dataset.augmentation_strength", self.augmentation_strength,
                  "give 0 for none, 1 for the published recipe")  # fmt: skip
@@ -228,7 +232,7 @@ class CheckpointConfig:
     every: int = 1000
     keep: int = 3
     keep_period: int | None = None
-    init_from: str | None = None
+    init_from: PathText | None = None
 
     def __post_init__(self) -> None:
         at_least(self, "checkpoint.", every=1, keep=1, keep_period=1)
@@ -249,12 +253,11 @@ class LogConfig:
     every: int = 10
     pictures_every: int = 1000
     pictures: int = 2
-    pictures_root: str | None = None
+    pictures_root: PathText | None = None
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        at_least(self, "log.", every=1, pictures_every=0)
-        require(self.pictures >= 1, "log.pictures", self.pictures, "give at least 1, or log.pictures_every=0 for none")
+        at_least(self, "log.", every=1, pictures_every=0, pictures=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -309,7 +312,7 @@ class Config:
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: bool = False
-    output_dir: str = "outputs/train"
+    output_dir: PathText = "outputs/train"
 
     def __post_init__(self) -> None:
         require(len(self.encoders) >= 1, "encoders", dict(self.encoders), "name at least one encoder")

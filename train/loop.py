@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 import anyup_jax
 from anyup_core.settings import to_dict
+from anyup_jax.devices import check_devices
 from anyup_jax.model import AnyUp
 from anyup_jax.promotion import standard_promotion
 from train import dry_run, encoders, pictures, program, sharding
@@ -42,6 +43,7 @@ def run(config: Config, *, dry: bool = False) -> int:
             configured; before anything is fetched or compiled.
     """
     sharding.join(config.mesh)
+    check_devices()
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, config.optimizer.accumulate, mesh)
     sharding.check_memory(program.batch_shapes(config), config.batch_size, jax.process_count())

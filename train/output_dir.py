@@ -23,19 +23,41 @@ def check_output(output: Path, config: Config) -> None:
 
     Raises:
         FileExistsError: if it is a file, or a folder that holds something else.
+        OSError: if it cannot be read.
         ValueError: if it holds a run of another configuration; the message lists the differences.
     """
     saved = output / "config.yaml"
-    if not saved.is_file():
-        if output.is_file() or (output.is_dir() and set(os.listdir(output)) - {"checkpoints", LOCK, HOLDER}):
-            raise FileExistsError(f"output_dir={output} holds something that is no training run; name another folder.")
-        return
-    before = from_dict(Config, yaml.safe_load(saved.read_text()))  # settings that came later get their defaults
+    with naming(output):
+        if not saved.is_file():
+            names = {output.name} if output.is_file() else set(os.listdir(output)) if output.is_dir() else set()
+            if any(name != "checkpoints" and not name.startswith(".") for name in names):
+                raise FileExistsError(
+                    f"output_dir={output} holds something that is no training run; name another folder."
+                )
+            return
+        try:
+            before = from_dict(Config, yaml.safe_load(saved.read_bytes()))  # later settings get their defaults
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(
+                f"output_dir={output} cannot be resumed: its config.yaml is damaged ({error}); restore that file, or "
+                "name another output_dir."
+            ) from error
     if changed := differences(to_dict(before), to_dict(config)):
         raise ValueError(
             f"output_dir={output} holds a run with other settings ({'; '.join(changed)}): undo them to resume it, or "
             "name another output_dir."
         )
+
+
+@contextlib.contextmanager
+def naming(output: Path) -> Iterator[None]:
+    """Say in an error of the system which setting it is due to."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise type(error)(f"output_dir={output} cannot be used ({error}); name another folder.") from error
 
 
 @contextlib.contextmanager
@@ -45,10 +67,11 @@ def locked(output: Path) -> Iterator[None]:
     Raises:
         FileExistsError: if another run holds it; the message names its host and process.
     """
-    output.mkdir(parents=True, exist_ok=True)
     holder = output / HOLDER  # the lock's own file is emptied by whoever tries to take it
     try:
-        lock = FileLock(output / LOCK, blocking=False).acquire()
+        with naming(output):
+            output.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(output / LOCK, blocking=False).acquire()
     except Timeout:
         by = holder.read_text().strip() if holder.is_file() else "another process"
         raise FileExistsError(

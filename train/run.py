@@ -1,7 +1,8 @@
 """`python -m train.run [NAME=VALUE ...]`: train AnyUp; the same command resumes a run that stopped.
 
-Exit status: 0 finished, 2 impossible as configured, 3 loss not finite, 74 a checkpoint could not be written, 75 stopped
-by SIGTERM or SIGINT after saving (run the same command again).
+Exit status: 0 finished, 2 impossible as configured, 3 loss not finite, 74 a file could not be written or batches not be
+prepared, 75 stopped by SIGTERM, SIGHUP or SIGINT after saving (run the same command again). Before the first step these
+end it with 128 + their number, and a second SIGINT does at any time.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from anyup_core import command
+from anyup_core.paths import for_hydra
 from anyup_core.settings import from_dict
 from train import presets
 from train.config import Config
 
-IMPOSSIBLE = 2
+RESUMES = "the same command goes on from the newest checkpoint"
 presets.register()
 
 
@@ -30,15 +33,14 @@ def launch(settings: DictConfig) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         values["output_dir"] = str(Path(values["output_dir"]) / str(HydraConfig.get().job.num))
     quieten_orbax()
-    try:
+
+    def work() -> int:
         config = from_dict(Config, values)
         from train import loop  # imports jax, which an invalid configuration need not wait for
 
-        status = loop.run(config, dry=dry)
-    except (ValueError, ImportError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        status = IMPOSSIBLE
-    if status:
+        return loop.run(config, dry=dry)
+
+    if status := command.execute(work, hint=RESUMES):
         sys.exit(status)
 
 
@@ -55,8 +57,8 @@ def quieten_orbax() -> None:
 
 
 def main() -> None:
-    sys.argv[1:] = ["+dry_run=true" if word == "--dry-run" else word for word in sys.argv[1:]]
-    launch()
+    sys.argv[1:] = ["+dry_run=true" if word == "--dry-run" else for_hydra(word) for word in sys.argv[1:]]
+    sys.exit(command.execute(launch, hint=RESUMES))
 
 
 if __name__ == "__main__":

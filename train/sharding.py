@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from anyup_core import checks
 from train.config import MeshConfig
 
 AXES = ("data", "model")
@@ -24,13 +25,23 @@ SMALLEST_SHARDED = 2048  # smaller arrays are replicated; a number of entries
 
 
 def join(config: MeshConfig) -> None:
-    """Join the other processes of the run, before jax is asked for devices. Do nothing if there are none."""
+    """Join the other processes of the run, before jax is asked for devices. Do nothing if there are none.
+
+    Raises ValueError if some are announced and cannot be found.
+    """
     if config.distributed == "off" or jax.distributed.is_initialized():
         return
     if config.coordinator is not None:
         jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
     elif any(name in os.environ for name in ANNOUNCEMENTS) or any(path.exists() for path in TPU_DEVICES):
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except Exception as error:  # jax reads the variables of each cluster in its own way
+            given = ", ".join(name for name in ANNOUNCEMENTS if name in os.environ) or "A TPU"
+            raise ValueError(
+                f"{given} announces other processes, but jax does not find them ({error}); give mesh.distributed=off "
+                "to train alone, or mesh.coordinator, mesh.num_processes and mesh.process_id."
+            ) from error
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -68,12 +79,7 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
 def check_memory(batch: dict[str, jax.ShapeDtypeStruct], batch_size: int, processes: int) -> None:
     """Raise ValueError if a process's share of a batch of these global shapes is larger than its machine's memory."""
     needed = sum(math.prod(x.shape) * x.dtype.itemsize for x in batch.values()) // processes
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > memory:
-        raise ValueError(
-            f"batch_size={batch_size} takes {needed / 1e9:,.0f} GB for the photographs of one step, but the machine "
-            f"has {memory / 1e9:,.0f} GB of memory; make it smaller."
-        )
+    checks.check_memory(f"batch_size={batch_size} (the photographs of one step)", needed)
 
 
 def specs(tree: Any, kind: str, mesh: Mesh) -> Any:

@@ -9,9 +9,7 @@ import argparse
 import contextlib
 import multiprocessing
 import os
-import signal
 import sys
-import threading
 import time
 import warnings
 from collections import Counter
@@ -20,7 +18,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from anyup_core import command
 from anyup_core.files import OTHER_FILES, check_output, describe, list_folder, open_image, replacing
+from anyup_core.paths import user_path
 from train.config import Size
 from train.data.images import upright_size
 
@@ -187,18 +187,11 @@ def _measure_all(paths: Sequence[str], workers: int) -> Iterator[Size]:
     workers = min(workers, -(-len(paths) // CHUNK))
     if workers <= 1:
         return (yield from map(_measure, paths))
-    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), command.start_worker)
     try:
         yield from executor.map(_measure, paths, chunksize=CHUNK)
     finally:
         executor.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent process, and exit when it exits, for whatever reason."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _measure(path: str) -> Size:
@@ -225,21 +218,17 @@ def _parse(line: str) -> Row:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after a sentence that says what was wrong."""
-    parser = argparse.ArgumentParser(prog="python -m train.size_index", description=__doc__.splitlines()[0])
-    parser.add_argument("root", metavar="ROOT", type=Path, help="root/class/file")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="default: ROOT/size_index.tsv")
+    """Run the command and return the exit status, see `anyup_core.command`."""
+    parser = argparse.ArgumentParser(prog="python -m train.size_index", description="Measure every image of a folder.")
+    parser.add_argument("root", metavar="ROOT", type=user_path, help="root/class/file")
+    parser.add_argument("--out", metavar="FILE", type=user_path, help="default: ROOT/size_index.tsv")
     parser.add_argument("--workers", metavar="N", type=int, default=os.cpu_count() or 1, help="default: %(default)s")
-    args = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
+        args = parser.parse_args(arguments)
         build(args.root, args.out, args.workers, print)
-    except (ValueError, OSError, RuntimeError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+
+    return command.execute(work, RuntimeError, hint="the same command goes on from here")
 
 
 if __name__ == "__main__":

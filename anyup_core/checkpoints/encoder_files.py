@@ -10,6 +10,7 @@ from anyup_core.checkpoints import fetching, formats, packaged
 from anyup_core.checkpoints.checkpoint import warn_unless_finite
 from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint
 from anyup_core.encoders import catalogue
+from anyup_core.paths import user_path
 
 
 def load(name: str, weights: str | os.PathLike | None = None) -> EncoderCheckpoint:
@@ -24,7 +25,7 @@ def load(name: str, weights: str | os.PathLike | None = None) -> EncoderCheckpoi
     """
     catalogue.find(name)
     if weights is not None:
-        return read(Path(weights).expanduser(), name)
+        return read(user_path(weights), name)
     if name in catalogue.PACKAGED:
         return EncoderCheckpoint(name, packaged.read(name))
     return read(fetch(name), name)

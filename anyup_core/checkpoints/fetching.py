@@ -19,6 +19,8 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from anyup_core.paths import user_path
+
 ATTEMPTS = 4
 DELAY = 1.0  # seconds before the second attempt; doubles each time
 TIMEOUT = 30.0  # seconds without an answer
@@ -32,7 +34,7 @@ def cache_directory() -> Path:
     """Return where published checkpoints are kept: `ANYUP_CACHE`, or the user's cache directory."""
     import platformdirs
 
-    return Path(os.environ.get("ANYUP_CACHE") or platformdirs.user_cache_dir("anyup")).expanduser()
+    return user_path(os.environ.get("ANYUP_CACHE") or platformdirs.user_cache_dir("anyup"))
 
 
 def obtain(url: str, path: Path, check: Callable[[Path], object]) -> Path:

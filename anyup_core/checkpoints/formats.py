@@ -182,7 +182,7 @@ def check_destination(path: str | Path, *, overwrite: bool = False) -> None:
     path, kind = Path(path), format_of(path)
     if path.suffix.lower() in READ_ONLY:
         raise ValueError(f"{path} has the suffix {path.suffix}, which is only read; use {', '.join(SUFFIXES)}.")
-    parent = path.absolute().parent
+    parent = Path(os.path.realpath(path)).parent  # where `path` is a link, what is behind it is written
     if not parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: the directory {parent} does not exist.")
     if not os.access(parent, os.W_OK | os.X_OK):

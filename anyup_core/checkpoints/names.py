@@ -8,6 +8,7 @@ from pathlib import Path
 
 from anyup_core.checkpoints import fetching, formats, run_directory
 from anyup_core.checkpoints.checkpoint import Checkpoint
+from anyup_core.paths import user_path
 
 RELEASES = {
     "anyup": "checkpoint/anyup_paper.pth",
@@ -43,7 +44,7 @@ def locate(source: str | Path) -> Path:
         return fetch(source)
     if isinstance(source, str) and source in SHIPPED:
         return SHIPPED[source]
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.exists():
         return path
     if isinstance(source, Path) or path.suffix or "/" in source or os.sep in source:

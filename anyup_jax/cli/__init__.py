@@ -13,7 +13,9 @@ from anyup_jax.cli.parser import Parser, execute
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "anyup") -> int:
-    """Run a command and return its exit status: 0, or 2 after one line on stderr that says what was wrong."""
+    """Run a command and return its exit status: 0, 2 after one line on stderr that says what was wrong, or 128 + the
+    number of the signal that interrupted it.
+    """
     parser = Parser(prog=prog, description="AnyUp: features of any vision encoder at any resolution.")
     parser.add_argument("--version", action="version", version=f"anyup {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -13,6 +13,7 @@ from anyup_core.checkpoints import encoder_checkpoint, encoder_files, formats, n
 from anyup_core.checkpoints.checkpoint import Checkpoint, warn_unless_finite
 from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint
 from anyup_core.config import AnyUpConfig
+from anyup_core.paths import expanded
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,8 +41,8 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=convert)
-    parser.add_argument("source", metavar="SRC", nargs="?", help="checkpoint to read")
-    parser.add_argument("destination", metavar="DST", nargs="?", help="checkpoint to write")
+    parser.add_argument("source", type=expanded, metavar="SRC", nargs="?", help="checkpoint to read")
+    parser.add_argument("destination", type=expanded, metavar="DST", nargs="?", help="checkpoint to write")
     parser.add_argument("--inspect", action="store_true", help="list the tensors of SRC beside their counterparts")
     verify = "run both frameworks and print their largest difference (in a checkout)"
     parser.add_argument("--verify", action="store_true", help=verify)
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it is a checkpoint of the same format")
     timm = parser.add_argument_group("encoders (the name is kept in .safetensors and Orbax)")
     timm.add_argument("--timm", metavar="NAME", help="an encoder of timm, whose pretrained weights timm fetches")
-    timm.add_argument("--weights", metavar="FILE", help="its weights, in place of these")
+    timm.add_argument("--weights", type=expanded, metavar="FILE", help="its weights, in place of these")
     facts = parser.add_argument_group("what the weights of AnyUp do not tell (kept in .safetensors and Orbax)")
     facts.add_argument("--window-ratio", type=float, metavar="R", help="half-width of the window, default 0.1")
     facts.add_argument("--num-heads", type=int, metavar="N", help="attention heads, default 4")

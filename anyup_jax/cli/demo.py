@@ -12,21 +12,27 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from anyup_core.checks import check_memory
+from anyup_core.config import AnyUpConfig
 from anyup_core.files import check_output, read_image, resize_image
+from anyup_core.paths import expanded
 from anyup_core.preprocessing import normalize
 from anyup_jax.cli import models
 from anyup_jax.cli.models import build_model, describe_weights, encode, overrides, run, say, sizes_text
 from anyup_jax.cli.parser import ENCODER, RANDOM, add_models, positive
 from anyup_jax.encoders.settings import EncoderConfig
 
+PIXEL = 4 * AnyUpConfig().qk_dim  # bytes that the model keeps of each pixel of the image
 CROP = 32  # the demo's image has sides that are multiples of it
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("demo", help="draw features before and after upsampling", description=demo.__doc__)
     parser.set_defaults(command=demo)
-    parser.add_argument("image", nargs="?", metavar="IMAGE", help="an image file (default: a shipped photograph)")
-    parser.add_argument("--picture", default="outputs/demo.png", metavar="P.png", help="default: %(default)s")
+    parser.add_argument("image", type=expanded, nargs="?", metavar="IMAGE", help="default: a shipped photograph")
+    parser.add_argument(
+        "--picture", type=expanded, default="outputs/demo.png", metavar="P.png", help="default: %(default)s"
+    )
     side = "the image's, after resizing (default: %(default)s)"
     parser.add_argument("--short-side", type=positive, default=448, metavar="N", help=side)
     compare = "upsample with the PyTorch mirror too, and print the largest difference"
@@ -45,6 +51,9 @@ def demo(args: argparse.Namespace) -> None:
     path = check_output(args.picture, (".png",))
     mirror = _mirror(args) if args.torch else None
     image = _crop(read_image(args.image) if args.image else _shipped_photograph(), args.short_side)
+    from anyup_jax.devices import check_devices
+
+    check_devices()
     name, layers = args.encoder or ENCODER, args.layer or [-2, -1]
     say("image", f"{args.image or 'astronaut (NASA, shipped with scikit-image)'}, {sizes_text(image.shape[:2])}")
     say("encoder", f"{name}, weights: {args.encoder_weights or 'pretrained'}")
@@ -123,6 +132,8 @@ def _crop(image: UInt8[np.ndarray, "H W 3"], short_side: int) -> UInt8[np.ndarra
     if short_side < 2 * CROP:
         raise ValueError(f"--short-side {short_side} is too small for the demo; give at least {2 * CROP}.")
     scale = short_side / min(image.shape[:2])
+    pixels = int(scale * image.shape[0]) * int(scale * image.shape[1])
+    check_memory(f"--short-side {short_side}", PIXEL * pixels)
     image = resize_image(image, tuple(round(side * scale) for side in image.shape[:2]))
     rows, cols = (side // CROP * CROP for side in image.shape[:2])
     top, left = (image.shape[0] - rows) // 2, (image.shape[1] - cols) // 2

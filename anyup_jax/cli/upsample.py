@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
+from pathlib import Path
 
 from anyup_core import files
+from anyup_core.checks import check_memory
+from anyup_core.paths import expanded
 from anyup_core.preprocessing import normalize
 from anyup_jax.cli import models
 from anyup_jax.cli.models import build_model, describe_weights, encode, run, say, sizes_text
@@ -16,10 +20,12 @@ from anyup_jax.encoders.settings import EncoderConfig
 def add_to(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("upsample", help="write upsampled features to a file", description=upsample.__doc__)
     parser.set_defaults(command=upsample)
-    parser.add_argument("image", metavar="IMAGE", help="an image file")
+    parser.add_argument("image", type=expanded, metavar="IMAGE", help="an image file")
     formats = ".npy or .zarr, band by band, so that it may be larger than memory; .npz or .safetensors, from memory"
-    parser.add_argument("--out", required=True, metavar="F", help=f"the file to write: {formats} at once")
-    parser.add_argument("--features", metavar="F.npy", help="features (h, w, C) of the image, instead of an encoder")
+    parser.add_argument(
+        "--out", type=expanded, required=True, metavar="F", help=f"the file to write: {formats} at once"
+    )
+    parser.add_argument("--features", type=expanded, metavar="F.npy", help="features (h, w, C), instead of an encoder")
     parser.add_argument(
         "--output-size", type=positive, nargs=2, metavar=("H", "W"), help="of the features (default: the image's)"
     )
@@ -44,7 +50,13 @@ def upsample(args: argparse.Namespace) -> None:
     if args.max_side and max(height, width) > args.max_side:
         scale = args.max_side / max(height, width)
         image = files.resize_image(image, (max(1, round(height * scale)), max(1, round(width * scale))))
+    size = tuple(args.output_size or image.shape[:2])
+    dtype = "float16" if args.dtype == "float16" else "float32"
+    _check_room(path, (*size, 1), dtype)
     say("image", f"{args.image}, {sizes_text(image.shape[:2])}")
+    from anyup_jax.devices import check_devices
+
+    check_devices()
     if args.features:
         features = files.read_features(args.features)
         source = {"features": str(args.features)}
@@ -55,13 +67,12 @@ def upsample(args: argparse.Namespace) -> None:
         source = {"encoder": encoder.name, "layers": list(encoder.layers), "stride": encoder.stride}
     say("features", f"{source.get('encoder') or source['features']}, {sizes_text(features.shape)}")
     say("AnyUp", f"weights: {describe_weights(args)}")
+    shape = (*size, features.shape[-1])
+    _check_room(path, shape, dtype)
     model = build_model(args)
-    size = tuple(args.output_size or image.shape[:2])
     sizes = dict(image_size=image.shape[:2], features_size=features.shape, output_size=size)
     metadata = {"image": str(args.image), **{name: list(sides) for name, sides in sizes.items()}, **source}
     metadata |= dict(weights=describe_weights(args), window=model.config.window, dtype=args.dtype)
-    dtype = "float16" if args.dtype == "float16" else "float32"
-    shape = (*size, features.shape[-1])
     if path.suffix in files.BAND_SUFFIXES:
         from anyup_jax.bands import upsample_bands
 
@@ -75,3 +86,11 @@ def upsample(args: argparse.Namespace) -> None:
         files.write_features(path, output, metadata, dtype)
     say("upsampled", f"{sizes_text(shape)}, {dtype}, {times}")
     say("written", path)
+
+
+def _check_room(path: Path, shape: tuple[int, int, int], dtype: str) -> None:
+    """Raise OSError or ValueError if the output does not fit onto the disk, or into memory where it has to."""
+    if path.suffix in files.BAND_SUFFIXES:
+        files.check_room(path, shape, dtype)
+    else:
+        check_memory(f"--output-size {shape[0]} {shape[1]}", 4 * math.prod(shape))

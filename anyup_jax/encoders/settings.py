@@ -7,6 +7,7 @@ from typing import Any
 
 from anyup_core.encoders import catalogue
 from anyup_core.encoders.frozen import EncoderSizes
+from anyup_core.paths import PathText
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class EncoderConfig:
     """
 
     name: str
-    weights: str | None = None
+    weights: PathText | None = None
     pretrained: bool = True
     layer: tuple[int, ...] = (-1,)
     norm: bool = True

@@ -6,6 +6,7 @@ whichever process prepares it. The batch of a process is a contiguous share of t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import UInt8
 
+from anyup_core import command
 from train.augment import augment
 from train.config import Config, DatasetConfig
 from train.data.images import Region, read_crop
@@ -107,13 +109,30 @@ class Batches(Iterator[dict[str, Any]]):
         if data.workers:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # grain's processes inherit its flags, which keep their defaults
-            stream = stream.mp_prefetch(grain.MultiprocessingOptions(data.workers, data.prefetch))
-        self.position, self.iterator = start, iter(stream)
+            command.start_tracker()
+            options = grain.MultiprocessingOptions(data.workers, data.prefetch)
+            stream = stream.mp_prefetch(options, command.start_worker)
+        with self._workers_named():
+            self.position, self.iterator = start, iter(stream)
 
     def __next__(self) -> dict[str, Any]:
-        batch = next(self.iterator)
+        with self._workers_named():
+            batch = next(self.iterator)
         self.position += 1
         return batch
+
+    @contextlib.contextmanager
+    def _workers_named(self) -> Iterator[None]:
+        """Say of a failure between the processes what they share, and how to do without them."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            if not (workers := self.config.dataset.workers):
+                raise
+            raise OSError(
+                f"The processes of dataset.workers={workers} failed ({error}); they share batches in /dev/shm, which "
+                "may be too small, and memory. Enlarge it, or give dataset.workers=0."
+            ) from error
 
     def get_state(self) -> dict[str, Any]:
         """Return the position in the run, and what identifies the photographs; both the same for any process count."""

@@ -17,6 +17,7 @@ from typing import IO, Any, Protocol, runtime_checkable
 from PIL import Image
 
 from anyup_core.files import is_photograph
+from anyup_core.paths import printable
 from train.config import DatasetConfig, Size
 from train.data.images import covers, read_crop
 
@@ -88,11 +89,6 @@ class TFDS:
     @property
     def digest(self) -> str:
         return hashlib.sha1(f"{self.title} {len(self)}".encode()).hexdigest()
-
-
-def printable(name: str) -> str:
-    """Return a file name as any terminal and file can hold it: bytes that are not UTF-8 appear as \\udcff and so on."""
-    return name.encode(errors="backslashreplace").decode()
 
 
 def open_source(config: DatasetConfig, say: Callable[[str], None] = print) -> Source:

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from anyup_core import command
 from anyup_core.files import describe
+from anyup_core.paths import expanded, user_path
 from train.size_index import list_images
 
 
@@ -70,21 +72,21 @@ def write_tfds(root: Path, data_dir: str, name: str, split: str = "train", say: 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after a sentence that says what was wrong."""
-    parser = argparse.ArgumentParser(prog="python -m train.data.tfds_from_folder", description=__doc__.splitlines()[0])
-    parser.add_argument("root", metavar="ROOT", type=Path, help="root/class/file")
-    parser.add_argument("data_dir", metavar="DATA_DIR", help="where TFDS keeps data sets")
+    """Run the command and return the exit status, see `anyup_core.command`."""
+    about = "Make a TFDS data set of a folder of photographs."
+    parser = argparse.ArgumentParser(prog="python -m train.data.tfds_from_folder", description=about)
+    parser.add_argument("root", metavar="ROOT", type=user_path, help="root/class/file")
+    parser.add_argument("data_dir", type=expanded, metavar="DATA_DIR", help="where TFDS keeps data sets")
     parser.add_argument("name", metavar="NAME", help="of the data set")
     parser.add_argument("--split", default="train", help="default: %(default)s")
-    args = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
+        args = parser.parse_args(arguments)
         count = write_tfds(args.root, args.data_dir, args.name, args.split)
-    except (ValueError, OSError, ImportError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    print(f"{args.name}: {count} images in {args.data_dir}; train with dataset=tfds dataset.name={args.name} "
-          f"dataset.root={args.data_dir}")  # fmt: skip
-    return 0
+        print(f"{args.name}: {count} images in {args.data_dir}; train with dataset=tfds dataset.name={args.name} "
+              f"dataset.root={args.data_dir}")  # fmt: skip
+
+    return command.execute(work)
 
 
 if __name__ == "__main__":
