@@ -30,7 +30,7 @@ from anyup_jax import encoders
 dtype, path = sys.argv[1:]
 random = np.random.default_rng(0)
 image, features, photograph = (
-    random.standard_normal(shape, np.float32) for shape in ((1, 32, 48, 3), (1, 4, 6, 24), (1, 64, 64, 3))
+    random.standard_normal(shape, np.float32) for shape in ((1, 32, 48, 3), (1, 4, 6, 24), (1, 32, 32, 3))
 )
 model = anyup_jax.AnyUp(anyup_jax.AnyUpConfig(qk_dim=16, num_heads=2), rngs=nnx.Rngs(0), dtype=dtype)
 natten = anyup_jax.AnyUp(model.config.replace(window="natten", backend="dense"), rngs=nnx.Rngs(0), dtype=dtype)
@@ -43,7 +43,7 @@ outputs = dict(
     gradient=jax.grad(lambda x: model(image, x).astype(jnp.float32).sum())(jnp.asarray(features)),
     weights=nnx.grad(lambda m: m(image, features).astype(jnp.float32).sum())(model).query_encoder.conv.kernel[...],
 )
-for name in ("vit_tiny_patch16_224", "vit_small_patch16_dinov3", "convnext_tiny", "efficientnet_lite0"):
+for name in ("vit_tiny_patch16_224", "efficientnet_lite0"):
     encoder = encoders.create(name, pretrained=False, dtype=dtype)
     outputs[name] = encoder(encoder.normalize(jnp.asarray(photograph)))
 np.savez(path, **{name: np.asarray(output, np.float32) for name, output in outputs.items()})
