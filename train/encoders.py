@@ -10,12 +10,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from anyup_core.encoders.frozen import FrozenEncoder
 from anyup_jax.encoders.encoder import Encoder
 from anyup_jax.encoders.settings import check_cells
 from anyup_jax.encoders.timm_bridge import Bridge
 from train import sharding
 from train.config import Config
-from train.step import FrozenEncoder, StepSizes, encoder_views, features_of
+from train.step import StepSizes, encoder_views, features_of
 
 _encoder_views = jax.jit(encoder_views, static_argnames="sizes")
 

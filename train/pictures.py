@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from anyup_core import figure, visualize
+from anyup_core.encoders.frozen import FrozenEncoder
 from anyup_core.files import list_folder, read_image
 from anyup_core.paths import printable
 from anyup_core.preprocessing import normalize
@@ -22,7 +23,6 @@ from anyup_jax import AnyUp, upsample
 from train.config import Config, Size
 from train.data.images import read_crop
 from train.data.sources import shipped
-from train.encoders import FrozenEncoder
 
 Photograph = tuple[str, UInt8[np.ndarray, "Hc Wc 3"]]
 SHIPPED = ("chelsea.png", "coffee.png")  # by scikit-image; no run trains on them

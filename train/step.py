@@ -15,9 +15,9 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
+from anyup_core.encoders.frozen import FrozenEncoder
 from anyup_core.preprocessing import IMAGENET
 from anyup_jax.encoders.encoder import Encoder
-from anyup_jax.encoders.timm_bridge import Bridge
 from train import optim, sharding
 from train.config import Config, FeaturesConfig, Size
 from train.loss import Views, cut_crops, objective
@@ -25,7 +25,6 @@ from train.state import TrainState
 
 Batch = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
-FrozenEncoder = Encoder | Bridge  # in Flax, or a timm model in PyTorch
 
 
 @dataclasses.dataclass(frozen=True)
