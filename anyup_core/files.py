@@ -12,7 +12,9 @@ import shutil
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any
+from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -147,8 +149,8 @@ def read_features(path: str | os.PathLike) -> Float[np.ndarray, "h w C"]:
     """
     try:
         features = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is not an .npy file: {error}") from error
+    except (ValueError, EOFError, SyntaxError, TokenError, OverflowError, MemoryError, BadZipFile) as error:
+        raise ValueError(f"{path} is not an .npy file, or is damaged: {error}") from error
     if not isinstance(features, np.ndarray) or features.ndim != 3 or not np.issubdtype(features.dtype, np.floating):
         content = f"{features.dtype} of shape {features.shape}" if isinstance(features, np.ndarray) else "an archive"
         raise ValueError(f"{path} holds {content}; give one floating-point feature map (h, w, C) as .npy.")
