@@ -87,7 +87,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(whole: Path, tmp_path: Path)
 
 def test_a_terminal_that_goes_away_saves(tmp_path: Path) -> None:
     """Its pipe is closed, and SIGHUP goes to the whole group, with the process that prepares batches."""
-    words = command("output_dir=run", "max_steps=1000", "dataset.workers=1")
+    heard = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    words = [sys.executable, "-c", heard, *command("output_dir=run", "max_steps=1000", "dataset.workers=1")]  # no nohup
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     process = subprocess.Popen(words, cwd=tmp_path, env=environment(), **options)
     assert process.stdout.readline().startswith(b"step 1/1000")
