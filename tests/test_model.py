@@ -434,6 +434,15 @@ def test_refused(change, error, message):
             call(**arguments)
 
 
+def test_no_promotion_is_asked_of_the_user():
+    image, features = inputs()
+    expected = small()(image, features)
+    gradient = jax.grad(lambda x: small()(image, x).sum())(features)
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        close(small()(image, features), expected)
+        close(jax.grad(lambda x: small()(image, x).sum())(features), gradient)
+
+
 @pytest.mark.parametrize("kind", [">f4", ">f8", "float64"])
 def test_numpy_arrays_of_other_types_and_byte_orders(unchecked, kind):
     image, features = inputs()

@@ -12,11 +12,10 @@ import pytest
 
 from tests import training
 
+NO_PROMOTION = {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}
 MODES = [
     pytest.param("float32", {"JAX_ENABLE_X64": "1"}, id="x64"),
-    pytest.param(
-        "bfloat16", {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}, id="no promotion"
-    ),
+    pytest.param("bfloat16", NO_PROMOTION, id="no promotion", marks=pytest.mark.slow),
 ]
 PROGRAM = """
 import sys
