@@ -61,7 +61,11 @@ def test_nohup_is_obeyed(tmp_path: Path) -> None:
 
 
 def started(folder: Path, *before: str) -> subprocess.Popen[str]:
-    words = [*before, sys.executable, "-c", PROGRAM, "wait"]
+    heard = (  # where the tests themselves run in the background, these signals are ignored
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
+    )
+    words = [sys.executable, "-c", heard, *before, sys.executable, "-c", PROGRAM, "wait"]
     process = subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (folder / "started").exists():
         assert process.poll() is None
