@@ -132,7 +132,7 @@ class ResBlock(nnx.Module):
     ) -> tuple[Pooled, Float[Array, "B H W outputs"]]:
         """Do the same with a buffer, as `map_rows` has it, and return one that the next layer may have.
 
-        Temporary memory is the same, but a forward pass at 448 x 448 accesses 4.7 GB instead of 5.7.
+        `x` is read again for the shortcut, so that XLA copies a map for every block that has none.
         """
         shortcut = self.shortcut or (lambda x: x)
         norm1 = self.norm1.affine(x, rows)

@@ -147,7 +147,6 @@ class AnyUp(nnx.Module):
 
         `size` is that of the whole output.
         """
-        image, maps = native((image, maps))
         code = self.encode_image(image, [grid_of(features) for features, _ in maps], [size], rows)
         pairs = [(self.describe(code, features), features if values is None else values) for features, values in maps]
         return self.decode(code, pairs, size, q_chunk_size)
@@ -168,7 +167,7 @@ class AnyUp(nnx.Module):
             sizes: heights and widths of the outputs.
             rows: which rows of the image are here; `sizes` are those of the whole output.
         """
-        guide, buffer = self.image_encoder.with_buffer(jnp.asarray(image, self.dtype), rows=rows)
+        guide, buffer = self.image_encoder.with_buffer(jnp.asarray(native(image), self.dtype), rows=rows)
         guide = self.rope(guide, rows)
         keys, buffer = self.key_encoder.with_buffer(
             guide, lambda x: {grid: rows.pool(x, grid) for grid in grids}, rows, buffer
@@ -176,8 +175,8 @@ class AnyUp(nnx.Module):
         guide = after(guide, keys)
         shapes = {size: (size[0] // rows.count, size[1]) for size in sizes}
         if set(shapes.values()) == {guide.shape[1:3]}:  # nothing to average: the last block stays in its memory
-            query, _ = self.query_encoder.with_buffer(guide, None, rows, buffer)
-            return ImageCode(keys, {size: query for size in shapes}, rows)  # noqa: C420
+            query: Array = self.query_encoder.with_buffer(guide, None, rows, buffer)[0]
+            return ImageCode(keys, dict.fromkeys(shapes, query), rows)
         queries, _ = self.query_encoder.with_buffer(
             guide, lambda x: {size: adaptive_average_pool(x, shape) for size, shape in shapes.items()}, rows, buffer
         )
@@ -202,7 +201,7 @@ class AnyUp(nnx.Module):
         """
         key = code.key(grid_of(features))
         if described is None:
-            described = self.key_features_encoder(jnp.asarray(features))
+            described = self.key_features_encoder(jnp.asarray(native(features)))
         return self.aggregation(jnp.concatenate([key, described], -1))
 
     @standard_promotion()
@@ -220,6 +219,7 @@ class AnyUp(nnx.Module):
         Raises:
             ValueError: if the image was not encoded for the size, or keys and values differ in batch or grid.
         """
+        maps = native(list(maps))
         windows = [code.rows.windows(self.config, size, grid_of(key)) for key, _ in maps]
         backend, rows = self.config.backend, code.rows
         return self.cross_decode(code.query(size), maps, windows, backend=backend, q_chunk_size=q_chunk_size, rows=rows)

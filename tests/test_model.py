@@ -443,6 +443,11 @@ def test_no_promotion_is_asked_of_the_user():
         close(jax.grad(lambda x: small()(image, x).sum())(features), gradient)
 
 
+def in_steps(image, features):
+    code = small().encode_image(image, [features.shape[1:3]], [(9, 9)])
+    return small().decode(code, [(small().describe(code, features), features)], (9, 9))[0]
+
+
 @pytest.mark.parametrize("kind", [">f4", ">f8", "float64"])
 def test_numpy_arrays_of_other_types_and_byte_orders(unchecked, kind):
     image, features = inputs()
@@ -452,6 +457,7 @@ def test_numpy_arrays_of_other_types_and_byte_orders(unchecked, kind):
         small()(*others, 9),
         anyup_jax.upsample(small(), *others, 9),
         jnp.concatenate(list(anyup_jax.upsample_bands(small(), *others, 9, rows=4)), 1),
+        in_steps(*others),
     ):
         assert output.shape == (1, 9, 9, 6)
         close(output, expected)

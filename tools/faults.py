@@ -1,7 +1,8 @@
 """python -m tools.faults [--mutations N] [--seed S]: damage files at random, and see what their readers make of them.
 
-A damaged file holds if it is read after all, or refused with the exception that its reader documents, within ten
-seconds and without a warning. The table that is printed stands in docs/reliability.md. Exit status: 1 if one did not.
+A damaged file holds if it is read after all, or refused with the exception that its reader documents and a message
+that names it, within ten seconds and without a warning. The table that is printed stands in docs/reliability.md. Exit
+status: 1 if one did not hold.
 """
 
 from __future__ import annotations
@@ -101,8 +102,8 @@ def attempt(target: Target, path: Path) -> str | None:
             warnings.simplefilter("error")
             target.read(path)
         outcome = "read"
-    except (ValueError, OSError):
-        outcome = "refused"
+    except (ValueError, OSError) as error:
+        outcome = "refused" if target.name in str(error) else f"refused without its name: {error}"
     except Exception as error:  # whatever else is raised is what is looked for
         return f"{type(error).__name__}: {error}"
     seconds = time.monotonic() - begin
