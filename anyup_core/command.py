@@ -69,6 +69,11 @@ def start_worker(*_: int) -> None:
 
     for number in (signal.SIGINT, *STOPS):
         signal.signal(number, stop if number.name == "SIGTERM" else signal.SIG_IGN)
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Exit when the process that has started this one exits, however it does."""
     if parent := multiprocessing.parent_process():
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 

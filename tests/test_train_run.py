@@ -21,10 +21,10 @@ from anyup_core.settings import from_dict
 from tests.training import command, configured, environment, losses, metrics, same, tiny, train, weights
 from train import config as settings
 from train import loop
-from train.config import MeshConfig
+from train.config import ANNOUNCEMENTS, MeshConfig
 from train.data.sources import SHIPPED
 from train.output_dir import HOLDER, check_output, locked
-from train.sharding import ANNOUNCEMENTS, join
+from train.sharding import join
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from anyup_core import settings
@@ -18,6 +20,9 @@ from anyup_jax.encoders.settings import EncoderConfig
 
 Size = tuple[int, int]
 GREATEST = 2**31 - 1  # of whole numbers, which arrays of int32 hold
+ANNOUNCEMENTS = ("SLURM_STEP_NODELIST", "MEGASCALE_COORDINATOR_ADDRESS", "JOB_COMPLETION_INDEX")
+"""Environment variables of SLURM, of several TPU slices and of GKE, by which jax finds the other processes."""
+TPU_DEVICES = (Path("/dev/accel0"), Path("/dev/vfio/0"))  # on a TPU host jax asks the metadata server
 CROWD = 1024  # more processes, threads of one, or probes at once are of no use
 
 
@@ -216,6 +221,15 @@ class MeshConfig:
         given = [x is not None for x in (self.coordinator, self.num_processes, self.process_id)]
         require(all(given) or not any(given), "mesh.coordinator", self.coordinator,
                  "mesh.coordinator, mesh.num_processes and mesh.process_id go together")  # fmt: skip
+
+    def announcement(self) -> str | None:
+        """Return what names or announces other processes of the run; None if this one trains alone."""
+        if self.distributed == "off":
+            return None
+        if self.coordinator is not None:
+            return f"mesh.coordinator={self.coordinator}"
+        variables = ", ".join(name for name in ANNOUNCEMENTS if name in os.environ)
+        return variables or ("A TPU" if any(path.exists() for path in TPU_DEVICES) else None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from anyup_core.settings import to_dict
 from anyup_jax.devices import check_devices
 from anyup_jax.model import AnyUp
 from anyup_jax.promotion import standard_promotion
-from train import dry_run, encoders, pictures, program, sharding
+from train import dry_run, encoders, pictures, pod_member, program, sharding
 from train.checkpoint import Checkpoints
 from train.config import Config
 from train.data import ARRAYS, Batches, open_source
@@ -35,6 +35,7 @@ NOT_FINITE, NOT_WRITTEN, STOPPED = 3, 74, 75  # exit statuses, see `train.run`
 
 
 @standard_promotion()
+@pod_member.leaving()
 def run(config: Config, *, dry: bool = False) -> int:
     """Train to `max_steps` and return the exit status; `dry` prints what would be done instead.
 
@@ -102,6 +103,7 @@ class Run:
                 metrics = Metrics(self.output, config.log, config.max_steps, config.batch_size, process == 0, first)
                 self.metrics = opened.enter_context(metrics)
                 trace = opened.enter_context(Trace(self.output, config.profile))
+                opened.enter_context(pod_member.leaving())  # before anything is closed
                 if restored is not None:
                     self.state = from_trees(self.state, first, restored.trees, self.mesh)
                     messages.append(f"resuming after step {first}")

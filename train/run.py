@@ -1,8 +1,9 @@
 """`python -m train.run [NAME=VALUE ...]`: train AnyUp; the same command resumes a run that stopped.
 
-Exit status: 0 finished, 2 impossible as configured, 3 loss not finite, 74 a file could not be written or batches not be
-prepared, 75 stopped by SIGTERM, SIGHUP or SIGINT after saving (run the same command again). Before the first step these
-end it with 128 + their number, and a second SIGINT does at any time.
+Exit status: 0 finished, 2 impossible as configured, 3 loss not finite, 69 another process of the run has died (start
+all of them again), 74 a file could not be written or batches not be prepared, 75 stopped by SIGTERM, SIGHUP or SIGINT
+after saving (run the same command again). Before the first step these end it with 128 + their number, and a second
+SIGINT does at any time.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -19,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from anyup_core import command
 from anyup_core.paths import for_hydra
 from anyup_core.settings import from_dict
-from train import presets
+from train import pod_member, presets
 from train.config import Config
 
 RESUMES = "the same command goes on from the newest checkpoint"
@@ -32,16 +34,22 @@ def launch(settings: DictConfig) -> None:
     dry = bool(values.pop("dry_run", False))
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         values["output_dir"] = str(Path(values["output_dir"]) / str(HydraConfig.get().job.num))
-    quieten_orbax()
 
-    def work() -> int:
-        config = from_dict(Config, values)
-        from train import loop  # imports jax, which an invalid configuration need not wait for
+    def supervised() -> int:
+        if from_dict(Config, values).mesh.announcement() is not None:
+            return pod_member.supervise(run, values, dry, hint=RESUMES)
+        return run(values, dry)
 
-        return loop.run(config, dry=dry)
-
-    if status := command.execute(work, hint=RESUMES):
+    if status := command.execute(supervised, hint=RESUMES):
         sys.exit(status)
+
+
+def run(values: dict[str, Any], dry: bool) -> int:
+    """Train, in this process."""
+    from train import loop  # imports jax, which an invalid configuration need not wait for
+
+    quieten_orbax()
+    return loop.run(from_dict(Config, values), dry=dry)
 
 
 def quieten_orbax() -> None:

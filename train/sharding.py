@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,9 +16,6 @@ from train.config import MeshConfig
 
 AXES = ("data", "model")
 BATCH = PartitionSpec(AXES)  # every device has photographs of its own
-ANNOUNCEMENTS = ("SLURM_STEP_NODELIST", "MEGASCALE_COORDINATOR_ADDRESS", "JOB_COMPLETION_INDEX")
-"""Environment variables of SLURM, of several TPU slices and of GKE, by which jax finds the other processes."""
-TPU_DEVICES = (Path("/dev/accel0"), Path("/dev/vfio/0"))  # on a TPU host jax asks the metadata server
 SMALLEST_SHARDED = 2048  # smaller arrays are replicated; a number of entries
 
 
@@ -29,19 +24,19 @@ def join(config: MeshConfig) -> None:
 
     Raises ValueError if some are announced and cannot be found.
     """
-    if config.distributed == "off" or jax.distributed.is_initialized():
+    announcement = config.announcement()
+    if announcement is None or jax.distributed.is_initialized():
         return
     if config.coordinator is not None:
         jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
-    elif any(name in os.environ for name in ANNOUNCEMENTS) or any(path.exists() for path in TPU_DEVICES):
-        try:
-            jax.distributed.initialize()
-        except Exception as error:  # jax reads the variables of each cluster in its own way
-            given = ", ".join(name for name in ANNOUNCEMENTS if name in os.environ) or "A TPU"
-            raise ValueError(
-                f"{given} announces other processes, but jax does not find them ({error}); give mesh.distributed=off "
-                "to train alone, or mesh.coordinator, mesh.num_processes and mesh.process_id."
-            ) from error
+        return
+    try:
+        jax.distributed.initialize()
+    except Exception as error:  # jax reads the variables of each cluster in its own way
+        raise ValueError(
+            f"{announcement} announces other processes, but jax does not find them ({error}); give "
+            "mesh.distributed=off to train alone, or mesh.coordinator, mesh.num_processes and mesh.process_id."
+        ) from error
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
