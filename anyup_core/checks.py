@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,10 +52,11 @@ def check_inputs(
         raise ValueError(f"image has shape {shape}; {expected_axes(layout, shape, config.input_dim)}")
     if shape[0] != cells[0]:
         raise ValueError(f"image {shape}, features {cells} differ in the batch size; give one feature map per image.")
-    if _looks_transposed(cells, shape[height] / shape[width], layout):
-        raise ValueError(
+    if _looks_transposed(cells, (shape[height], shape[width]), layout):
+        warnings.warn(
             f"features of shape {cells} do not have the proportions of the image {shape}, but would with the channels "
-            f"on another axis; {layout} is expected: transpose by {ORDERS[layout]}."
+            f"on another axis; {layout} is expected: transpose by {ORDERS[layout]} unless they are as they should be.",
+            stacklevel=3,
         )
     if values is not None and any(values.shape[axis] != cells[axis] for axis in range(4) if axis != channels):
         raise ValueError(
@@ -179,8 +181,11 @@ def is_whole(number: Any) -> bool:
     return hasattr(number, "__index__") and not isinstance(number, bool)
 
 
-def _looks_transposed(shape: tuple[int, ...], aspect: float, layout: str) -> bool:
+def _looks_transposed(shape: tuple[Any, ...], image: tuple[Any, Any], layout: str) -> bool:
     """Whether a map is far from the image's height / width, but close to it when read in the other axis order."""
+    if not all(map(is_whole, (*shape[1:], *image))):  # sizes without a number, of a program for any size
+        return False
+    aspect = image[0] / image[1]
     first, last = (max(ratio / aspect, aspect / ratio) for ratio in (shape[1] / shape[2], shape[2] / shape[3]))
     off, other = (first, last) if layout == "NHWC" else (last, first)
     return off >= 4 and other <= 1.1

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -175,7 +176,7 @@ def rotate(
 
 
 def turns(
-    freqs: Float[Array, "2 D"], rows: Float[Array, " H"], cols: Float[Array, " W"]
+    freqs: Float[Array, "2 D"], rows: Float[Array | np.ndarray, " H"], cols: Float[Array | np.ndarray, " W"]
 ) -> tuple[tuple[Float[Array, "1 H 1 D"], ...], tuple[Float[Array, "W D"], ...], Float[Array, " D"]]:
     """Cosine and sine of the rows' and of the columns' angles; and the sign that rotate_half gives each channel."""
     row, col = rows[None, :, None, None] * freqs[0], cols[:, None] * freqs[1]

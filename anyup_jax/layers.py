@@ -209,13 +209,15 @@ class FeatureUnification(nnx.Module):
             even = 1 / filters  # picks are close to it: sums of differences round less, and what follows magnifies them
             return (jax.nn.softmax(misread, axis=1) - even).mean(2) + even
 
-        step = max(1, min(batch * height * width, UNIFICATION_BLOCK // (channels * filters)))
+        assumed = channels if isinstance(channels, int) else UNIFICATION_CHANNELS
+        step = max(1, min(batch * height * width, UNIFICATION_BLOCK // (assumed * filters)))
         starts = jnp.arange(0, batch * height * width, step)
         unified = lax.map(describe, starts).reshape(-1, filters)[: batch * height * width]
         return unified.reshape(batch, height, width, filters)
 
 
 UNIFICATION_BLOCK = 1 << 20  # responses held at once by the feature unification
+UNIFICATION_CHANNELS = 1024  # of features, in a program for any number of channels, for the number of positions at once
 
 
 class RoPE(nnx.Module):

@@ -145,8 +145,15 @@ class AnyUp(nnx.Module):
     ) -> list[Float[Array, "B _ Wo _"]]:
         """Upsample features, or the values given beside them, of one image, or of some of its rows; checks no inputs.
 
-        `size` is that of the whole output.
+        `size` is that of the whole output. In a program for any number of images they are upsampled one by one.
         """
+        if not isinstance(image.shape[0], int):
+
+            def attend_one(one):
+                image, maps = jax.tree.map(lambda x: x[None], one)
+                return [output[0] for output in self.attend(image, maps, size, q_chunk_size, rows)]
+
+            return jax.lax.map(attend_one, (image, list(maps)))
         code = self.encode_image(image, [grid_of(features) for features, _ in maps], [size], rows)
         pairs = [(self.describe(code, features), features if values is None else values) for features, values in maps]
         return self.decode(code, pairs, size, q_chunk_size)

@@ -413,7 +413,6 @@ REFUSED = {
     "transposed image": (dict(image=zeros(1, 3, 20, 28)), ValueError, r"another axis: transpose by \(0, 2, 3, 1\)"),
     "channels": (dict(image=zeros(1, 20, 28, 4)), ValueError, "NHWC with 3 channels is expected.$"),
     "batch": (dict(features=zeros(2, 5, 7, 6)), ValueError, "differ in the batch size; give one feature map per image"),
-    "transposed features": (dict(features=zeros(1, 384, 5, 7)), ValueError, r"transpose by \(0, 2, 3, 1\)"),
     "values": (dict(values=zeros(1, 5, 8, 2)), ValueError, "must share batch, height and width with the features"),
     "chunk of 0": (dict(q_chunk_size=0), ValueError, "^q_chunk_size=0 "),
     "chunk of 1.5": (dict(q_chunk_size=1.5), ValueError, "^q_chunk_size=1.5 "),
@@ -432,6 +431,13 @@ def test_refused(change, error, message):
     for call in (small(), functools.partial(anyup_jax.upsample, small())):
         with pytest.raises(error, match=message):
             call(**arguments)
+
+
+def test_features_that_may_be_transposed_are_upsampled_with_a_warning():
+    features = np.random.default_rng(0).standard_normal((1, 16, 16, 64), np.float32)
+    with pytest.warns(UserWarning, match=r"transpose by \(0, 2, 3, 1\) unless"):
+        output = small()(zeros(1, 16, 64, 3), features)
+    assert output.shape == (1, 16, 64, 64)
 
 
 def test_no_promotion_is_asked_of_the_user():

@@ -525,7 +525,6 @@ REFUSED = {
     "transposed image": (dict(image=zeros(1, 20, 28, 3)), ValueError, r"another axis: transpose by \(0, 3, 1, 2\)"),
     "channels": (dict(image=zeros(1, 4, 20, 28)), ValueError, "NCHW with 3 channels is expected.$"),
     "batch": (dict(features=zeros(2, 6, 5, 7)), ValueError, "differ in the batch size; give one feature map per image"),
-    "transposed features": (dict(features=zeros(1, 5, 7, 384)), ValueError, r"transpose by \(0, 3, 1, 2\)"),
     "values": (dict(values=zeros(1, 2, 5, 8)), ValueError, "must share batch, height and width with the features"),
     "chunk of 0": (dict(q_chunk_size=0), ValueError, "^q_chunk_size=0 "),
     "chunk of 1.5": (dict(q_chunk_size=1.5), ValueError, "^q_chunk_size=1.5 "),
@@ -541,6 +540,12 @@ REFUSED = {
 def test_refused(change, error, message):
     with pytest.raises(error, match=message):
         small()(**(dict(image=IMAGE, features=FEATURES) | change))
+
+
+def test_features_that_may_be_transposed_are_upsampled_with_a_warning():
+    features = torch.randn(1, 5, 7, 384)
+    with pytest.warns(UserWarning, match=r"transpose by \(0, 3, 1, 2\) unless"):
+        assert infer(small(), zeros(1, 3, 20, 28), features).shape == (1, 5, 20, 28)
 
 
 @pytest.mark.parametrize("name", ["image", "features", "values"])

@@ -350,9 +350,14 @@ def _gradient(sizes: _Sizes, place, ref, row):
     return jnp.where(channel < sizes.channels, x, jnp.zeros_like(x))
 
 
+def _heads(sizes: _Sizes, shape: tuple[int, int]) -> Int[Array, "_ D"]:
+    """Number of the head that each channel belongs to; `//` on arrays asks for a TPU where the program is lowered."""
+    return lax.div(lax.broadcasted_iota(jnp.int32, shape, 1), jnp.int32(sizes.dim // sizes.heads))
+
+
 def _stack(sizes: _Sizes, query):
     """Stack the heads of (tile columns, D) queries along the rows, each with the other heads' channels zero."""
-    head = lax.broadcasted_iota(jnp.int32, query.shape, 1) // (sizes.dim // sizes.heads)
+    head = _heads(sizes, query.shape)
     return jnp.concatenate([jnp.where(head == n, query, jnp.zeros_like(query)) for n in range(sizes.heads)], 0)
 
 
@@ -416,7 +421,7 @@ def _query_key_kernel(
         d_scores = weights * (outer - (weights * outer).sum(-1, keepdims=True)) * scale
         d_scores = d_scores.reshape(sizes.heads * wide, sizes.keys).astype(keys.dtype)
         heads = _dot(d_scores, keys, (1, 0))
-        head = lax.broadcasted_iota(jnp.int32, (wide, sizes.dim), 1) // (sizes.dim // sizes.heads)
+        head = _heads(sizes, (wide, sizes.dim))
         own = (jnp.where(head == n, heads[n * wide : (n + 1) * wide], 0.0) for n in range(sizes.heads))
         d_query[row] = functools.reduce(jnp.add, own).astype(d_query.dtype)
         part[:, : sizes.dim] += _dot(d_scores, stacked, (0, 0))

@@ -125,7 +125,7 @@ attend_tiles.defvjp(_forward, _backward)
 
 
 def tiles_of(query: Float[Array, "B Ho Wo D"], tables: tuple[TileTables, TileTables]) -> int:
-    return len(query) * len(tables[0].first) * len(tables[1].first)
+    return query.shape[0] * len(tables[0].first) * len(tables[1].first)
 
 
 def tile_of(t: Int[Array, ""], query, key, values, tables: tuple[TileTables, TileTables]) -> tuple:
