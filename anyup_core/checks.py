@@ -124,6 +124,13 @@ def check_attention(
     return None if q_chunk_size is None else int(q_chunk_size)
 
 
+def check_model(config: AnyUpConfig) -> None:
+    """Raise ValueError if a model's parameters, in float32, do not fit in the memory of the machine."""
+    widths = f"qk_dim={config.qk_dim}, lfu_dim={config.filters}, input_dim={config.input_dim}"
+    kernels = f"kernel_size={config.kernel_size}, kernel_size_lfu={config.kernel_size_lfu}"
+    check_memory(f"A model with {widths}, {kernels}", 4 * config.parameters)
+
+
 def check_memory(what: str, needed: int) -> None:
     """Raise ValueError if `what`, a setting or an option, takes more bytes than the machine has memory."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else needed

@@ -72,6 +72,17 @@ class AnyUpConfig:
         """Channels K of one attention head."""
         return self.qk_dim // self.num_heads
 
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of a model, those that never reach the output among them."""
+        dim, filters = self.qk_dim, self.filters
+        block = 2 * dim**2 + 4 * dim
+        encoders = dim * (self.input_dim * self.kernel_size**2 + 2 * dim + 18 * dim) + 8 * block
+        unification = filters * self.kernel_size_lfu**2 + 2 * filters + filters * dim + 2 * dim + dim**2 + block
+        shortcut = filters * dim if filters != dim else 0
+        attention = 9 * dim**2 + 2 * dim + 4 * (dim**2 + dim)
+        return encoders + unification + shortcut + attention + 2 * dim
+
     def replace(self, **overrides: Any) -> AnyUpConfig:
         """Return a copy with some fields changed. Raises TypeError for a field that does not exist."""
         known = [field.name for field in dataclasses.fields(self)]

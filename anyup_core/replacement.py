@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-LOCK = "held-by-a-process"  # a file in each temporary folder; a folder without it is not ours
+HELD = ".held"  # suffix of the lock beside each temporary folder; a folder without one is not ours
 
 
 @contextlib.contextmanager
@@ -23,11 +23,10 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(os.path.realpath(path))
     _sweep(path.parent)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", dir=path.parent))
-    temporary, old = folder / path.name, folder / f"{path.name}.old"
-    with contextlib.ExitStack() as held:
+    with _held(path) as folder:
+        temporary, old = folder / path.name, folder / f"{path.name}.old"
+        folder.mkdir(mode=0o700)
         try:
-            _hold(folder, held)
             yield temporary
             try:
                 if path.is_dir():
@@ -42,14 +41,32 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _hold(folder: Path, held: contextlib.ExitStack) -> None:
-    """Lock a temporary folder while the process lives; where files cannot be locked, it is never swept."""
-    from filelock import FileLock
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[Path]:
+    """Give the name of a temporary folder for `path`, and lock it while the process lives.
 
-    new = folder / "new"
-    with contextlib.suppress(OSError, NotImplementedError):
-        held.enter_context(FileLock(new, blocking=False))
-        new.rename(folder / LOCK)  # which others look for, once it is locked
+    The lock comes first: whoever is killed leaves no folder without one. Where files cannot be locked there is none,
+    and the folder is never swept.
+    """
+    from filelock import FileLock, Timeout
+
+    with contextlib.ExitStack() as held:
+        while True:
+            folder = path.with_name(f".{path.stem}-{secrets.token_hex(4)}")
+            lock = folder.with_name(folder.name + HELD)
+            try:
+                held.enter_context(FileLock(lock, blocking=False))
+                break
+            except Timeout:  # another process sweeps it already
+                continue
+            except (OSError, NotImplementedError):
+                lock.unlink(missing_ok=True)
+                break
+        try:
+            yield folder
+        finally:
+            if not folder.exists():
+                lock.unlink(missing_ok=True)
 
 
 @functools.cache  # once is enough, and the place may have many files
@@ -57,10 +74,11 @@ def _sweep(place: Path) -> None:
     """Remove temporary folders of dead processes; a folder that one was replacing is put back."""
     from filelock import FileLock, Timeout
 
-    for lock in place.glob(f".*-*/{LOCK}"):
-        folder = lock.parent
+    for lock in place.glob(f".*-*{HELD}"):
+        folder = lock.with_suffix("")
         with contextlib.suppress(OSError, NotImplementedError, Timeout), FileLock(lock, blocking=False):
             for old in folder.glob("*.old"):
                 if not (target := place / old.stem).exists():
                     old.replace(target)
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)

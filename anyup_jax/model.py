@@ -90,10 +90,14 @@ class AnyUp(nnx.Module):
         config: the architecture.
         rngs: random streams for the initial parameters.
         dtype: type of the computation, float32 or bfloat16; parameters are float32 either way.
+
+    Raises:
+        ValueError: for an unknown backend, and for parameters that do not fit in memory.
     """
 
     def __init__(self, config: AnyUpConfig = AnyUpConfig(), *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         dim, build = config.qk_dim, functools.partial(ConvEncoder, dtype=dtype, rngs=rngs)
+        checks.check_model(config)
         resolve(config.backend)
         self.config = config
         self.dtype = dtype

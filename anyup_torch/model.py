@@ -100,6 +100,7 @@ class AnyUp(nn.Module):
 
     def __init__(self, config: AnyUpConfig = AnyUpConfig()):
         super().__init__()
+        checks.check_model(config)
         check_backend(config.backend, config.window)
         self.config = config
         self.image_encoder = ConvEncoder(config.input_dim, config.qk_dim, config.kernel_size)

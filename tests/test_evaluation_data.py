@@ -294,6 +294,18 @@ def test_hidden_files_are_left_out_and_suffixes_may_be_in_capitals(kind: str, tm
         assert lines[0].endswith("2 images; 4 left out: hidden files and folders (3), files that are no images (1)")
 
 
+@pytest.mark.parametrize("kind", LAID_OUT)
+def test_labels_and_lists_may_be_in_another_form_of_unicode(kind: str, tmp_path: Path) -> None:
+    """The photograph's name is composed, as in the list; the label's is decomposed."""
+    image, label = LAID_OUT[kind]
+    save(tmp_path, image.format("\u00e9"), picture())
+    save(tmp_path, label.format("e\u0301"), ids([1, 7]))
+    (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("\u00e9\n")
+    examples = open_segmentation(config(kind, tmp_path, classes=None if kind != "folder" else 8), "val")
+    assert examples.read(0)[1].shape == SIZE
+
+
 def test_cityscapes_ids_are_those_of_torchvision() -> None:
     from torchvision.datasets import Cityscapes
 

@@ -21,13 +21,37 @@ def test_damaged_files_are_read_or_refused(unchecked: None, name: str, mutations
     assert result.refused > 0
 
 
+@pytest.mark.parametrize("name", [name for name, target in TARGETS.items() if target.ours])
+@pytest.mark.slow
+def test_whoever_writes_may_be_killed(name: str) -> None:
+    result = faults.kill_writers(TARGETS[name], 20, seed=1)
+    assert result.failed == []
+    assert result.writing > 0
+
+
+def test_a_process_that_writes_is_killed() -> None:
+    result = faults.kill_writers(TARGETS["features.npy"], 3, seed=2)
+    assert result.failed == []
+    assert result.writing > 0
+
+
+def test_kills_that_do_not_hold_are_told(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = faults.Kills("train.run", 5, 2, ["kernel differs"])
+    monkeypatch.setattr(faults, "targets", list)
+    monkeypatch.setattr(faults, "kill_trainings", lambda kills, seed: result)
+    assert faults.main(["--mutations", "0", "--kills", "5"]) == 1
+    printed = capsys.readouterr()
+    assert "| `train.run` | 5 | 2 | 1 |" in printed.out
+    assert printed.err == "train.run: kernel differs\n"
+
+
 def test_what_does_not_hold_is_told(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
     def read(path: Path) -> None:
         if path.read_bytes() != b"intact":
             raise KeyError("surprise")
 
     monkeypatch.setattr(faults, "targets", lambda: [faults.Target("x", lambda path: path.write_bytes(b"intact"), read)])
-    assert faults.main(["--mutations", "20"]) == 1
+    assert faults.main(["--mutations", "20", "--kills", "0"]) == 1
     printed = capsys.readouterr()
     assert "KeyError: 'surprise'" in printed.err
     assert "| `x` | 20 | " in printed.out

@@ -12,6 +12,7 @@ import torch
 from flax import nnx
 
 import anyup_jax
+import anyup_torch
 from anyup_core import geometry
 from anyup_jax import AnyUp, AnyUpConfig, attention, blocked, layers, pretrained
 from anyup_jax.blocked import map_rows
@@ -431,6 +432,16 @@ def test_refused(change, error, message):
     for call in (small(), functools.partial(anyup_jax.upsample, small())):
         with pytest.raises(error, match=message):
             call(**arguments)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(qk_dim=16, lfu_dim=8, input_dim=13, kernel_size=3, kernel_size_lfu=7)])
+def test_parameters_are_counted_before_they_are_made(changes):
+    config = anyup_jax.AnyUpConfig(**changes)
+    model = nnx.eval_shape(lambda: anyup_jax.AnyUp(config, rngs=nnx.Rngs(0)))
+    assert config.parameters == sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, (nnx.Param, Unused))))
+    for framework in (functools.partial(anyup_jax.AnyUp, rngs=nnx.Rngs(0)), anyup_torch.AnyUp):
+        with pytest.raises(ValueError, match=r"qk_dim=2000000000.* GB of memory"):
+            framework(anyup_jax.AnyUpConfig(qk_dim=2_000_000_000))
 
 
 def test_features_that_may_be_transposed_are_upsampled_with_a_warning():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import re
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -209,6 +211,7 @@ def test_an_encoder_of_timm_and_a_trace_and_a_picture(tmp_path: Path) -> None:
         (["dataset=folder", "dataset.root=nowhere"], FileNotFoundError, "dataset.root=nowhere"),
         (["dataset.crop_size=2048"], ValueError, "dataset.crop_size=(2048, 2048)"),
         (["batch_size=2000000000"], ValueError, "batch_size=2000000000"),
+        (["model.qk_dim=2000000000"], ValueError, "qk_dim=2000000000"),
         (["dataset.crop_size=60"], ValueError, "dataset.crop_size=(60, 60)"),
         (["encoders.lite0.name=efficientnet_lite9"], ValueError, "efficientnet_lite9"),
         (["mesh.data=3"], ValueError, "mesh.data=3"),
@@ -235,6 +238,18 @@ def test_a_damaged_configuration_is_named(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(text)
     with pytest.raises(ValueError, match=r"its config\.yaml is damaged"):
         check_output(tmp_path, configured())
+
+
+def test_shared_memory_that_is_too_small_is_named(tmp_path: Path) -> None:
+    words = shlex.join(command("output_dir=run", "max_steps=2", "dataset.workers=1"))
+    mounted = "mount -t tmpfs -o size=16k none /dev/shm"
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-m", "sh", "-c", mounted], check=False).returncode:
+        pytest.skip("needs the right to mount a small /dev/shm")
+    options = dict(cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    run = subprocess.run(["unshare", "-m", "sh", "-c", f"{mounted} && exec {words}"], **options)
+    assert run.returncode == 74
+    assert re.search(r"^error: .*dataset\.workers=1 .*/dev/shm.* dataset\.workers=0\.$", run.stdout.strip()), run.stdout
+    assert not run.stderr
 
 
 def test_announced_processes_that_cannot_be_found(monkeypatch: pytest.MonkeyPatch) -> None:

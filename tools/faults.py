@@ -1,19 +1,25 @@
-"""python -m tools.faults [--mutations N] [--seed S]: damage files at random, and see what their readers make of them.
+"""python -m tools.faults [--mutations N] [--kills N] [--seed S]: damage files at random, and kill what writes them.
 
 A damaged file holds if it is read after all, or refused with the exception that its reader documents and a message
-that names it, within ten seconds and without a warning. The table that is printed stands in docs/reliability.md. Exit
+that names it, within ten seconds and without a warning. A kill holds if what was being replaced is whole afterwards,
+the old one or the new one, and the next write leaves nothing else in its folder; of a training, if the same command
+goes on to the weights that it would have had without. The tables that are printed stand in docs/reliability.md. Exit
 status: 1 if one did not hold.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,11 +37,24 @@ DAMAGE = ("bits flipped", "cut off", "zeroed", "inserted", "moved")
 
 
 class Target(NamedTuple):
-    """A kind of file: what writes an intact one (or a directory of files), and what reads it."""
+    """A kind of file: what writes an intact one (or a directory of files), and what reads it.
+
+    `ours` are those that this project writes.
+    """
 
     name: str
     write: Callable[[Path], object]
     read: Callable[[Path], object]
+    ours: bool = True
+
+
+class Kills(NamedTuple):
+    """How often a process that writes was killed, how often while it wrote, and descriptions of what did not hold."""
+
+    name: str
+    tried: int
+    writing: int
+    failed: list[str]
 
 
 class Result(NamedTuple):
@@ -57,18 +76,18 @@ def targets() -> list[Target]:
     rows = [Row(f"class/{number}.jpg", 0, 32 + number, 24, 24) for number in range(20)]
 
     def weights(path: Path) -> object:
-        return convert.write(path, checkpoint)
+        return convert.write(path, checkpoint, overwrite=True)
 
     def legacy(path: Path) -> object:
         return torch.save(state, path, _use_new_zipfile_serialization=False)
 
     return [
         Target("weights.pth", weights, convert.read),
-        Target("weights_of_old_pytorch.pth", legacy, convert.read),
+        Target("weights_of_old_pytorch.pth", legacy, convert.read, ours=False),
         Target("weights.safetensors", weights, convert.read),
         Target("weights_of_orbax", weights, convert.read),
-        Target("photograph.jpg", lambda path: Image.fromarray(pixels).save(path), read_image),
-        Target("photograph.png", lambda path: Image.fromarray(pixels).save(path), read_image),
+        Target("photograph.jpg", lambda path: Image.fromarray(pixels).save(path), read_image, ours=False),
+        Target("photograph.png", lambda path: Image.fromarray(pixels).save(path), read_image, ours=False),
         Target("features.npy", lambda path: write_features(path, maps, {}), read_features),
         Target("size_index.tsv", lambda path: write_index(path, rows), read_index),
     ]
@@ -130,21 +149,116 @@ def try_out(target: Target, mutations: int, seed: int) -> Result:
     return Result(target.name, outcomes.count("read"), outcomes.count("refused"), failed)
 
 
+def rewrite(name: str, path: Path, ready: Synchronized) -> None:
+    """Replace a file again and again, until killed."""
+    target = next(target for target in targets() if target.name == name)
+    while True:
+        target.write(path)
+        ready.value += 1
+
+
+def kill_writers(target: Target, kills: int, seed: int) -> Kills:
+    """Kill a process that replaces a file, at a random moment of its second or a later time, `kills` times."""
+    spawn, writing, failed = multiprocessing.get_context("spawn"), 0, []
+    with tempfile.TemporaryDirectory() as folder:
+        intact = Path(folder, "intact", target.name)
+        intact.parent.mkdir()
+        begin = time.monotonic()
+        target.write(intact)
+        seconds = time.monotonic() - begin
+        for number in range(kills):
+            path = Path(folder, str(number), target.name)  # swept once in a process, which is at the next write in it
+            shutil.copytree(intact.parent, path.parent)
+            ready = spawn.Value("l", 0)
+            process = spawn.Process(target=rewrite, args=(target.name, path, ready))
+            process.start()
+            while not ready.value and process.is_alive():
+                time.sleep(0.001)
+            time.sleep(np.random.default_rng((seed, number)).uniform(0, 3 * seconds))
+            process.kill()
+            process.join()
+            writing += len(os.listdir(path.parent)) > 1
+            try:
+                target.write(path.with_name(f"next_{target.name}"))
+                target.read(path)
+                if left := set(os.listdir(path.parent)) - {path.name, f"next_{target.name}"}:
+                    failed.append(f"kill {number}: {left} left")
+            except Exception as error:  # whatever is raised is what is looked for
+                failed.append(f"kill {number}: {type(error).__name__}: {error}")
+    return Kills(target.name, kills, writing, failed)
+
+
+SETTINGS = (
+    "encoders.lite0.layer=[2]", "model.qk_dim=16", "model.num_heads=2", "dataset.crop_size=64", "dataset.img_size=32",
+    "dtype=float32", "batch_size=2", "max_steps=6", "checkpoint.every=1", "log.pictures_every=0",
+    "log.tensorboard=false",
+)  # fmt: skip
+
+
+def kill_trainings(kills: int, seed: int) -> Kills:
+    """Kill a training that saves every step, `kills` times within its first steps, and let it end."""
+    random, writing = np.random.default_rng(seed), 0
+    with tempfile.TemporaryDirectory() as folder:
+        cache = dict(JAX_COMPILATION_CACHE_DIR=f"{folder}/compiled", JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.3")
+
+        def train(name: str) -> subprocess.Popen:
+            words = [sys.executable, "-m", "train.run", *SETTINGS, f"output_dir={folder}/{name}"]
+            nowhere = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            return subprocess.Popen(words, env=os.environ | cache, **nowhere)
+
+        failed = [f"it ended with status {status}"] if (status := train("whole").wait()) else []
+        checkpoints = Path(folder, "killed", "checkpoints")
+        for _ in range(kills):
+            process, before = train("killed"), saves(checkpoints)
+            while process.poll() is None and saves(checkpoints) == before:
+                time.sleep(0.002)
+            time.sleep(random.uniform(0, 0.15))
+            process.kill()
+            process.wait()
+            writing += any(not name.isdigit() for name in saves(checkpoints))
+        if status := train("killed").wait():
+            failed.append(f"the same command ended with status {status} after the kills")
+        if not failed:
+            whole, killed = (convert.read(Path(folder, name)).tensors for name in ("whole", "killed"))
+            failed = [f"{name} differs" for name in whole if not np.array_equal(whole[name], killed[name])]
+    return Kills("train.run", kills, writing, failed)
+
+
+def saves(checkpoints: Path) -> set[str]:
+    return set(os.listdir(checkpoints)) if checkpoints.exists() else set()
+
+
+def row(name: str, *cells: object) -> None:
+    print(f"| `{name}` |", " | ".join(map(str, cells)), "|", flush=True)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.faults", description="Damage files and read them.")
+    parser = argparse.ArgumentParser(prog="python -m tools.faults", description="Damage files, and kill what writes.")
     parser.add_argument("--mutations", type=int, default=2000, help="of each kind of file, default 2000")
+    parser.add_argument("--kills", type=int, default=20, help="of each program that writes, default 20")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    print("| file | tried | read | refused | failed |\n|---|---|---|---|---|")
-    status = 0
-    for target in targets():
+    failures = []
+    if args.mutations:
+        print("| file | tried | read | refused | failed |\n|---|---|---|---|---|")
+    for target in targets() if args.mutations else ():
         result = try_out(target, args.mutations, args.seed)
-        cells = f"`{result.name}`", args.mutations, result.read, result.refused, len(result.failed)
-        print("|", " | ".join(map(str, cells)), "|", flush=True)
-        for line in result.failed[:20]:
-            print(f"{result.name}: {line[:300]}", file=sys.stderr)
-        status |= bool(result.failed)
-    return status
+        row(target.name, args.mutations, result.read, result.refused, len(result.failed))
+        failures += [f"{target.name}: {line}" for line in result.failed]
+    if args.kills:
+        print("\n| killed | tried | of these while writing | failed |\n|---|---|---|---|")
+    for target in targets() if args.kills else ():
+        if target.ours:
+            result = kill_writers(target, args.kills, args.seed)
+            row(target.name, *result[1:3], len(result.failed))
+            failures += [f"{target.name}: {line}" for line in result.failed]
+    if args.kills:
+        result = kill_trainings(args.kills, args.seed)
+        row(result.name, *result[1:3], len(result.failed))
+        failures += [f"{result.name}: {line}" for line in result.failed]
+    for line in failures[:100]:
+        print(line[:300], file=sys.stderr)
+    return int(bool(failures))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 import anyup_jax
+from anyup_core.checks import check_model
 from anyup_core.settings import to_dict
 from anyup_jax.devices import check_devices
 from anyup_jax.model import AnyUp
@@ -47,6 +48,7 @@ def run(config: Config, *, dry: bool = False) -> int:
     check_devices()
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, config.optimizer.accumulate, mesh)
+    check_model(config.model)
     sharding.check_memory(program.batch_shapes(config), config.batch_size, jax.process_count())
     for name, encoder in config.encoders.items():
         if (patch := encoder.stride()) is not None:

@@ -9,12 +9,14 @@ import codecs
 import dataclasses
 import os
 import posixpath
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from anyup_core.files import describe, list_folder
+from anyup_core.paths import user_path
 from anyup_core.settings import require
 from evaluation.config import DatasetConfig
 from evaluation.data import tables
@@ -141,25 +143,30 @@ class Layout:
 
 
 def _stored(root: Path, paths: Sequence[str]) -> dict[str, str]:
-    """Return path -> the path as it is stored, whose suffix may be in another case, of the paths that exist.
+    """Return path -> the path as it is stored, of the paths that exist.
 
-    Every folder is listed once, which is faster than a look for each file.
+    Its suffix may be in another case, and its letters composed or decomposed Unicode. Every folder is listed once, which
+    is faster than a look for each file.
 
     Raises:
         ValueError: if several files fit a path.
     """
 
     def folded(path: str) -> str:
-        name, suffix = posixpath.splitext(path)
+        name, suffix = posixpath.splitext(unicodedata.normalize("NFC", path))
         return name + suffix.lower()
 
     fitting: dict[str, list[str]] = {}
-    for folder in dict.fromkeys(map(posixpath.dirname, paths)):
-        for name in sorted(os.listdir(root / folder)) if (root / folder).is_dir() else ():
-            fitting.setdefault(folded(f"{folder}/{name}"), []).append(f"{folder}/{name}")
+    for folder in dict.fromkeys(user_path(root / posixpath.dirname(path)) for path in paths):
+        for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+            file = (folder / name).relative_to(root).as_posix()
+            fitting.setdefault(folded(file), []).append(file)
     found = {path: fitting[folded(path)] for path in paths if folded(path) in fitting}
     if several := next((files for files in found.values() if len(files) > 1), None):
-        raise ValueError(f"{' and '.join(several)} in {root} differ only in the case of their suffixes; remove one.")
+        raise ValueError(
+            f"{' and '.join(several)} in {root} differ only in the case of their suffixes or in how they write accents; "
+            "remove one."
+        )
     return {path: file for path, (file,) in found.items()}
 
 
