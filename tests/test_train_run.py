@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import random
 import re
@@ -11,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,7 +25,7 @@ import convert
 from anyup_core.settings import from_dict
 from tests.training import command, configured, environment, losses, metrics, same, tiny, train, weights
 from train import config as settings
-from train import loop
+from train import loop, output_dir
 from train.config import ANNOUNCEMENTS, MeshConfig
 from train.data.sources import SHIPPED
 from train.output_dir import HOLDER, check_output, locked
@@ -275,6 +278,34 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     with locked(tmp_path / "run"):
         assert str(os.getpid()) in (tmp_path / "run" / HOLDER).read_text()
     check_output(tmp_path / "run", configured())
+
+
+@pytest.mark.parametrize("locks", ["that other hosts do not see", "that do not exist"])
+def test_shared_file_systems(locks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run on another host holds the folder as long as it gives signs of life."""
+    monkeypatch.setattr(output_dir, "SILENCE", 1.2)
+    if locks == "that do not exist":
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+        with locked(tmp_path), pytest.raises(FileExistsError, match=f"process {os.getpid()} on"), locked(tmp_path):
+            pass
+    holder, ended = tmp_path / HOLDER, threading.Event()
+    holder.write_text("process 7 on host elsewhere\n")
+    sign = threading.Thread(target=output_dir.renew, args=(holder, ended))
+    sign.start()
+    with pytest.raises(FileExistsError, match="process 7 on host elsewhere"), locked(tmp_path):
+        pass
+    ended.set()
+    sign.join()
+    with locked(tmp_path):
+        assert str(os.getpid()) in holder.read_text()
+        before = holder.stat().st_mtime_ns
+        while holder.stat().st_mtime_ns == before:
+            time.sleep(0.02)
+    assert not holder.exists()
+
+
+def no_locks(_file: int, _operation: int) -> None:
+    raise OSError(errno.ENOSYS, "not supported")
 
 
 HOLDS = """

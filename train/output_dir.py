@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import yaml
 from filelock import FileLock, Timeout
@@ -16,6 +20,8 @@ from anyup_core.settings import from_dict, to_dict
 from train.config import Config, differences
 
 LOCK, HOLDER = ".lock", ".lock-holder"
+SILENCE = 60.0  # seconds without a sign of life, after which a run on another host counts as dead
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 def check_output(output: Path, config: Config) -> None:
@@ -64,22 +70,65 @@ def naming(output: Path) -> Iterator[None]:
 def locked(output: Path) -> Iterator[None]:
     """Hold the folder, which is created if it does not exist, for this run; the lock ends with the process.
 
+    Some shared file systems have no locks, or none that other hosts see. So the run's sign of life is renewed too, and
+    a holder on another host whose sign stands still for `SILENCE` seconds is dead.
+
     Raises:
         FileExistsError: if another run holds it; the message names its host and process.
     """
     holder = output / HOLDER  # the lock's own file is emptied by whoever tries to take it
-    try:
+    with contextlib.ExitStack() as held:
         with naming(output):
             output.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(output / LOCK, blocking=False).acquire()
-    except Timeout:
-        by = holder.read_text().strip() if holder.is_file() else "another process"
-        raise FileExistsError(
-            f"output_dir={output} is in use by {by}; wait for that run to end, or name another output_dir."
-        ) from None
-    with lock:
-        holder.write_text(f"process {os.getpid()} on host {socket.gethostname()}\n")
-        yield
+            shared = True
+            try:
+                held.enter_context(FileLock(output / LOCK, blocking=False, fallback_to_soft=False))
+                shared = False
+            except Timeout:
+                refuse(output, holder)
+            except (OSError, NotImplementedError) as error:
+                if not isinstance(error, NotImplementedError) and error.errno not in WITHOUT_LOCKS:
+                    raise
+            by = holder.read_text() if holder.is_file() else ""
+            if by and (shared or not by.endswith(f" {socket.gethostname()}\n")):
+                print(f"output_dir={output} was held by {by.strip()}; waiting {SILENCE:.0f} s for a sign of life")
+                if alive(holder):
+                    refuse(output, holder)
+            holder.write_text(f"process {os.getpid()} on host {socket.gethostname()}\n")
+        ended = threading.Event()
+        threading.Thread(target=renew, args=(holder, ended), daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+            holder.unlink(missing_ok=True)
+
+
+def refuse(output: Path, holder: Path) -> NoReturn:
+    by = holder.read_text().strip() if holder.is_file() else "another process"
+    raise FileExistsError(
+        f"output_dir={output} is in use by {by}; wait for that run to end, or name another output_dir."
+    )
+
+
+def alive(holder: Path) -> bool:
+    """Wait until a sign of life is renewed, or is not for `SILENCE` seconds."""
+    begin, before = time.monotonic(), holder.stat().st_mtime_ns
+    while time.monotonic() - begin < SILENCE:
+        time.sleep(SILENCE / 60)
+        try:
+            if holder.stat().st_mtime_ns != before:
+                return True
+        except FileNotFoundError:  # it has ended
+            return False
+    return False
+
+
+def renew(holder: Path, ended: threading.Event) -> None:
+    """Give signs of life until the run has ended."""
+    while not ended.wait(SILENCE / 6):
+        with contextlib.suppress(OSError):
+            os.utime(holder)
 
 
 def write_config(output: Path, config: Config) -> None:

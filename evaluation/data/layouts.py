@@ -145,8 +145,8 @@ class Layout:
 def _stored(root: Path, paths: Sequence[str]) -> dict[str, str]:
     """Return path -> the path as it is stored, of the paths that exist.
 
-    Its suffix may be in another case, and its letters composed or decomposed Unicode. Every folder is listed once, which
-    is faster than a look for each file.
+    Its suffix may be in another case, and its letters composed or decomposed Unicode. Every folder is listed once,
+    which is faster than a look for each file.
 
     Raises:
         ValueError: if several files fit a path.
@@ -164,8 +164,8 @@ def _stored(root: Path, paths: Sequence[str]) -> dict[str, str]:
     found = {path: fitting[folded(path)] for path in paths if folded(path) in fitting}
     if several := next((files for files in found.values() if len(files) > 1), None):
         raise ValueError(
-            f"{' and '.join(several)} in {root} differ only in the case of their suffixes or in how they write accents; "
-            "remove one."
+            f"{' and '.join(several)} in {root} differ only in the case of their suffixes or in how they write "
+            "accents; remove one."
         )
     return {path: file for path, (file,) in found.items()}
 
