@@ -16,6 +16,7 @@ from train.config import MeshConfig
 
 AXES = ("data", "model")
 BATCH = PartitionSpec(AXES)  # every device has photographs of its own
+HEARTBEAT = 60  # seconds without a sign of life, after which another process counts as dead
 SMALLEST_SHARDED = 2048  # smaller arrays are replicated; a number of entries
 
 
@@ -28,10 +29,12 @@ def join(config: MeshConfig) -> None:
     if announcement is None or jax.distributed.is_initialized():
         return
     if config.coordinator is not None:
-        jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
+        jax.distributed.initialize(
+            config.coordinator, config.num_processes, config.process_id, heartbeat_timeout_seconds=HEARTBEAT
+        )
         return
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
     except Exception as error:  # jax reads the variables of each cluster in its own way
         raise ValueError(
             f"{announcement} announces other processes, but jax does not find them ({error}); give "
