@@ -84,11 +84,34 @@ class AnyUpConfig:
         return encoders + unification + shortcut + attention + 2 * dim
 
     def replace(self, **overrides: Any) -> AnyUpConfig:
-        """Return a copy with some fields changed. Raises TypeError for a field that does not exist."""
+        """Return a copy with some fields changed.
+
+        `use_natten`, an argument of the published model, is understood too: `use_natten=True` is `window="natten"`.
+
+        Raises:
+            TypeError: for a field that does not exist.
+            ValueError: for a value no model can have, and for `use_natten` beside another `window`.
+        """
         known = [field.name for field in dataclasses.fields(self)]
+        if "use_natten" in overrides:
+            window = "natten" if overrides.pop("use_natten") else "paper"
+            agree = overrides.setdefault("window", window) == window
+            require(agree, "window", overrides["window"], f"use_natten asks for window={window!r}; give one of them")
         if unknown := sorted(set(overrides) - set(known)):
             raise TypeError(f"AnyUpConfig has no field {', '.join(unknown)}; its fields are {', '.join(known)}.")
         return dataclasses.replace(self, **overrides)
+
+    def same_weights(self, **changes: Any) -> AnyUpConfig:
+        """Return a copy with changes that models with the same weights may have.
+
+        Raises:
+            TypeError, ValueError: as `replace`, and ValueError for fields that decide the shapes of the weights.
+        """
+        config = self.replace(**changes)
+        for name in ("input_dim", "qk_dim", "kernel_size", "kernel_size_lfu", "filters"):
+            before, after, field = getattr(self, name), getattr(config, name), "lfu_dim" if name == "filters" else name
+            require(before == after, field, after, f"the weights are for {before}; make a new model for other shapes")
+        return config
 
     def to_json(self) -> str:
         """Return the fields as a JSON object; `from_json` reads it back."""

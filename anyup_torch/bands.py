@@ -59,6 +59,11 @@ def upsample_bands(
     values = features if values is None else values
     if model.config.backend == "natten":
         raise ValueError('backend="natten" computes whole outputs only; load the model with backend="auto" for bands.')
+    if changed := model.changed:
+        raise ValueError(
+            f"upsample_bands computes the model's own layers, but {', '.join(changed)} are replaced, hooked or "
+            "parametrised; call the model itself."
+        )
     dtype = values.dtype if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize > 4:
         raise TypeError(f"dtype={dtype} must be a floating type of at most 32 bits: float32, float16 or bfloat16.")

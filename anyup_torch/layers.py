@@ -137,11 +137,17 @@ class RoPE(nn.Module):
         super().__init__()
         self.freqs = nn.Parameter(torch.from_numpy(geometry.rope_frequencies(dim)))
 
-    def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
-        row, col = self.angles(*x.shape[2:])
-        angle = row.t()[:, :, None] + col.t()[:, None]
-        first, second = x.float().chunk(2, 1)
-        return (x * angle.cos() + torch.cat([-second, first], 1) * angle.sin()).to(x.dtype)
+    def forward(
+        self, x: Float[Tensor, "B D H W"] | Float[Tensor, "B N D"], coords: Float[Tensor, "... N 2"] | None = None
+    ) -> Float[Tensor, "B D H W"] | Float[Tensor, "B N D"]:
+        """Rotate an image; or, as the published layer does, positions (B, N, D) whose coordinates are given."""
+        if coords is not None:
+            angle, axis = coords.float() @ self.freqs.float(), -1
+        else:
+            row, col = self.angles(*x.shape[2:])
+            angle, axis = row.t()[:, :, None] + col.t()[:, None], 1
+        first, second = x.float().chunk(2, axis)
+        return (x * angle.cos() + torch.cat([-second, first], axis) * angle.sin()).to(x.dtype)
 
     @torch.compiler.disable  # coordinates are made by numpy, not traced
     def angles(self, height: int, width: int) -> tuple[Float[Tensor, "H D"], Float[Tensor, "W D"]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from anyup_core import checks, visualize
+from anyup_core import checks, geometry, visualize
 from anyup_core.checks import OutputSize
 from anyup_core.config import AnyUpConfig
 from anyup_core.geometry import AxisWindow, axis_window
 from anyup_torch import streaming
+from anyup_torch.anatomy import anatomy, unlike
 from anyup_torch.attention import check_backend, window_attention
+from anyup_torch.attention.module import call_module
 from anyup_torch.image_code import ImageCode, Map, Size
 from anyup_torch.layers import ConvEncoder, FeatureUnification, ResBlock, RMSNorm, RoPE
 
@@ -35,13 +38,35 @@ class FeatureEncoder(nn.Sequential):
 
 
 class Projections(nn.Module):
-    """Norms and projections of queries and keys; holds the parameters of the published attention module."""
+    """Norms and projections of queries and keys, and the attention; has the published attention module's parameters."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.norm_q = RMSNorm(dim)
         self.norm_k = RMSNorm(dim)
         self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+        self.attention.out_proj.requires_grad_(False)  # it never reaches the output, and DDP waits for every gradient
+
+    def forward(
+        self,
+        query: Float[Tensor, "B Ho Wo D"],
+        keys: Sequence[Float[Tensor, "B _ _ D"]],
+        values: Sequence[Float[Tensor, "B _ _ _"]],
+        windows: Sequence[tuple[AxisWindow, AxisWindow]],
+        *,
+        backend: str,
+        q_chunk_size: int | None,
+    ) -> list[Float[Tensor, "B Ho Wo _"]]:
+        """Return one average of values for each map of keys and values; the channels come last."""
+        if unlike(self.attention, nn.MultiheadAttention):
+            query, called = (
+                self.norm_q(query),
+                functools.partial(call_module, self.attention, q_chunk_size=q_chunk_size),
+            )
+            return [called(query, self.norm_k(key), *pair) for key, *pair in zip(keys, values, windows)]
+        query, heads = self.project_query(query), self.attention.num_heads
+        attend = functools.partial(window_attention, num_heads=heads, backend=backend, q_chunk_size=q_chunk_size)
+        return [attend(query, self.project_key(key), seen, *window) for key, seen, window in zip(keys, values, windows)]
 
     def project_query(self, query: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         return F.linear(self.norm_q(query), *self._part(0))
@@ -55,32 +80,46 @@ class Projections(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Normalises and projects queries and keys, then averages the raw values a query's window holds."""
+    """Normalises and projects queries and keys, then averages the raw values a query's window holds.
+
+    Attributes:
+        config: the model's settings; `window_ratio` may be read and set.
+    """
 
     def __init__(self, config: AnyUpConfig):
         super().__init__()
-        self.num_heads = config.num_heads
+        self.config = config
         self.cross_attn = Projections(config.qk_dim, config.num_heads)
         self.conv2d = nn.Conv2d(config.qk_dim, config.qk_dim, 3, padding=1, bias=False)
+
+    @property
+    def window_ratio(self) -> float:
+        return self.config.window_ratio
+
+    @window_ratio.setter
+    def window_ratio(self, ratio: float) -> None:
+        self.config = self.config.replace(window_ratio=ratio)
 
     def forward(
         self,
         query: Float[Tensor, "B D Ho Wo"],
-        maps: Sequence[Map],
-        windows: Sequence[tuple[AxisWindow, AxisWindow]],
-        *,
-        backend: str,
-        q_chunk_size: int | None,
-    ) -> list[Float[Tensor, "B _ Ho Wo"]]:
-        """Return one output a map; `windows` holds the rows' and the columns' window of each map."""
-        query = self.cross_attn.project_query(self.conv2d(query).permute(0, 2, 3, 1))
-        options = dict(num_heads=self.num_heads, backend=backend, q_chunk_size=q_chunk_size)
-        attend = functools.partial(window_attention, **options)
-        outputs = (
-            attend(query, self.project_key(key), values.permute(0, 2, 3, 1), *window)
-            for (key, values), window in zip(maps, windows)
-        )
-        return [output.permute(0, 3, 1, 2) for output in outputs]
+        key: Float[Tensor, "B D h w"] | Sequence[Float[Tensor, "B D _ _"]],
+        values: Float[Tensor, "B E h w"] | Sequence[Float[Tensor, "B _ _ _"]],
+        q_chunk_size: int | None = None,
+    ) -> Any:
+        """Return the output (B, E, Ho, Wo); for lists of keys and values a list."""
+        if isinstance(key, Tensor):
+            return self(query, [key], [values], q_chunk_size)[0]
+        windows = [self.windows(tuple(query.shape[2:]), grid_of(one)) for one in key]
+        query = self.conv2d(query).permute(0, 2, 3, 1)
+        keys, averaged = ([tensor.permute(0, 2, 3, 1) for tensor in tensors] for tensors in (key, values))
+        options = dict(backend=self.config.backend, q_chunk_size=q_chunk_size)
+        return [output.permute(0, 3, 1, 2) for output in self.cross_attn(query, keys, averaged, windows, **options)]
+
+    def windows(self, size: Size, grid: Size) -> tuple[AxisWindow, AxisWindow]:
+        """Return the windows of an output of this size over a grid of cells, along the rows and along the columns."""
+        ratio, window = self.config.window_ratio, self.config.window
+        return host_window(size[0], grid[0], ratio, window), host_window(size[1], grid[1], ratio, window)
 
     def project_key(self, key: Float[Tensor, "B D h w"]) -> Float[Tensor, "B h w D"]:
         return self.cross_attn.project_key(key.permute(0, 2, 3, 1))
@@ -94,15 +133,30 @@ class CrossAttention(nn.Module):
 class AnyUp(nn.Module):
     """Upsamples the features of any vision encoder to any resolution, guided by the image.
 
+    Submodules may be replaced, hooked or parametrised, and settings of `config` changed through `window_ratio` or
+    `replace`. In eager inference of unchanged submodules the same is computed with a fraction of the memory.
+
     Args:
-        config: the architecture.
+        config: the settings; the default ones if None.
+        fields: fields of `AnyUpConfig` that differ from these; `use_natten=True` is `window="natten"`.
+
+    Raises:
+        TypeError: for fields that do not exist.
+        ValueError: for settings no model can have, a backend that cannot compute the window, and parameters that do not
+            fit in memory.
+        ImportError: if the backend needs a package that is not installed.
     """
 
-    def __init__(self, config: AnyUpConfig = AnyUpConfig()):
+    def __init__(self, config: AnyUpConfig | None = None, **fields: Any):
         super().__init__()
+        if not isinstance(config, AnyUpConfig | None):
+            raise TypeError(
+                f"config={config!r} is no AnyUpConfig; give the settings by their names: AnyUp(qk_dim=128)."
+            )
+        config = (config or AnyUpConfig()).replace(**fields)
         checks.check_model(config)
         check_backend(config.backend, config.window)
-        self.config = config
+        self._config = config
         self.image_encoder = ConvEncoder(config.input_dim, config.qk_dim, config.kernel_size)
         self.key_encoder = ConvEncoder(config.qk_dim, config.qk_dim)
         self.query_encoder = ConvEncoder(config.qk_dim, config.qk_dim)
@@ -110,6 +164,51 @@ class AnyUp(nn.Module):
         self.cross_decode = CrossAttention(config)
         self.aggregation = ConvEncoder(2 * config.qk_dim, config.qk_dim, 3)
         self.rope = RoPE(config.qk_dim)
+        self._anatomy = anatomy(self)
+
+    @property
+    def config(self) -> AnyUpConfig:
+        """The settings, as they are now."""
+        return getattr(self.cross_decode, "config", self._config)
+
+    @property
+    def qk_dim(self) -> int:
+        return self.config.qk_dim
+
+    @property
+    def lfu_dim(self) -> int:
+        return self.config.filters
+
+    @property
+    def window_ratio(self) -> float:
+        """Half-width of the attention window as a share of the feature map, the same as `cross_decode.window_ratio`."""
+        return self.config.window_ratio
+
+    @window_ratio.setter
+    def window_ratio(self, ratio: float) -> None:
+        self.cross_decode.window_ratio = ratio
+
+    def replace(self, **changes: Any) -> AnyUp:
+        """Return a model of the same parameters, not of copies, with other settings: `model.replace(window_ratio=0.2)`.
+
+        Raises:
+            TypeError, ValueError, ImportError: for settings that do not exist, that are impossible or that contradict
+                the shapes of the parameters.
+        """
+        config = self.config.same_weights(**changes)
+        check_backend(config.backend, config.window)
+        shared = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
+        model = copy.deepcopy(self, shared)
+        model.cross_decode.config = config
+        attention = model.cross_decode.cross_attn.attention
+        attention.num_heads, attention.head_dim = config.num_heads, config.head_dim
+        return model
+
+    @property
+    def changed(self) -> list[str]:
+        """The submodules that have been replaced, hooked or parametrised since the model was made."""
+        now = anatomy(self)
+        return [name for name in sorted({*now, *self._anatomy}) if now.get(name) != self._anatomy.get(name)]
 
     def forward(
         self,
@@ -143,7 +242,8 @@ class AnyUp(nn.Module):
         if check:
             check_finite(image=image, features=features, values=values)
         if vis_attn:
-            self.show_attention(image, features, size, q_chunk_size)
+            options = dict(output_size=size, q_chunk_size=q_chunk_size)
+            show_attention(lambda values: self(image[:1], features[:1], values=values, **options), features)
         return self._upsample(image, [features], [features if values is None else values], size, q_chunk_size)[0]
 
     def _upsample(
@@ -151,8 +251,8 @@ class AnyUp(nn.Module):
     ) -> list[Tensor]:
         """Upsample several feature maps of one image; the inputs have been checked."""
         grids = [grid_of(maps) for maps in features]
-        for grid in grids:
-            self.windows(size, grid)  # refuses windows without keys before the work begins
+        for grid in grids if isinstance(self.cross_decode, CrossAttention) else ():
+            self.cross_decode.windows(size, grid)  # refuses windows without keys before the work begins
         image, *features = (tensor.to(self.dtype) for tensor in (image, *features))
         wide = [x.to(self.widened(x.dtype)) for x in values]
         if streaming.possible(self, image, *features, *wide):
@@ -166,7 +266,7 @@ class AnyUp(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type of the parameters and so of the computation; outputs have the type of the values."""
-        return self.rope.freqs.dtype
+        return next(self.parameters()).dtype
 
     def widened(self, dtype: torch.dtype) -> torch.dtype:
         """The type in which values of `dtype` are averaged: no narrower, but float64 only in a model of that type."""
@@ -186,8 +286,44 @@ class AnyUp(nn.Module):
         image = image.to(self.dtype)
         if streaming.possible(self, image):
             return streaming.encode_image(self, image, grids, sizes)
-        guide = self.rope(self.image_encoder(image))
+        return self._encode_guide(self._rotate(self.image_encoder(image)), grids, sizes)
+
+    def _rotate(self, guide: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
+        if isinstance(self.rope, RoPE):
+            return self.rope(guide)
+        rows, cols = (torch.from_numpy(axis).to(guide) for axis in geometry.coordinates(*grid_of(guide)))
+        coords = torch.stack(torch.meshgrid(rows, cols, indexing="ij"), -1).flatten(0, 1)[None]
+        rotated = self.rope(guide.flatten(2).transpose(1, 2), coords)  # somebody's own, called as the published one
+        return rotated.transpose(1, 2).unflatten(2, guide.shape[2:])
+
+    def _encode_guide(self, guide: Float[Tensor, "B D H W"], grids: Sequence[Size], sizes: Sequence[Size]) -> ImageCode:
         return ImageCode(pool(self.key_encoder(guide), grids), pool(self.query_encoder(guide), sizes))
+
+    def upsample(
+        self,
+        enc_img: Float[Tensor, "B D H W"],
+        feats: Float[Tensor, "B C h w"],
+        out_size: OutputSize,
+        vis_attn: bool = False,
+        q_chunk_size: int | None = None,
+    ) -> Float[Tensor, "B C Ho Wo"]:
+        """Upsample features with an image that is encoded and rotated, `rope(image_encoder(image))`.
+
+        The published model has this method; see `encode_image`, `describe` and `decode` for several feature maps.
+
+        Raises:
+            ValueError, TypeError: as for `forward`.
+        """
+        config = self.config.replace(input_dim=self.config.qk_dim)  # the guide stands where the image does
+        size = checks.check_inputs(config, "NCHW", enc_img, feats, out_size, q_chunk_size, None)
+        guide = enc_img.to(self.dtype)
+        if vis_attn:
+            show_attention(lambda values: self._decode_guide(guide[:1], feats[:1], values, size, q_chunk_size), feats)
+        return self._decode_guide(guide, feats, feats, size, q_chunk_size).to(feats.dtype)
+
+    def _decode_guide(self, guide: Tensor, feats: Tensor, values: Tensor, size: Size, chunk: int | None) -> Tensor:
+        code = self._encode_guide(guide, [grid_of(feats)], [size])
+        return self.decode(code, [(self.describe(code, feats), values.to(self.widened(values.dtype)))], size, chunk)[0]
 
     def describe(self, code: ImageCode, features: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D h w"]:
         """Return the keys of a feature map: the image's keys on its grid, aggregated with the features' description.
@@ -220,31 +356,29 @@ class AnyUp(nn.Module):
         tensors = [tensor for pair in maps for tensor in pair]
         if maps and streaming.possible(self, *tensors, *code.queries.values()):
             return streaming.decode(self, code, maps, size, q_chunk_size)
-        windows = [self.windows(size, grid_of(key)) for key, _ in maps]
-        options = dict(backend=self.config.backend, q_chunk_size=q_chunk_size)
-        return self.cross_decode(code.query(size), maps, windows, **options)
+        if len(maps) == 1:  # as the published model calls it
+            return [self.cross_decode(code.query(size), *maps[0], q_chunk_size=q_chunk_size)]
+        return self.cross_decode(code.query(size), *map(list, zip(*maps)), q_chunk_size=q_chunk_size) if maps else []
 
-    def windows(self, size: Size, grid: Size) -> tuple[AxisWindow, AxisWindow]:
-        """Return the windows of an output of this size over a grid of cells, along the rows and along the columns."""
-        ratio, window = self.config.window_ratio, self.config.window
-        return host_window(size[0], grid[0], ratio, window), host_window(size[1], grid[1], ratio, window)
 
-    def show_attention(self, image: Tensor, features: Tensor, output_size: Size, q_chunk_size: int | None) -> None:
-        """Show where every output position looks: a wheel of colours over the cells, sent through the attention."""
-        try:
-            from matplotlib import pyplot
-        except ModuleNotFoundError as error:
-            raise ImportError('vis_attn=True needs matplotlib: pip install "anyup-jax[viz]".') from error
+def show_attention(upsample: Callable[[Tensor], Tensor], features: Float[Tensor, "B C h w"]) -> None:
+    """Show where every output position looks: a wheel of colours over the cells, sent through the attention.
 
-        def upsample(colors):
-            values = torch.from_numpy(colors).to(features).permute(2, 0, 1)[None]
-            with torch.no_grad():
-                pixels = self(image[:1], features[:1], output_size, q_chunk_size=q_chunk_size, values=values)
-            return pixels[0].permute(1, 2, 0).float().cpu()
+    `upsample` upsamples values (1, 3, h, w) as the features of the first image are.
+    """
+    try:
+        from matplotlib import pyplot
+    except ModuleNotFoundError as error:
+        raise ImportError('vis_attn=True needs matplotlib: pip install "anyup-jax[viz]".') from error
 
-        pyplot.imshow(visualize.attention_picture(upsample, *features.shape[2:]))
-        pyplot.axis("off")
-        pyplot.show()
+    def upsample_colors(colors):
+        with torch.no_grad():
+            pixels = upsample(torch.from_numpy(colors).to(features).permute(2, 0, 1)[None])
+        return pixels[0].permute(1, 2, 0).float().cpu()
+
+    pyplot.imshow(visualize.attention_picture(upsample_colors, *features.shape[2:]))
+    pyplot.axis("off")
+    pyplot.show()
 
 
 def grid_of(maps: Tensor) -> Size:

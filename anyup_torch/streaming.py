@@ -202,14 +202,18 @@ def turn(
 
 
 def possible(model: nn.Module, *tensors: Tensor) -> bool:
-    """Whether the model can be streamed: in eager inference, in one type throughout, with the tiled attention."""
+    """Whether the model can be streamed: in eager inference, in one type throughout, with the tiled attention.
+
+    Streaming calls none of the submodules, so they must be the model's own, and nothing may be hooked to them.
+    """
     return (
         resolve(model.config.backend, tensors[0].device) == "tiled"
         and tensors[0].device.type != "meta"
         and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed(*tensors))
         and not torch.is_autocast_enabled(tensors[0].device.type)
-        and all(tensor.dtype == model.rope.freqs.dtype for tensor in tensors)
+        and all(tensor.dtype == model.dtype for tensor in tensors)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *model.parameters())))
+        and not model.changed
     )
 
 
@@ -263,7 +267,7 @@ def plan(
     model: nn.Module, grids: Sequence[Size], size: Size, q_chunk_size: int | None, device: torch.device
 ) -> list[TileAttention]:
     """Plan the attention over each grid of cells."""
-    plans = (plan_tiles(*model.windows(size, grid), q_chunk_size) for grid in grids)
+    plans = (plan_tiles(*model.cross_decode.windows(size, grid), q_chunk_size) for grid in grids)
     return [TileAttention(*tiles, model.config.num_heads, q_chunk_size, device) for tiles in plans]
 
 
