@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 from anyup_core.config import AnyUpConfig
 from anyup_core.geometry import AxisWindow
 from anyup_core.settings import require
 
-OutputSize = int | Sequence[int]  # of a square, or height and width
+OutputSize = SupportsIndex | Sequence[SupportsIndex]  # of a square, or height and width
 ORDERS = {"NHWC": (0, 2, 3, 1), "NCHW": (0, 3, 1, 2)}  # how to transpose the other order into this one
 
 

@@ -87,15 +87,20 @@ class AnyUp(nnx.Module):
     """Upsamples the features of any vision encoder to any resolution, guided by the image.
 
     Args:
-        config: the architecture.
+        config: the settings; the default ones if None.
         rngs: random streams for the initial parameters.
         dtype: type of the computation, float32 or bfloat16; parameters are float32 either way.
+        fields: fields of `AnyUpConfig` that differ from these; `use_natten=True` is `window="natten"`.
 
     Raises:
-        ValueError: for an unknown backend, and for parameters that do not fit in memory.
+        TypeError: for fields that do not exist.
+        ValueError: for settings no model can have, and for parameters that do not fit in memory.
     """
 
-    def __init__(self, config: AnyUpConfig = AnyUpConfig(), *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+    def __init__(
+        self, config: AnyUpConfig | None = None, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, **fields: Any
+    ):
+        config = (config or AnyUpConfig()).replace(**fields)
         dim, build = config.qk_dim, functools.partial(ConvEncoder, dtype=dtype, rngs=rngs)
         checks.check_model(config)
         resolve(config.backend)
@@ -108,6 +113,19 @@ class AnyUp(nnx.Module):
         self.cross_decode = CrossAttention(config, dtype=dtype, rngs=rngs)
         self.aggregation = build(2 * dim, dim, 3)
         self.rope = RoPE(dim)
+
+    def replace(self, **changes: Any) -> AnyUp:
+        """Return a model of the same parameters with other settings: `model.replace(window_ratio=0.2)`.
+
+        Raises:
+            TypeError, ValueError: for settings that do not exist, that are impossible or that contradict the shapes of
+                the parameters.
+        """
+        config = self.config.same_weights(**changes)
+        resolve(config.backend)
+        model = nnx.merge(*nnx.split(self))
+        model.config, model.cross_decode.num_heads = config, config.num_heads
+        return model
 
     @standard_promotion()
     def __call__(

@@ -58,15 +58,15 @@ class Projections(nn.Module):
         q_chunk_size: int | None,
     ) -> list[Float[Tensor, "B Ho Wo _"]]:
         """Return one average of values for each map of keys and values; the channels come last."""
+        maps = zip(keys, values, windows)
         if unlike(self.attention, nn.MultiheadAttention):
-            query, called = (
-                self.norm_q(query),
-                functools.partial(call_module, self.attention, q_chunk_size=q_chunk_size),
+            call: Callable[..., Tensor] = functools.partial(
+                call_module, self.attention, self.norm_q(query), q_chunk_size=q_chunk_size
             )
-            return [called(query, self.norm_k(key), *pair) for key, *pair in zip(keys, values, windows)]
-        query, heads = self.project_query(query), self.attention.num_heads
-        attend = functools.partial(window_attention, num_heads=heads, backend=backend, q_chunk_size=q_chunk_size)
-        return [attend(query, self.project_key(key), seen, *window) for key, seen, window in zip(keys, values, windows)]
+            return [call(self.norm_k(key), seen, window) for key, seen, window in maps]
+        query, options = self.project_query(query), dict(num_heads=self.attention.num_heads, backend=backend)
+        attend: Callable[..., Tensor] = functools.partial(window_attention, query, q_chunk_size=q_chunk_size, **options)
+        return [attend(self.project_key(key), seen, *window) for key, seen, window in maps]
 
     def project_query(self, query: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         return F.linear(self.norm_q(query), *self._part(0))
@@ -108,13 +108,13 @@ class CrossAttention(nn.Module):
         q_chunk_size: int | None = None,
     ) -> Any:
         """Return the output (B, E, Ho, Wo); for lists of keys and values a list."""
-        if isinstance(key, Tensor):
-            return self(query, [key], [values], q_chunk_size)[0]
-        windows = [self.windows(tuple(query.shape[2:]), grid_of(one)) for one in key]
+        single = isinstance(key, Tensor)
+        keys, maps = (channels_last([one] if isinstance(one, Tensor) else one) for one in (key, values))
+        windows = [self.windows(grid_of(query), (one.shape[1], one.shape[2])) for one in keys]
         query = self.conv2d(query).permute(0, 2, 3, 1)
-        keys, averaged = ([tensor.permute(0, 2, 3, 1) for tensor in tensors] for tensors in (key, values))
-        options = dict(backend=self.config.backend, q_chunk_size=q_chunk_size)
-        return [output.permute(0, 3, 1, 2) for output in self.cross_attn(query, keys, averaged, windows, **options)]
+        outputs = self.cross_attn(query, keys, maps, windows, backend=self.config.backend, q_chunk_size=q_chunk_size)
+        outputs = [output.permute(0, 3, 1, 2) for output in outputs]
+        return outputs[0] if single else outputs
 
     def windows(self, size: Size, grid: Size) -> tuple[AxisWindow, AxisWindow]:
         """Return the windows of an output of this size over a grid of cells, along the rows and along the columns."""
@@ -374,7 +374,7 @@ def show_attention(upsample: Callable[[Tensor], Tensor], features: Float[Tensor,
     def upsample_colors(colors):
         with torch.no_grad():
             pixels = upsample(torch.from_numpy(colors).to(features).permute(2, 0, 1)[None])
-        return pixels[0].permute(1, 2, 0).float().cpu()
+        return pixels[0].permute(1, 2, 0).float().cpu().numpy()
 
     pyplot.imshow(visualize.attention_picture(upsample_colors, *features.shape[2:]))
     pyplot.axis("off")
@@ -384,6 +384,10 @@ def show_attention(upsample: Callable[[Tensor], Tensor], features: Float[Tensor,
 def grid_of(maps: Tensor) -> Size:
     """Return the height and width of NCHW maps."""
     return int(maps.shape[2]), int(maps.shape[3])
+
+
+def channels_last(maps: Sequence[Float[Tensor, "B _ _ _"]]) -> list[Float[Tensor, "B _ _ _"]]:
+    return [one.permute(0, 2, 3, 1) for one in maps]
 
 
 def pool(x: Float[Tensor, "B D H W"], sizes: Sequence[Size]) -> dict[Size, Float[Tensor, "B D _ _"]]:

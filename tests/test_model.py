@@ -434,6 +434,22 @@ def test_refused(change, error, message):
             call(**arguments)
 
 
+def test_settings_by_keyword_and_replaced():
+    model = AnyUp(qk_dim=32, use_natten=True, num_heads=2, rngs=nnx.Rngs(0))
+    assert model.config == AnyUpConfig(qk_dim=32, window="natten", num_heads=2)
+    with pytest.raises(TypeError, match="no field depth"):
+        AnyUp(depth=2, rngs=nnx.Rngs(0))
+    given = inputs()
+    fields = dict(num_heads=4, window_ratio=0.05)
+    other = small().replace(**fields)
+    expected = pretrained.build(Checkpoint(random_weights(SMALL)), **fields)
+    close(anyup_jax.upsample(other, *given), anyup_jax.upsample(expected, *given), 0)
+    assert small().config.window_ratio == 0.2
+    for change in (dict(qk_dim=64), dict(lfu_dim=8), dict(kernel_size=7), dict(num_heads=5)):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            small().replace(**change)
+
+
 @pytest.mark.parametrize("changes", [{}, dict(qk_dim=16, lfu_dim=8, input_dim=13, kernel_size=3, kernel_size_lfu=7)])
 def test_parameters_are_counted_before_they_are_made(changes):
     config = anyup_jax.AnyUpConfig(**changes)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -116,9 +115,12 @@ class TileAttention:
             queries = query[:, self.query_cols[tiles].flatten()]
         key_cols = self.key_cols[tiles]
 
-        queries = rearrange(queries, "t (g u) (n k) -> (g n) (t u) k", g=group, n=heads)
-        keys = rearrange(key[:, key_cols.flatten()], "h (g w) (n k) -> (g n) k (h w)", g=group, n=heads)
-        seen = rearrange(values[:, key_cols.flatten()], "h (g w) e -> g (h w) e", g=group)
+        # rows, tiles, columns, heads, channels of a head -> tiles and heads, positions, channels
+        queries = queries.unflatten(1, (group, -1)).unflatten(3, (heads, -1)).permute(1, 3, 0, 2, 4)
+        queries = queries.flatten(0, 1).flatten(1, 2)
+        keys = key[:, key_cols.flatten()].unflatten(1, (group, -1)).unflatten(3, (heads, -1)).permute(1, 3, 4, 0, 2)
+        keys = keys.flatten(0, 1).flatten(2, 3)
+        seen = values[:, key_cols.flatten()].unflatten(1, (group, -1)).transpose(0, 1).flatten(1, 2)
 
         bias = self.row_bias[row][:, None, :, None] + self.col_bias[tiles][:, None, :, None]
         scores = (queries @ (keys * head_dim**-0.5)).float().unflatten(0, (group, heads))
