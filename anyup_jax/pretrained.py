@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -16,24 +18,34 @@ from anyup_jax.model import AnyUp
 
 
 def from_pretrained(
-    source: str | Path, *, dtype: DTypeLike = jnp.float32, ema: bool = False, **overrides: Any
+    source: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    ema: bool = False,
+    revision: str | None = None,
+    file: str | None = None,
+    **overrides: Any,
 ) -> AnyUp:
     """Return a model with the weights of a checkpoint.
 
     Args:
         source: a published name ("anyup", "anyup_multi_backbone"), fetched once; "anyup_efficientnet_lite", which comes
-            with this package (small data: see its card in `anyup_core/weights`); or the path of a .pth, .pt or
-            .safetensors file, of an Orbax directory, or of a training run, whose newest checkpoint is taken.
+            with this package (small data: see its card in `anyup_core/weights`); the path of a .pth, .pt or
+            .safetensors file, of a folder of `save_pretrained`, of an Orbax directory, or of a training run, whose
+            newest checkpoint is taken; or, where no such path exists, a model "org/name" on the Hugging Face hub.
         dtype: type of the computation, float32 or bfloat16; parameters are float32 either way.
         ema: take a run's moving average of the parameters.
+        revision: branch, tag or commit of a model on the hub.
+        file: a .safetensors, .pth, .pt or .bin file to take from the hub instead of `model.safetensors`.
         overrides: fields of `AnyUpConfig` that the weights do not decide, such as `window="natten"`.
 
     Raises:
         ValueError: for an unknown name, a file that is not one AnyUp model, or overrides that contradict the weights.
-        FileNotFoundError, ConnectionError: if there is no such file, or it cannot be fetched.
+        FileNotFoundError, ConnectionError: if there is no such file or model, or it cannot be fetched.
+        PermissionError: for a model on the hub that may not be read.
         TypeError: for overrides that are no fields of `AnyUpConfig`.
     """
-    return build(load(source, ema=ema), dtype=dtype, **overrides)
+    return build(load(source, ema=ema, revision=revision, file=file), dtype=dtype, **overrides)
 
 
 def build(checkpoint: Checkpoint, *, dtype: DTypeLike = jnp.float32, **overrides: Any) -> AnyUp:
@@ -48,3 +60,10 @@ def build(checkpoint: Checkpoint, *, dtype: DTypeLike = jnp.float32, **overrides
     ]
     assert not parameters, f"the table has more than the model: {', '.join(parameters)}"
     return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def checkpoint(model: AnyUp) -> Checkpoint:
+    """Return a model's parameters, as float32, and its configuration."""
+    state = nnx.to_flat_state(nnx.state(model))
+    parameters = {".".join(map(str, path)): np.asarray(variable[...], np.float32) for path, variable in state}
+    return Checkpoint.from_flax(parameters, dataclasses.asdict(model.config))

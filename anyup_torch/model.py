@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -379,6 +380,61 @@ def show_attention(upsample: Callable[[Tensor], Tensor], features: Float[Tensor,
     pyplot.imshow(visualize.attention_picture(upsample_colors, *features.shape[2:]))
     pyplot.axis("off")
     pyplot.show()
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike,
+        *,
+        run: str | os.PathLike | None = None,
+        license: str | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Write a folder that `from_pretrained` loads in both frameworks: configuration, weights and a model card.
+
+        Args:
+            folder: a new or an empty directory; its parent exists.
+            run: the training run that the weights are of, for the card.
+            license: identifier of the weights' licence on the hub, such as "apache-2.0", for the card.
+            overwrite: replace a model that is there.
+
+        Raises:
+            FileExistsError, FileNotFoundError, PermissionError: if the folder cannot be written.
+            ValueError: if `run` is no training run, or `license` no identifier.
+        """
+        from anyup_core.checkpoints import publishing
+        from anyup_torch import pretrained
+
+        publishing.save(folder, pretrained.checkpoint(self), run=run, license=license, overwrite=overwrite)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        run: str | os.PathLike | None = None,
+        license: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        message: str = "Upload AnyUp",
+    ) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face hub, and return the address of the commit.
+
+        Args:
+            repository: "org/name"; it is created if there is none.
+            run, license: as for `save_pretrained`.
+            private: whether a new repository is private; None for the organisation's default.
+            revision: the branch; None for the main one.
+            message: of the commit.
+
+        Raises:
+            PermissionError, ConnectionError, FileNotFoundError: if the hub does not allow it or cannot be reached, or
+                has no such branch.
+            ValueError: as for `save_pretrained`, and if `repository` is no name.
+        """
+        from anyup_core.checkpoints import publishing
+        from anyup_torch import pretrained
+
+        options: dict[str, Any] = dict(private=private, revision=revision, message=message)
+        return publishing.push(repository, pretrained.checkpoint(self), run=run, license=license, **options)
 
 
 def grid_of(maps: Tensor) -> Size:

@@ -1,7 +1,7 @@
 """Fetching a file once into a cache: resumed after an interruption, checked, one process at a time.
 
-The downloads of `huggingface_hub` are not used: they accept any speed, know no host but the hub, and give a file its
-name before its content is checked. Its cache is read where it helps (see `encoder_files`).
+What models on the hub need, `huggingface_hub` fetches (see `hub`), watched by the same rules. It knows no host but the
+hub, and gives a file its name before its content is checked.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def obtain(url: str, path: Path, check: Callable[[Path], object]) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    with _lock(path.with_name(f"{path.name}.lock")):
+    with locked(path.with_name(f"{path.name}.lock"), path.name):
         if path.exists():
             return path
         if part.is_symlink():  # what it points to is not ours to write
@@ -157,16 +157,21 @@ def _answer(request: urllib.request.Request) -> http.client.HTTPResponse:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock that ends with the process; whoever waits for it says on stderr which process has it."""
+def locked(path: Path, name: str) -> Iterator[None]:
+    """Hold an exclusive lock that ends with the process; whoever waits for it says on stderr which process has it.
+
+    Args:
+        path: of the lock.
+        name: of what is fetched, for that message.
+    """
     import filelock
 
     lock, holder = filelock.FileLock(path), path.with_name(f"{path.name}-holder")
     try:
         lock.acquire(timeout=PATIENCE)
     except filelock.Timeout:
-        name = holder.read_text() if holder.is_file() else "another process"
-        print(f"Waiting for {name}, which fetches {path.with_suffix('').name}.", file=sys.stderr, flush=True)
+        by = holder.read_text() if holder.is_file() else "another process"
+        print(f"Waiting for {by}, which fetches {name}.", file=sys.stderr, flush=True)
         lock.acquire()
     try:
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")

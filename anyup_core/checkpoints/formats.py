@@ -3,6 +3,7 @@
 .pth .pt .bin   PyTorch's archive: a plain state dict, or a training checkpoint that holds one; .bin is only read
 .safetensors    PyTorch's names and layout, the configuration in the metadata
 a directory     an Orbax checkpoint: Flax's names and layout in `params/`, the configuration in `config.json`
+                or a folder of the hub: `model.safetensors`, and the configuration in `config.json`; AnyUp only
 
 The configuration of AnyUp holds fields of `AnyUpConfig`; that of an encoder is {"encoder": name}.
 """
@@ -16,14 +17,22 @@ from typing import Any
 
 import numpy as np
 
-from anyup_core.checkpoints import orbax_directory, run_directory, safetensors_file, torch_file, unwrapping
+from anyup_core.checkpoints import (
+    hub_folder,
+    orbax_directory,
+    run_directory,
+    safetensors_file,
+    torch_file,
+    unwrapping,
+)
 from anyup_core.checkpoints.checkpoint import Checkpoint, warn_unless_finite
 from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint, any_of, architectures
 from anyup_core.config import AnyUpConfig
 from anyup_core.encoders import catalogue
 from anyup_core.replacement import replacing
 
-TORCH, SAFETENSORS, ORBAX = "torch", "safetensors", "orbax"
+TORCH, SAFETENSORS, ORBAX, HUB = "torch", "safetensors", "orbax", "hub"
+DIRECTORIES = (ORBAX, HUB)
 SUFFIXES = {".pth": TORCH, ".pt": TORCH, ".safetensors": SAFETENSORS}
 READ_ONLY = {".bin": TORCH}
 FOREIGN = (".ckpt", ".h5", ".json", ".msgpack", ".npy", ".npz", ".onnx", ".pkl", ".tar", ".zip")
@@ -34,13 +43,17 @@ ENCODER_KEY = "encoder"  # in the metadata and in config.json, with the name of 
 def format_of(path: str | Path) -> str:
     """Return the format of a path: by its suffix, and a directory (or a path without a known suffix) is Orbax.
 
+    A directory with `model.safetensors` is a folder of the hub.
+
     Raises ValueError for the suffixes of other formats.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix in FOREIGN:
         raise ValueError(f"{path} has the suffix {suffix}; use {', '.join(SUFFIXES)}, or a directory for Orbax.")
-    return ORBAX if path.is_dir() else (SUFFIXES | READ_ONLY).get(suffix, ORBAX)
+    if path.is_dir():
+        return HUB if hub_folder.is_hub_folder(path) else ORBAX
+    return (SUFFIXES | READ_ONLY).get(suffix, ORBAX)
 
 
 def read(path: str | Path, *, kind: str | None = None, item: str = run_directory.PARAMS) -> Checkpoint:
@@ -76,12 +89,12 @@ def _not_anyup(path: str | Path, encoders: list[str]) -> str:
     )
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
+def read_config(path: str | Path, *, kind: str | None = None) -> dict[str, Any]:
     """Return the configuration that a checkpoint carries, without reading its weights; a state dict has none.
 
     Raises as `read_tensors` does.
     """
-    return _config(*_existing(path, None))
+    return _config(*_existing(path, kind))
 
 
 def read_tensors(
@@ -96,6 +109,8 @@ def read_tensors(
         return unwrapping.unwrap(torch_file.read(path), path)
     if kind == SAFETENSORS:
         return unwrapping.unwrap(safetensors_file.read(path), path)[0], config
+    if kind == HUB:
+        return safetensors_file.read(path / hub_folder.WEIGHTS), config
     return orbax_directory.read_tree(path / item), config
 
 
@@ -104,18 +119,32 @@ def _existing(path: str | Path, kind: str | None) -> tuple[Path, str]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
     kind = kind or format_of(path)
-    if kind != ORBAX and not path.is_file():
+    if kind not in DIRECTORIES and not path.is_file():
         raise ValueError(f"{path} is no regular file.")
     if kind == ORBAX and not is_orbax(path):
         path = run_directory.step_directory(path) or path
     return path, kind
 
 
-def write(path: str | Path, checkpoint: Checkpoint | EncoderCheckpoint, *, overwrite: bool = False) -> Path:
+def write(
+    path: str | Path,
+    checkpoint: Checkpoint | EncoderCheckpoint,
+    *,
+    overwrite: bool = False,
+    kind: str | None = None,
+    card: str | None = None,
+) -> Path:
     """Write a checkpoint in the format of the path; it takes the place of what is there once it is complete.
 
     A .pth or .pt file holds the state dict only, so that `load_state_dict(strict=True)` takes it; the other formats
     carry `checkpoint.config`.
+
+    Args:
+        path: the destination.
+        checkpoint: what is written.
+        overwrite: replace a checkpoint of this format.
+        kind: HUB for a folder of the hub; otherwise the path tells the format.
+        card: the text of that folder's model card.
 
     Raises:
         FileExistsError: if something is there, unless it is a checkpoint of this format and `overwrite` is given.
@@ -123,8 +152,8 @@ def write(path: str | Path, checkpoint: Checkpoint | EncoderCheckpoint, *, overw
         PermissionError: if the parent directory is not writable.
         ValueError: for the suffix of a format that is not written, or a number type that it lacks.
     """
-    path, kind = Path(path), format_of(path)
-    check_destination(path, overwrite=overwrite)
+    check_destination(path, overwrite=overwrite, kind=kind)
+    path, kind = Path(path), kind or format_of(path)
     config = json.dumps(checkpoint.config, indent=2) + "\n"
     with replacing(path) as temporary:
         if kind == TORCH:
@@ -132,6 +161,14 @@ def write(path: str | Path, checkpoint: Checkpoint | EncoderCheckpoint, *, overw
         elif kind == SAFETENSORS:
             metadata = checkpoint.config if isinstance(checkpoint, EncoderCheckpoint) else {METADATA_KEY: config}
             safetensors_file.write(temporary, checkpoint.tensors, metadata)
+        elif kind == HUB:
+            if isinstance(checkpoint, EncoderCheckpoint):
+                raise ValueError(f"{path}: a folder of the hub holds AnyUp, and this is an encoder.")
+            temporary.mkdir()
+            (temporary / hub_folder.CONFIG).write_text(hub_folder.config_text(checkpoint.config))
+            safetensors_file.write(temporary / hub_folder.WEIGHTS, checkpoint.tensors, {METADATA_KEY: config})
+            if card is not None:
+                (temporary / hub_folder.CARD).write_text(card, encoding="utf-8")
         else:
             temporary.mkdir()
             (temporary / "config.json").write_text(config)
@@ -141,7 +178,8 @@ def write(path: str | Path, checkpoint: Checkpoint | EncoderCheckpoint, *, overw
 
 
 def _config(path: Path, kind: str) -> dict[str, Any]:
-    config = _orbax_config(path) if kind == ORBAX else _safetensors_config(path) if kind == SAFETENSORS else {}
+    readers = {ORBAX: _orbax_config, SAFETENSORS: _safetensors_config, HUB: hub_folder.read_config}
+    config = readers[kind](path) if kind in readers else {}
     try:
         if ENCODER_KEY in config:
             catalogue.find(config[ENCODER_KEY])
@@ -164,8 +202,9 @@ def _orbax_config(path: Path) -> dict[str, Any]:
         return run_directory.config(path)
     if not is_orbax(path):
         raise ValueError(
-            f"{path} is no Orbax checkpoint of AnyUp or of an encoder, and no run of train.run: it must be a directory "
-            "with config.json and params/, or a run's output_dir with checkpoints/STEP/."
+            f"{path} is no Orbax checkpoint of AnyUp or of an encoder, no folder of the hub, and no run of train.run: "
+            "it must be a directory with config.json and params/ or model.safetensors, or a run's output_dir with "
+            "checkpoints/STEP/."
         )
     config = run_directory.parse_json((path / "config.json").read_bytes(), str(path / "config.json"))
     if not isinstance(config.get(ENCODER_KEY, ""), str):
@@ -177,9 +216,11 @@ def is_orbax(path: Path) -> bool:
     return (path / "config.json").is_file() and (path / "params").is_dir()
 
 
-def check_destination(path: str | Path, *, overwrite: bool = False) -> None:
+def check_destination(path: str | Path, *, overwrite: bool = False, kind: str | None = None) -> None:
     """Raise as `write` does if a checkpoint may not be written there."""
-    path, kind = Path(path), format_of(path)
+    path, kind = Path(path), format_of(path) if kind is None else kind
+    if kind == HUB and path.suffix.lower() in (*SUFFIXES, *READ_ONLY, *FOREIGN):
+        raise ValueError(f"{path} has the suffix {path.suffix} of a file; give a folder for {hub_folder.WEIGHTS}.")
     if path.suffix.lower() in READ_ONLY:
         raise ValueError(f"{path} has the suffix {path.suffix}, which is only read; use {', '.join(SUFFIXES)}.")
     parent = Path(os.path.realpath(path)).parent  # where `path` is a link, what is behind it is written
@@ -187,6 +228,12 @@ def check_destination(path: str | Path, *, overwrite: bool = False) -> None:
         raise FileNotFoundError(f"{path} cannot be written: the directory {parent} does not exist.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionError(f"{path} cannot be written: the directory {parent} is not writable.")
+    if kind == HUB and path.exists():
+        if not path.is_dir() or not hub_folder.holds_nothing_else(path):
+            what = "a directory that holds other files" if path.is_dir() else "a file"
+            raise FileExistsError(f"{path} is {what} and stays as it is; choose another name.")
+        if not any(path.iterdir()):
+            return
     if path.exists() and kind == ORBAX and not is_orbax(path):
         what = "a directory that is no Orbax checkpoint" if path.is_dir() else "a file"
         raise FileExistsError(f"{path} is {what} and stays as it is; choose another name.")

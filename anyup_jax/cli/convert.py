@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anyup_core.checkpoints import encoder_checkpoint, encoder_files, formats, names
+from anyup_core.checkpoints import encoder_checkpoint, encoder_files, formats, names, publishing, run_directory
 from anyup_core.checkpoints.checkpoint import Checkpoint, warn_unless_finite
 from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint
 from anyup_core.config import AnyUpConfig
@@ -22,8 +22,9 @@ SETTINGS = ("window_ratio", "num_heads", "window")  # that the weights do not te
 TEXTS: dict[str, Any] = dict(
     description="Convert a checkpoint of AnyUp or of an encoder; the formats follow from the paths.",
     usage="%(prog)s [options] SRC [DST]\n       %(prog)s [options] --timm NAME [--weights FILE] [DST]",
-    epilog="formats: .pth and .pt (PyTorch), .safetensors (PyTorch's layout), a directory (Orbax, Flax's layout).\n"
-    f"SRC may also be the name of a checkpoint: {', '.join(names.NAMES)}",
+    epilog="formats: .pth and .pt (PyTorch), .safetensors (PyTorch's layout), a directory (Orbax, Flax's layout; with\n"
+    "--hub config.json, model.safetensors and a model card, as the Hugging Face hub holds them).\n"
+    f"SRC may also be the name of a checkpoint: {', '.join(names.NAMES)}, or org/name on the hub",
     formatter_class=argparse.RawDescriptionHelpFormatter,
 )
 """What the parser of the command receives."""
@@ -49,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training = "with the optimizer: a run of `train` to a trainer's .pth, or back (in a checkout)"
     parser.add_argument("--training", action="store_true", help=training)
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it is a checkpoint of the same format")
+    hub = "write a folder for the Hugging Face hub; the card tells what SRC does, if it is a run of `train`"
+    parser.add_argument("--hub", action="store_true", help=hub)
+    parser.add_argument("--license", metavar="ID", help="with --hub: the licence of the weights, such as cc-by-4.0")
     timm = parser.add_argument_group("encoders (the name is kept in .safetensors and Orbax)")
     timm.add_argument("--timm", metavar="NAME", help="an encoder of timm, whose pretrained weights timm fetches")
     timm.add_argument("--weights", type=expanded, metavar="FILE", help="its weights, in place of these")
@@ -73,14 +77,19 @@ def convert(args: argparse.Namespace, *, verify: Verify | None = None, convert_r
         raise ValueError("DST is missing; give the path to write, or --inspect or --verify to look at SRC alone.")
     if args.training and (args.timm or args.inspect or args.verify):
         raise ValueError("--training takes SRC and DST alone; leave out --timm, --inspect and --verify.")
+    if args.hub and (args.training or args.timm or not args.destination):
+        raise ValueError("--hub writes AnyUp to a folder DST; give DST, and leave out --timm and --training.")
+    if args.license and not args.hub:
+        raise ValueError("--license is for the model card, which only --hub writes.")
     for option, function in (("verify", verify), ("training", convert_run)):
         if getattr(args, option) and function is None:
             raise ValueError(f"--{option} needs a checkout of AnyUp-JAX; run python -m convert there.")
     if args.training and convert_run is not None:
         print(convert_run(Path(args.source), Path(args.destination), args.overwrite, lambda x: configured(x, args)))
         return
+    kind = formats.HUB if args.hub else None
     if args.destination:
-        formats.check_destination(args.destination, overwrite=args.overwrite)
+        formats.check_destination(args.destination, overwrite=args.overwrite, kind=kind)
     out = console()
     if args.inspect:
         list_tensors(args.source, args.timm, out)
@@ -88,7 +97,10 @@ def convert(args: argparse.Namespace, *, verify: Verify | None = None, convert_r
         return
     source = written = load(args)
     if args.destination:
-        path = formats.write(args.destination, source, overwrite=args.overwrite)
+        if args.hub:
+            path = write_for_hub(args, source)
+        else:
+            path = formats.write(args.destination, source, overwrite=args.overwrite)
         out.print(written_text(args.destination, source), soft_wrap=True)
         if isinstance(source, EncoderCheckpoint):
             written = encoder_files.read(path, source.published.full_name)
@@ -96,6 +108,14 @@ def convert(args: argparse.Namespace, *, verify: Verify | None = None, convert_r
             written = Checkpoint(formats.read(path).tensors, source.config)
     if args.verify and verify is not None:
         out.print(verify(source, written))
+
+
+def write_for_hub(args: argparse.Namespace, checkpoint: Checkpoint | EncoderCheckpoint) -> Path:
+    """Write a folder for the hub. Raises ValueError for an encoder."""
+    if isinstance(checkpoint, EncoderCheckpoint):
+        raise ValueError(f"--hub writes AnyUp, and {args.source} holds the encoder {checkpoint.published.full_name}.")
+    run = Path(args.source) if run_directory.step_directory(Path(args.source)) else None
+    return publishing.save(args.destination, checkpoint, run=run, license=args.license, overwrite=args.overwrite)
 
 
 def load(args: argparse.Namespace) -> Checkpoint | EncoderCheckpoint:
