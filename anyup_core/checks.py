@@ -39,10 +39,11 @@ def check_inputs(
     height, width, channels = (layout.index(letter) for letter in "HWC")
     given = {"image": image, "features": features} | ({} if values is None else {"values": values})
     for name, array in given.items():
-        _check_kind(name, array, layout)
+        check_kind(name, array, layout)
         if len(array.shape) != 4 or 0 in array.shape:
+            hint = _token_hint(layout) if name != "image" and len(array.shape) == 3 else ""
             raise ValueError(
-                f"{name} has shape {tuple(array.shape)}; it must have four axes, {layout}, none of them empty."
+                f"{name} has shape {tuple(array.shape)}; it must have four axes, {layout}, none of them empty.{hint}"
             )
         if "float" not in type_name(array):
             hint = "divide by 255, apply the ImageNet mean and standard deviation" if name == "image" else "convert it"
@@ -148,7 +149,7 @@ def encoded(maps: Mapping[tuple[int, int], Any], size: tuple[int, int], argument
     return maps[size]
 
 
-def _check_kind(name: str, array: Any, layout: str) -> None:
+def check_kind(name: str, array: Any, layout: str) -> None:
     """Raise TypeError unless it is what the framework with this layout computes with: NHWC is JAX, NCHW PyTorch."""
     is_array, is_tensor = hasattr(array, "shape") and hasattr(array, "dtype"), hasattr(array, "requires_grad")
     kind = f"{type(array).__module__.partition('.')[0]}.{type(array).__name__}".removeprefix("builtins.")
@@ -161,6 +162,11 @@ def _check_kind(name: str, array: Any, layout: str) -> None:
         raise TypeError(f"{name} holds {type_name(array)}, which JAX does not have; convert it to float32.")
 
 
+def _token_hint(layout: str) -> str:
+    package = "anyup_jax" if layout == "NHWC" else "anyup_torch"
+    return f" Tokens (B, N, C) of a vision transformer become a map with {package}.tokens_to_map."
+
+
 def type_name(array: Any) -> str:
     """Return the name of the number type of an array or a tensor, whatever its byte order."""
     return getattr(array.dtype, "name", str(array.dtype))
@@ -169,11 +175,16 @@ def type_name(array: Any) -> str:
 def _size(output_size: OutputSize | None, default: tuple[int, int]) -> tuple[int, int]:
     if output_size is None:
         return int(default[0]), int(default[1])
-    sides: Any = (output_size, output_size) if is_whole(output_size) else output_size
+    return two_sides("output_size", output_size, "; leave it out for the image's size")
+
+
+def two_sides(name: str, size: int | Sequence[int], remedy: str = "") -> tuple[int, int]:
+    """Return height and width, given as two whole numbers or as one, of a square; TypeError, ValueError otherwise."""
+    sides: Any = (size, size) if is_whole(size) else size
     if not isinstance(sides, Sequence) or len(sides) != 2 or not all(map(is_whole, sides)):
-        raise TypeError(f"output_size={output_size!r} must be a whole number, or two: height and width.")
+        raise TypeError(f"{name}={size!r} must be a whole number, or two: height and width.")
     if min(sides) < 1:
-        raise ValueError(f"output_size={tuple(sides)} must be at least 1 x 1; leave it out for the image's size.")
+        raise ValueError(f"{name}={tuple(sides)} must be at least 1 x 1{remedy}.")
     return int(sides[0]), int(sides[1])
 
 

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from anyup_jax.bands import upsample_bands
     from anyup_jax.model import AnyUp, upsample, upsample_many
     from anyup_jax.pretrained import from_pretrained
+    from anyup_jax.tokens import tokens_to_map
 
 _HOME = {
     "AnyUp": "anyup_jax.model",
     "AnyUpConfig": "anyup_core.config",
     "from_pretrained": "anyup_jax.pretrained",
+    "tokens_to_map": "anyup_jax.tokens",
     "upsample": "anyup_jax.model",
     "upsample_bands": "anyup_jax.bands",
     "upsample_many": "anyup_jax.model",
@@ -31,6 +33,7 @@ _HOME = {
     "model": "anyup_jax.model",
     "pretrained": "anyup_jax.pretrained",
     "sharding": "anyup_jax.sharding",
+    "tokens": "anyup_jax.tokens",
     "encoders": "anyup_jax.encoders",
     "visualize": "anyup_core.visualize",
 }
@@ -41,6 +44,7 @@ __all__ = [
     "__version__",
     "encoders",
     "from_pretrained",
+    "tokens_to_map",
     "upsample",
     "upsample_bands",
     "upsample_many",

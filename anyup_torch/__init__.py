@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from anyup_torch.image_code import ImageCode
     from anyup_torch.model import AnyUp, upsample_many
     from anyup_torch.pretrained import from_pretrained
+    from anyup_torch.tokens import tokens_to_map
 
 _HOME = {
     "AnyUp": "anyup_torch.model",
     "AnyUpConfig": "anyup_core.config",
     "ImageCode": "anyup_torch.image_code",
     "from_pretrained": "anyup_torch.pretrained",
+    "tokens_to_map": "anyup_torch.tokens",
     "upsample_bands": "anyup_torch.bands",
     "upsample_many": "anyup_torch.model",
     "attention": "anyup_torch.attention",
@@ -33,6 +35,7 @@ _HOME = {
     "model": "anyup_torch.model",
     "pretrained": "anyup_torch.pretrained",
     "streaming": "anyup_torch.streaming",
+    "tokens": "anyup_torch.tokens",
     "encoders": "anyup_torch.encoders",
     "visualize": "anyup_core.visualize",
 }
@@ -44,6 +47,7 @@ __all__ = [
     "__version__",
     "encoders",
     "from_pretrained",
+    "tokens_to_map",
     "upsample_bands",
     "upsample_many",
     "visualize",
