@@ -178,7 +178,7 @@ def _size(output_size: OutputSize | None, default: tuple[int, int]) -> tuple[int
     return two_sides("output_size", output_size, "; leave it out for the image's size")
 
 
-def two_sides(name: str, size: int | Sequence[int], remedy: str = "") -> tuple[int, int]:
+def two_sides(name: str, size: OutputSize, remedy: str = "") -> tuple[int, int]:
     """Return height and width, given as two whole numbers or as one, of a square; TypeError, ValueError otherwise."""
     sides: Any = (size, size) if is_whole(size) else size
     if not isinstance(sides, Sequence) or len(sides) != 2 or not all(map(is_whole, sides)):

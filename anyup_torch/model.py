@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from anyup_torch.attention.module import call_module
 from anyup_torch.image_code import ImageCode, Map, Size
 from anyup_torch.layers import ConvEncoder, FeatureUnification, ResBlock, RMSNorm, RoPE
 
+attention: Any = window_attention  # whose type the wrapper against tracing hides
 host_window: Any = torch.compiler.disable(axis_window)  # exact only in numpy, so it is not traced
 
 
@@ -61,13 +61,17 @@ class Projections(nn.Module):
         """Return one average of values for each map of keys and values; the channels come last."""
         maps = zip(keys, values, windows)
         if unlike(self.attention, nn.MultiheadAttention):
-            call: Callable[..., Tensor] = functools.partial(
-                call_module, self.attention, self.norm_q(query), q_chunk_size=q_chunk_size
-            )
-            return [call(self.norm_k(key), seen, window) for key, seen, window in maps]
-        query, options = self.project_query(query), dict(num_heads=self.attention.num_heads, backend=backend)
-        attend: Callable[..., Tensor] = functools.partial(window_attention, query, q_chunk_size=q_chunk_size, **options)
-        return [attend(self.project_key(key), seen, *window) for key, seen, window in maps]
+            query = self.norm_q(query)
+            return [
+                call_module(self.attention, query, self.norm_k(key), seen, window, q_chunk_size=q_chunk_size)
+                for key, seen, window in maps
+            ]
+        query = self.project_query(query)
+        options, attend = (
+            dict(num_heads=self.attention.num_heads, backend=backend, q_chunk_size=q_chunk_size),
+            attention,
+        )
+        return [attend(query, self.project_key(key), seen, *window, **options) for key, seen, window in maps]
 
     def project_query(self, query: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         return F.linear(self.norm_q(query), *self._part(0))
@@ -201,8 +205,8 @@ class AnyUp(nn.Module):
         shared = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
         model = copy.deepcopy(self, shared)
         model.cross_decode.config = config
-        attention = model.cross_decode.cross_attn.attention
-        attention.num_heads, attention.head_dim = config.num_heads, config.head_dim
+        weights = model.cross_decode.cross_attn.attention
+        weights.num_heads, weights.head_dim = config.num_heads, config.head_dim
         return model
 
     @property

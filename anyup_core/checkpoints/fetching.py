@@ -31,10 +31,17 @@ TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses worth another a
 
 
 def cache_directory() -> Path:
-    """Return where published checkpoints are kept: `ANYUP_CACHE`, or the user's cache directory."""
-    import platformdirs
+    """Return where published checkpoints are kept: `ANYUP_CACHE`, or the user's cache directory.
 
-    return user_path(os.environ.get("ANYUP_CACHE") or platformdirs.user_cache_dir("anyup"))
+    A checkout that torch.hub has fetched has no platformdirs; there it is `anyup` in `XDG_CACHE_HOME` or ~/.cache.
+    """
+    if given := os.environ.get("ANYUP_CACHE"):
+        return user_path(given)
+    try:
+        import platformdirs
+    except ModuleNotFoundError:
+        return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "anyup"
+    return user_path(platformdirs.user_cache_dir("anyup"))
 
 
 def obtain(url: str, path: Path, check: Callable[[Path], object]) -> Path:
@@ -114,17 +121,11 @@ def _transfer(url: str, part: Path) -> None:
             start = 0
         length = response.headers.get("Content-Length")
         total = None if length is None else start + int(length)
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        bar = Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
-        with part.open("ab" if start else "wb") as file, bar:
-            task = bar.add_task(part.stem, completed=start, total=total)
+        with part.open("ab" if start else "wb") as file, _progress(part.stem, start, total) as advance:
             began, received = time.monotonic(), 0
             while chunk := response.read1(CHUNK):  # whatever has arrived
                 file.write(chunk)
-                bar.advance(task, len(chunk))
+                advance(len(chunk))
                 received += len(chunk)
                 if (elapsed := time.monotonic() - began) >= PERIOD:
                     if received < LOWEST_SPEED * elapsed:
@@ -134,6 +135,21 @@ def _transfer(url: str, part: Path) -> None:
             os.fsync(file.fileno())
     if total is not None and part.stat().st_size < total:
         raise ConnectionError(f"the connection ended after {part.stat().st_size} of {total} bytes")
+
+
+@contextlib.contextmanager
+def _progress(name: str, start: int, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Show on a terminal how much has arrived, and give what is to be told of every piece. Needs rich to show it."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    except ModuleNotFoundError:
+        yield lambda _size: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(name, completed=start, total=total)
+        yield lambda size: bar.advance(task, size)
 
 
 def _answer(request: urllib.request.Request) -> http.client.HTTPResponse:
@@ -164,7 +180,7 @@ def locked(path: Path, name: str) -> Iterator[None]:
         path: of the lock.
         name: of what is fetched, for that message.
     """
-    import filelock
+    import filelock  # which PyTorch needs too
 
     lock, holder = filelock.FileLock(path), path.with_name(f"{path.name}-holder")
     try:
