@@ -115,7 +115,7 @@ class CrossAttention(nn.Module):
         """Return the output (B, E, Ho, Wo); for lists of keys and values a list."""
         single = isinstance(key, Tensor)
         keys, maps = (channels_last([one] if isinstance(one, Tensor) else one) for one in (key, values))
-        windows = [self.windows(grid_of(query), (one.shape[1], one.shape[2])) for one in keys]
+        windows = [self.windows(grid_of(query), (int(one.shape[1]), int(one.shape[2]))) for one in keys]
         query = self.conv2d(query).permute(0, 2, 3, 1)
         outputs = self.cross_attn(query, keys, maps, windows, backend=self.config.backend, q_chunk_size=q_chunk_size)
         outputs = [output.permute(0, 3, 1, 2) for output in outputs]

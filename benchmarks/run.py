@@ -13,6 +13,7 @@ from benchmarks.data import data
 from benchmarks.encoders import encoders, encoders_tpu
 from benchmarks.forward import forward, large, memory, scaling
 from benchmarks.gpu import gpu
+from benchmarks.knobs import knobs
 from benchmarks.many import many
 from benchmarks.pod import pod
 from benchmarks.probe import probe
@@ -31,6 +32,7 @@ TABLES = {
         large,
         bands,
         many,
+        knobs,
         attention,
         windows,
         accuracy,

@@ -24,6 +24,7 @@ class Job:
         backend: attention backend; "published" is the published algorithm, in PyTorch.
         image, cells, channels: sides of the image and of the feature map, and its channels.
         chunk: `q_chunk_size`.
+        ratio: `window_ratio`; 0 for every key.
         repeats: timed runs after the first, which compiles.
     """
 
@@ -33,6 +34,7 @@ class Job:
     cells: int = 32
     channels: int = 384
     chunk: int | None = None
+    ratio: float = 0.1
     repeats: int = 3
 
 
@@ -89,7 +91,7 @@ def jax_calls(job: Job) -> tuple[Callable[[], None], Callable[[], None]]:
 
     import anyup_jax
 
-    model = anyup_jax.AnyUp(anyup_jax.AnyUpConfig(backend=job.backend), rngs=nnx.Rngs(0))
+    model = anyup_jax.AnyUp(anyup_jax.AnyUpConfig(backend=job.backend, window_ratio=job.ratio), rngs=nnx.Rngs(0))
     image, features = map(jax.numpy.asarray, inputs(job))
     multiply = jax.jit(lambda a: a @ a)
 
@@ -110,7 +112,7 @@ def torch_calls(job: Job) -> tuple[Callable[[], None], Callable[[], None]]:
 
     torch.manual_seed(0)
     published = job.backend == "published"
-    model = anyup_torch.AnyUp(anyup_torch.AnyUpConfig(backend="dense" if published else job.backend)).eval()
+    model = anyup_torch.AnyUp(backend="dense" if published else job.backend, window_ratio=job.ratio).eval()
     model = with_published_attention(model) if published else model
     image, features = (torch.from_numpy(array).permute(0, 3, 1, 2).contiguous() for array in inputs(job))
 
