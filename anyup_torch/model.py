@@ -365,26 +365,6 @@ class AnyUp(nn.Module):
             return [self.cross_decode(code.query(size), *maps[0], q_chunk_size=q_chunk_size)]
         return self.cross_decode(code.query(size), *map(list, zip(*maps)), q_chunk_size=q_chunk_size) if maps else []
 
-
-def show_attention(upsample: Callable[[Tensor], Tensor], features: Float[Tensor, "B C h w"]) -> None:
-    """Show where every output position looks: a wheel of colours over the cells, sent through the attention.
-
-    `upsample` upsamples values (1, 3, h, w) as the features of the first image are.
-    """
-    try:
-        from matplotlib import pyplot
-    except ModuleNotFoundError as error:
-        raise ImportError('vis_attn=True needs matplotlib: pip install "anyup-jax[viz]".') from error
-
-    def upsample_colors(colors):
-        with torch.no_grad():
-            pixels = upsample(torch.from_numpy(colors).to(features).permute(2, 0, 1)[None])
-        return pixels[0].permute(1, 2, 0).float().cpu().numpy()
-
-    pyplot.imshow(visualize.attention_picture(upsample_colors, *features.shape[2:]))
-    pyplot.axis("off")
-    pyplot.show()
-
     def save_pretrained(
         self,
         folder: str | os.PathLike,
@@ -439,6 +419,26 @@ def show_attention(upsample: Callable[[Tensor], Tensor], features: Float[Tensor,
 
         options: dict[str, Any] = dict(private=private, revision=revision, message=message)
         return publishing.push(repository, pretrained.checkpoint(self), run=run, license=license, **options)
+
+
+def show_attention(upsample: Callable[[Tensor], Tensor], features: Float[Tensor, "B C h w"]) -> None:
+    """Show where every output position looks: a wheel of colours over the cells, sent through the attention.
+
+    `upsample` upsamples values (1, 3, h, w) as the features of the first image are.
+    """
+    try:
+        from matplotlib import pyplot
+    except ModuleNotFoundError as error:
+        raise ImportError('vis_attn=True needs matplotlib: pip install "anyup-jax[viz]".') from error
+
+    def upsample_colors(colors):
+        with torch.no_grad():
+            pixels = upsample(torch.from_numpy(colors).to(features).permute(2, 0, 1)[None])
+        return pixels[0].permute(1, 2, 0).float().cpu().numpy()
+
+    pyplot.imshow(visualize.attention_picture(upsample_colors, *features.shape[2:]))
+    pyplot.axis("off")
+    pyplot.show()
 
 
 def grid_of(maps: Tensor) -> Size:

@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from anyup_core import command
@@ -93,10 +94,11 @@ def _forward(receiver: Connection, held: list[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def _forwarding(child: multiprocessing.process.BaseProcess) -> Iterator[None]:
+def _forwarding(child: BaseProcess) -> Iterator[None]:
     def forward(number: int, _frame: object) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(child.pid, number)
+            if child.pid is not None:
+                os.kill(child.pid, number)
 
     numbers = [number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
     old = {number: signal.signal(number, forward) for number in numbers}
