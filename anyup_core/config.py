@@ -76,12 +76,27 @@ class AnyUpConfig:
     def parameters(self) -> int:
         """Number of parameters of a model, those that never reach the output among them."""
         dim, filters = self.qk_dim, self.filters
-        block = 2 * dim**2 + 4 * dim
-        encoders = dim * (self.input_dim * self.kernel_size**2 + 2 * dim + 18 * dim) + 8 * block
-        unification = filters * self.kernel_size_lfu**2 + 2 * filters + filters * dim + 2 * dim + dim**2 + block
-        shortcut = filters * dim if filters != dim else 0
-        attention = 9 * dim**2 + 2 * dim + 4 * (dim**2 + dim)
-        return encoders + unification + shortcut + attention + 2 * dim
+        block = 2 * dim**2 + 4 * dim  # two convolutions and two norms
+        image, key, query, aggregation = self.input_dim * self.kernel_size**2, dim, dim, 9 * 2 * dim
+        encoders = dim * (image + key + query + aggregation) + 4 * 2 * block
+        first_block = 2 * filters + filters * dim + 2 * dim + dim**2 + (filters * dim if filters != dim else 0)
+        features = filters * self.kernel_size_lfu**2 + first_block + block
+        attention = 9 * dim**2 + 2 * dim + 4 * (dim**2 + dim)  # the 3 x 3 convolution, two norms, four projections
+        return encoders + features + attention + 2 * dim  # and the frequencies
+
+    @classmethod
+    def of(cls, config: AnyUpConfig | None, **fields: Any) -> AnyUpConfig:
+        """Return the settings that a model is made with: `config`, or the default ones, with some fields changed.
+
+        Raises:
+            TypeError: for a `config` of another type.
+            TypeError, ValueError: as `replace`.
+        """
+        if not isinstance(config, cls | None):
+            raise TypeError(
+                f"config={config!r} is no AnyUpConfig; give the settings by their names: AnyUp(qk_dim=128)."
+            )
+        return (config or cls()).replace(**fields)
 
     def replace(self, **overrides: Any) -> AnyUpConfig:
         """Return a copy with some fields changed.

@@ -80,5 +80,6 @@ def _sweep(place: Path) -> None:
             for old in folder.glob("*.old"):
                 if not (target := place / old.stem).exists():
                     old.replace(target)
-            shutil.rmtree(folder, ignore_errors=True)
-            lock.unlink(missing_ok=True)
+            if folder.exists():
+                shutil.rmtree(folder)
+            lock.unlink(missing_ok=True)  # not before: a folder without one would stay

@@ -101,7 +101,7 @@ class AnyUp(nnx.Module):
     def __init__(
         self, config: AnyUpConfig | None = None, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, **fields: Any
     ):
-        config = (config or AnyUpConfig()).replace(**fields)
+        config = AnyUpConfig.of(config, **fields)
         dim, build = config.qk_dim, functools.partial(ConvEncoder, dtype=dtype, rngs=rngs)
         checks.check_model(config)
         resolve(config.backend)

@@ -21,15 +21,13 @@ Part = tuple[type, str, bool]  # its class, its settings, and whether it is call
 def anatomy(model: nn.Module) -> dict[str, Part]:
     """Return what each submodule is, by name; equal for models of which neither was changed."""
     plain = not any(getattr(hooks, name) for name in GLOBAL_HOOKS)
-    return {name: part(module, plain) for name, module in model.named_modules() if name}
+    return {
+        name: (type(module), module.extra_repr(), plain and called_plainly(module))
+        for name, module in model.named_modules()
+        if name
+    }
 
 
-def part(module: nn.Module, plain: bool = True) -> Part:
-    """Return what a module is; `plain` is whether no hooks of all modules are set."""
-    own = plain and "forward" not in module.__dict__ and not any(getattr(module, name) for name in HOOKS)
-    return type(module), module.extra_repr(), own
-
-
-def unlike(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is of another class, or something is hooked to it."""
-    return part(module)[::2] != (kind, True)
+def called_plainly(module: nn.Module) -> bool:
+    """Whether nothing is hooked to a module, and its `forward` is that of its class."""
+    return "forward" not in module.__dict__ and not any(getattr(module, name) for name in HOOKS)

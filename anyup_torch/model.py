@@ -17,7 +17,7 @@ from anyup_core.checks import OutputSize
 from anyup_core.config import AnyUpConfig
 from anyup_core.geometry import AxisWindow, axis_window
 from anyup_torch import streaming
-from anyup_torch.anatomy import anatomy, unlike
+from anyup_torch.anatomy import anatomy, called_plainly
 from anyup_torch.attention import check_backend, window_attention
 from anyup_torch.attention.module import call_module
 from anyup_torch.image_code import ImageCode, Map, Size
@@ -60,7 +60,7 @@ class Projections(nn.Module):
     ) -> list[Float[Tensor, "B Ho Wo _"]]:
         """Return one average of values for each map of keys and values; the channels come last."""
         maps = zip(keys, values, windows)
-        if unlike(self.attention, nn.MultiheadAttention):
+        if type(self.attention) is not nn.MultiheadAttention or not called_plainly(self.attention):
             query = self.norm_q(query)
             return [
                 call_module(self.attention, query, self.norm_k(key), seen, window, q_chunk_size=q_chunk_size)
@@ -154,11 +154,7 @@ class AnyUp(nn.Module):
 
     def __init__(self, config: AnyUpConfig | None = None, **fields: Any):
         super().__init__()
-        if not isinstance(config, AnyUpConfig | None):
-            raise TypeError(
-                f"config={config!r} is no AnyUpConfig; give the settings by their names: AnyUp(qk_dim=128)."
-            )
-        config = (config or AnyUpConfig()).replace(**fields)
+        config = AnyUpConfig.of(config, **fields)
         checks.check_model(config)
         check_backend(config.backend, config.window)
         self._config = config

@@ -12,13 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("examples/*/*.py"))
 FLAGS = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-NEEDS = {"examples/torch/transformers_features.py": "transformers"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_script_runs_and_prints_a_line(script: str) -> None:
-    if script in NEEDS:
-        pytest.importorskip(NEEDS[script])
     command = [sys.executable, "-W", "error", script]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | FLAGS, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

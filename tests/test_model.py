@@ -439,6 +439,8 @@ def test_settings_by_keyword_and_replaced():
     assert model.config == AnyUpConfig(qk_dim=32, window="natten", num_heads=2)
     with pytest.raises(TypeError, match="no field depth"):
         AnyUp(depth=2, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="config=3 "):
+        AnyUp(3, rngs=nnx.Rngs(0))
     given = inputs()
     fields = dict(num_heads=4, window_ratio=0.05)
     other = small().replace(**fields)

@@ -36,7 +36,6 @@ NOT_FINITE, NOT_WRITTEN, STOPPED = 3, 74, 75  # exit statuses, see `train.run`
 
 
 @standard_promotion()
-@pod_member.leaving()
 def run(config: Config, *, dry: bool = False) -> int:
     """Train to `max_steps` and return the exit status; `dry` prints what would be done instead.
 
@@ -44,7 +43,12 @@ def run(config: Config, *, dry: bool = False) -> int:
         ValueError, FileNotFoundError, ImportError, FileExistsError, ConnectionError: if the run is impossible as
             configured; before anything is fetched or compiled.
     """
-    sharding.join(config.mesh)
+    sharding.join(config.mesh)  # who is not found here has not died
+    with pod_member.leaving():
+        return _run(config, dry)
+
+
+def _run(config: Config, dry: bool) -> int:
     check_devices()
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, config.optimizer.accumulate, mesh)

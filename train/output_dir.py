@@ -91,7 +91,8 @@ def locked(output: Path) -> Iterator[None]:
                     raise
             by = holder.read_text() if holder.is_file() else ""
             if by and (shared or not by.endswith(f" {socket.gethostname()}\n")):
-                print(f"output_dir={output} was held by {by.strip()}; waiting {SILENCE:.0f} s for a sign of life")
+                waiting = f"waiting {SILENCE:.0f} s for a sign of life"
+                print(f"output_dir={output} was held by {by.strip()}; {waiting}", flush=True)
                 if alive(holder):
                     refuse(output, holder)
             holder.write_text(f"process {os.getpid()} on host {socket.gethostname()}\n")

@@ -29,7 +29,7 @@ SENTENCE = (
 FAILED = re.compile(r"gloo|nccl|coordination|heartbeat|barrier|connection reset|socket closed|unavailable", re.I)
 RUNTIME = re.compile(rb"[EFW]\d{4} .*(coordination|preemption_sync|distributed service|distributed runtime)")
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_children: list[int] = []  # in a child: its own number
+_supervised = threading.Event()  # set in a child
 
 
 def supervise(work: Callable[..., int], *arguments: Any, hint: str) -> int:
@@ -67,7 +67,7 @@ def leaving() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _children and FAILED.search(str(error)):
+        if _supervised.is_set() and FAILED.search(str(error)):
             sys.stdout.flush()
             os._exit(LOST)
         raise
@@ -78,7 +78,7 @@ def _work(sender: Connection, work: Callable[..., int], arguments: tuple, hint: 
     os.dup2(sender.fileno(), 2)
     sender.close()
     command.end_with_parent()
-    _children.append(os.getpid())
+    _supervised.set()
     sys.exit(command.execute(lambda: work(*arguments), hint=hint))
 
 

@@ -10,7 +10,8 @@ from torch import nn
 torch.manual_seed(0)
 repository = str(Path(__file__).resolve().parents[2])
 upsampler = torch.hub.load(repository, "anyup_efficientnet_lite", source="local").requires_grad_(False)
-before = torch.from_numpy(skimage.data.coffee()[100:164, 200:296]).permute(2, 0, 1)[None] / 127.5 - 1
+mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]  # of ImageNet
+before = (torch.from_numpy(skimage.data.coffee()[100:164, 200:296]).permute(2, 0, 1)[None] / 255 - mean) / deviation
 after, changed = before.clone(), torch.zeros(1, 1, 64, 96)
 after[..., 16:40, 32:64] = 0.5  # what was built meanwhile
 changed[..., 16:40, 32:64] = 1

@@ -14,9 +14,8 @@ for parameter in upsampler.parameters():
 encoder = nn.Conv2d(3, 24, 14, stride=14).requires_grad_(False)  # in the place of an encoder of yours
 
 image = torch.from_numpy(skimage.data.rocket()[100:212, 200:340]).permute(2, 0, 1)[None] / 255
-image = (image - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[
-    :, None, None
-]
+mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]  # of ImageNet
+image = (image - mean) / deviation
 height, width = image.shape[-2:]
 depth = torch.linspace(2, 4, height)[:, None].expand(height, width)  # metres: a ramp
 features = upsampler(image, encoder(image))[0].permute(1, 2, 0).reshape(-1, 24)
@@ -26,6 +25,6 @@ rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexi
 points = torch.stack([(columns - width / 2) * depth / focal, (rows - height / 2) * depth / focal, depth], -1)
 cloud = torch.cat([points.reshape(-1, 3), features], 1)
 assert not cloud.requires_grad
-picked = upsampler(image, encoder(image), (height, width))[0, :, 50, 60]
-torch.testing.assert_close(cloud[50 * width + 60, 3:], picked, rtol=0, atol=1e-5)
+flat = upsampler(image, encoder(image), (height, width))[0].flatten(1).t()
+torch.testing.assert_close(cloud[:, 3:], flat, rtol=0, atol=1e-5)
 print("robotics:", tuple(cloud.shape), "points of x, y, z and 24 features")

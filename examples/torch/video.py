@@ -10,7 +10,8 @@ torch.manual_seed(0)
 repository = str(Path(__file__).resolve().parents[2])
 upsampler = torch.hub.load(repository, "anyup_efficientnet_lite", source="local")
 encoder = nn.Conv2d(3, 16, 16, stride=16)  # in the place of an encoder of yours
-photograph = torch.from_numpy(skimage.data.chelsea()).permute(2, 0, 1) / 127.5 - 1
+mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]  # of ImageNet
+photograph = (torch.from_numpy(skimage.data.chelsea()).permute(2, 0, 1) / 255 - mean) / deviation
 video = torch.stack([photograph[:, 40 : 40 + 96, left : left + 128] for left in range(0, 64, 16)])  # the camera pans
 
 with torch.inference_mode():
