@@ -69,6 +69,38 @@ def check_inputs(
     return _size(output_size, (shape[height], shape[width]))
 
 
+def check_upsampler(
+    config: Any, layout: str, image: Any, features: Any, output_size: OutputSize | None, q_chunk_size: int | None
+) -> tuple[int, int]:
+    """Refuse what an upsampler cannot handle and return the output's height and width.
+
+    Args:
+        config: of the upsampler, an `UpsamplerConfig`.
+        layout, image, features, output_size, q_chunk_size: as for `check_inputs`.
+
+    Raises:
+        ValueError, TypeError: as `check_inputs`, and ValueError for features that are not as wide as the weights are
+            for, and for sizes the method cannot handle.
+    """
+    asked = check_inputs(config, layout, image, features, output_size, q_chunk_size, None)
+    name, shape = type(config).__name__.removesuffix("Config"), tuple(features.shape)
+    height, width, channels = (layout.index(letter) for letter in "HWC")
+    if config.width not in (None, shape[channels]):
+        raise ValueError(
+            f"features {shape} have {shape[channels]} channels, and this {name} was trained for {config.width}, which "
+            "cannot be changed; give features of that encoder, or weights for this one."
+        )
+    if shape[channels] % config.multiple:
+        raise ValueError(
+            f"features {shape} have {shape[channels]} channels; {name} needs a multiple of {config.multiple}, a share "
+            "for each of its heads."
+        )
+    sides = (int(image.shape[height]), int(image.shape[width])), (shape[height], shape[width])
+    size = config.native_size(*sides) if output_size is None else asked
+    config.check(*sides, size)
+    return size
+
+
 def check_maps(
     config: AnyUpConfig,
     layout: str,

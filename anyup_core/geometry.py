@@ -132,17 +132,33 @@ def neighbourhood(queries: int, keys: int, ratio: float) -> Neighbourhood:
     if 0 < ratio < 0.5:
         kernel = max(3, round(2 * ratio * keys))
         kernel += kernel % 2 == 0
+    return _dilated(queries, keys, dilation, kernel)
+
+
+def _dilated(queries: int, keys: int, dilation: int, kernel: int) -> Neighbourhood:
     scale = np.float64(np.float32(keys) / np.float32(queries))
     source = np.floor(((np.arange(queries) + 0.5) * scale).astype(np.float32)).astype(np.int64).clip(0, keys - 1)
     return Neighbourhood(keys, source, dilation, kernel)
 
 
 @functools.lru_cache(maxsize=256)
+def kernel_window(queries: int, keys: int, kernel: int) -> AxisWindow:
+    """Return a window like `window="natten"`, along one axis, with a kernel of a fixed number of cells, at most `keys`.
+
+    There are at least as many queries as keys.
+    """
+    return _windowed(_dilated(queries, keys, queries // keys, kernel))
+
+
+def _windowed(near: Neighbourhood) -> AxisWindow:
+    return dataclasses.replace(AxisWindow.from_dense(near.counts()), neighbourhood=near)
+
+
+@functools.lru_cache(maxsize=256)
 def axis_window(queries: int, keys: int, ratio: float, window: str = "paper") -> AxisWindow:
     """Return the window along one axis for `queries` output positions over `keys` low-resolution positions."""
     if window == "natten":
-        near = neighbourhood(queries, keys, ratio)
-        return dataclasses.replace(AxisWindow.from_dense(near.counts()), neighbourhood=near)
+        return _windowed(neighbourhood(queries, keys, ratio))
     low, high = paper_bounds(queries, keys, ratio).T
     span = int((high - low).max())
     start = np.minimum(low, keys - span).astype(np.int32)

@@ -30,6 +30,9 @@ from anyup_core.checkpoints.encoder_checkpoint import EncoderCheckpoint, any_of,
 from anyup_core.config import AnyUpConfig
 from anyup_core.encoders import catalogue
 from anyup_core.replacement import replacing
+from anyup_core.upsamplers import catalogue as upsamplers
+from anyup_core.upsamplers.checkpoint import KEY as UPSAMPLER_KEY
+from anyup_core.upsamplers.checkpoint import UpsamplerCheckpoint, recognise
 
 TORCH, SAFETENSORS, ORBAX, HUB = "torch", "safetensors", "orbax", "hub"
 DIRECTORIES = (ORBAX, HUB)
@@ -37,6 +40,7 @@ SUFFIXES = {".pth": TORCH, ".pt": TORCH, ".safetensors": SAFETENSORS}
 READ_ONLY = {".bin": TORCH}
 FOREIGN = (".ckpt", ".h5", ".json", ".msgpack", ".npy", ".npz", ".onnx", ".pkl", ".tar", ".zip")
 METADATA_KEY = "anyup_config"  # in the metadata of a .safetensors file
+UPSAMPLER_METADATA_KEY = "upsampler_config"
 ENCODER_KEY = "encoder"  # in the metadata and in config.json, with the name of the encoder
 
 
@@ -72,13 +76,23 @@ def read(path: str | Path, *, kind: str | None = None, item: str = run_directory
     tensors, config = read_tensors(path, kind=kind, item=item)
     if ENCODER_KEY in config:
         raise ValueError(_not_anyup(path, [config[ENCODER_KEY]]))
+    if UPSAMPLER_KEY in config:
+        raise ValueError(_not_anyup_but(path, config[UPSAMPLER_KEY]))
     try:
         checkpoint = (Checkpoint.from_flax if kind == ORBAX else Checkpoint)(tensors, config)
         warn_unless_finite(checkpoint.tensors, Path(path))
         return checkpoint
     except ValueError as error:
+        if kind != ORBAX and (other := recognise(tensors)):
+            raise ValueError(_not_anyup_but(path, other)) from error
         fitting = [] if kind == ORBAX else architectures(tensors)
         raise ValueError(_not_anyup(path, fitting) if fitting else f"{path}: {error}") from error
+
+
+def _not_anyup_but(path: str | Path, method: str) -> str:
+    return (
+        f'{path} holds the weights of {method}, not of AnyUp; load it with upsamplers.from_pretrained("{method}", ...).'
+    )
 
 
 def _not_anyup(path: str | Path, encoders: list[str]) -> str:
@@ -128,7 +142,7 @@ def _existing(path: str | Path, kind: str | None) -> tuple[Path, str]:
 
 def write(
     path: str | Path,
-    checkpoint: Checkpoint | EncoderCheckpoint,
+    checkpoint: Checkpoint | EncoderCheckpoint | UpsamplerCheckpoint,
     *,
     overwrite: bool = False,
     kind: str | None = None,
@@ -159,11 +173,12 @@ def write(
         if kind == TORCH:
             torch_file.write(temporary, checkpoint.tensors)
         elif kind == SAFETENSORS:
-            metadata = checkpoint.config if isinstance(checkpoint, EncoderCheckpoint) else {METADATA_KEY: config}
+            key = UPSAMPLER_METADATA_KEY if isinstance(checkpoint, UpsamplerCheckpoint) else METADATA_KEY
+            metadata = checkpoint.config if isinstance(checkpoint, EncoderCheckpoint) else {key: config}
             safetensors_file.write(temporary, checkpoint.tensors, metadata)
         elif kind == HUB:
-            if isinstance(checkpoint, EncoderCheckpoint):
-                raise ValueError(f"{path}: a folder of the hub holds AnyUp, and this is an encoder.")
+            if not isinstance(checkpoint, Checkpoint):
+                raise ValueError(f"{path}: a folder of the hub holds AnyUp, and this is {checkpoint.config}.")
             temporary.mkdir()
             (temporary / hub_folder.CONFIG).write_text(hub_folder.config_text(checkpoint.config))
             safetensors_file.write(temporary / hub_folder.WEIGHTS, checkpoint.tensors, {METADATA_KEY: config})
@@ -181,7 +196,10 @@ def _config(path: Path, kind: str) -> dict[str, Any]:
     readers = {ORBAX: _orbax_config, SAFETENSORS: _safetensors_config, HUB: hub_folder.read_config}
     config = readers[kind](path) if kind in readers else {}
     try:
-        if ENCODER_KEY in config:
+        if UPSAMPLER_KEY in config:
+            settings = {name: value for name, value in config.items() if name != UPSAMPLER_KEY}
+            upsamplers.find(config[UPSAMPLER_KEY]).config().replace(**settings)
+        elif ENCODER_KEY in config:
             catalogue.find(config[ENCODER_KEY])
         else:
             AnyUpConfig().replace(**config)
@@ -194,7 +212,8 @@ def _safetensors_config(path: Path) -> dict[str, Any]:
     metadata = safetensors_file.read_metadata(path)
     if ENCODER_KEY in metadata:
         return {ENCODER_KEY: " ".join(metadata[ENCODER_KEY].split())[:200]}  # no name is longer
-    return run_directory.parse_json(metadata.get(METADATA_KEY, "{}"), f"the metadata of {path}")
+    key = UPSAMPLER_METADATA_KEY if UPSAMPLER_METADATA_KEY in metadata else METADATA_KEY
+    return run_directory.parse_json(metadata.get(key, "{}"), f"the metadata of {path}")
 
 
 def _orbax_config(path: Path) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""What the other upsamplers are without a framework: settings, key tables, published weights, and reading these."""
