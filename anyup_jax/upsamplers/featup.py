@@ -1,0 +1,204 @@
+"""FeatUp's stack of joint bilateral upsamplers (arXiv 2403.10516) in Flax nnx: four times twice the size."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from anyup_core import geometry
+from anyup_core.upsamplers.featup import KEY_DIM, RADIUS, STAGES, TAPS, FeatUpConfig
+from anyup_jax.layers import Conv
+from anyup_jax.pooling import adaptive_average_pool
+from anyup_jax.row_shards import Size
+from anyup_jax.upsamplers.interpolation import resize
+from anyup_jax.upsamplers.protocol import ConfiguredUpsampler
+
+SIDE = 2 * RADIUS + 1
+TILE = 8  # side of a tile of output positions
+POSITIONS = 4096  # output positions worked on at once
+
+
+class Projection(nnx.Module):
+    """Two 1 x 1 convolutions with GELU between them."""
+
+    def __init__(self, inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.conv1 = Conv(inputs, outputs, use_bias=True, dtype=dtype, rngs=rngs)
+        self.conv2 = Conv(outputs, outputs, use_bias=True, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W inputs"]) -> Float[Array, "B H W outputs"]:
+        return self.conv2(jax.nn.gelu(self.conv1(x), approximate=False))
+
+
+class Stage(nnx.Module):
+    """Joint bilateral upsampling to twice the size, with a learned range and a correction of the kernels."""
+
+    def __init__(self, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.range_temp = nnx.Param(jnp.zeros((), jnp.float32))
+        self.sigma_spatial = nnx.Param(jnp.ones((), jnp.float32))
+        self.range_proj = Projection(3, KEY_DIM, dtype=dtype, rngs=rngs)
+        self.fixup_proj = Projection(TAPS + 3, TAPS, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, source: Float[Array, "B h w C"], image: Float[Array, "B H W 3"], q_chunk_size: int | None
+    ) -> Float[Array, "B 2h 2w C"]:
+        size = 2 * source.shape[1], 2 * source.shape[2]
+        guide = adaptive_average_pool(image, size)
+        key = self.range_proj(guide)
+        source = reflect(resize(source, size, "bicubic"))
+
+        def upsample(source, around, key, guide):
+            return apply_kernels(source, self.kernels(around, key, guide))
+
+        return in_pieces(upsample, (source, reflect(key)), (key, guide), size, q_chunk_size)
+
+    def kernels(
+        self, around: Float[Array, "B Yp Xp D"], key: Float[Array, "B Y X D"], guide: Float[Array, "B Y X 3"]
+    ) -> Float[Array, "B Y X 49"]:
+        """Return the weight of each tap; `around` are the keys with a border of 3."""
+        temperature = jnp.clip(jnp.exp(self.range_temp[...]), 1e-4, 1e4)
+        height, width = key.shape[1:3]
+        near = [around[:, i : i + height, j : j + width] for i in range(SIDE) for j in range(SIDE)]
+        logits = jnp.stack([(x * key).sum(-1) for x in near], -1).astype(jnp.float32)
+        axis = np.square(np.linspace(-1, 1, SIDE, dtype=np.float32))
+        distance = jnp.asarray((axis[:, None] + axis).ravel())
+        spatial = jnp.exp(-distance / (2 * jnp.square(self.sigma_spatial[...])))
+        kernels = jax.nn.softmax(temperature * logits, -1) * spatial
+        kernels = kernels / jnp.maximum(kernels.sum(-1, keepdims=True), 1e-7)
+        return kernels + 0.1 * self.fixup_proj(jnp.concatenate([kernels, guide.astype(kernels.dtype)], -1))
+
+
+class FeatUp(ConfiguredUpsampler):
+    """FeatUp's joint bilateral upsampler: the output is 16 times the features' size, whatever the image's.
+
+    Args:
+        config: the settings; the default ones if None.
+        rngs: random streams for the initial parameters.
+        dtype: type of the convolutions; parameters are float32 either way.
+        fields: fields of `FeatUpConfig` that differ from these.
+
+    Raises:
+        TypeError: for fields that do not exist.
+        ValueError: for settings no model can have.
+    """
+
+    def __init__(
+        self, config: FeatUpConfig | None = None, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, **fields: Any
+    ):
+        config = (config or FeatUpConfig()).replace(**fields)
+        super().__init__(config, dtype)
+        channels = config.channels
+        norm = functools.partial(nnx.LayerNorm, channels, epsilon=1e-5, use_fast_variance=False)
+        self.norm = norm(rngs=rngs) if config.channel_norm else None
+        for stage in range(1, STAGES + 1):
+            setattr(self, f"up{stage}", Stage(dtype=dtype, rngs=rngs))
+        self.fixup_proj = Conv(channels, channels, use_bias=True, dtype=dtype, rngs=rngs)
+
+    def upsample(
+        self, image: Float[Array, "B H W 3"], features: Float[Array, "B h w C"], size: Size, q_chunk_size: int | None
+    ) -> Float[Array, "B Ho Wo C"]:
+        x = features.astype(jnp.promote_types(features.dtype, self.dtype))
+        if self.norm is not None:
+            x = self.norm(x)
+        # the published model ends with x + 0.1 (W x + b). A stage treats all channels alike, so that W may go before it
+        x = x + 0.1 * (self.fixup_proj(x) - self.fixup_proj.bias[...])
+        for stage in range(1, STAGES + 1):
+            x = getattr(self, f"up{stage}")(x, image, q_chunk_size)
+        return resize(x, size, "bilinear") + (0.1 * self.fixup_proj.bias[...]).astype(x.dtype)
+
+
+def reflect(x: Float[Array, "B H W C"]) -> Float[Array, "B Hp Wp C"]:
+    """Add a border of 3 reflected positions."""
+    for axis in (1, 2):
+        x = jnp.take(x, geometry.reflection(x.shape[axis], RADIUS), axis)
+    return x
+
+
+def adaptive_conv(
+    padded: Float[Array, "B Yp Xp C"], filters: Float[Array, "B Y X k k"], q_chunk_size: int | None = None
+) -> Float[Array, "B Y X C"]:
+    """Correlate every position with a kernel of its own, shared by the channels: FeatUp's compiled operation.
+
+    out[b, y, x, c] = sum over i and j of filters[b, y, x, i, j] padded[b, y + i, x + j, c]. Its gradients are the true
+    ones; the published CUDA kernel gives the filters a gradient at the flat taps 0, 1, 4, 9, 16, 25 and 36 only.
+
+    Args:
+        padded: the map with a border of k - 1 rows and columns in all.
+        filters: a kernel for each output position.
+        q_chunk_size: output positions worked on at once; bounds memory, never changes the result.
+
+    Raises ValueError for shapes that do not fit.
+    """
+    batch, height, width, side, _ = filters.shape
+    if padded.shape[:3] != (batch, height + side - 1, width + side - 1) or filters.shape[4] != side:
+        raise ValueError(
+            f"padded {padded.shape} must be {side - 1} rows and columns larger than filters {filters.shape}, whose "
+            "kernels must be square."
+        )
+    flat = filters.reshape(*filters.shape[:3], side**2)
+    return in_pieces(apply_kernels, (padded,), (flat,), (height, width), q_chunk_size, border=side - 1)
+
+
+def in_pieces(function, padded: tuple, plain: tuple, size: Size, q_chunk_size: int | None, border: int = 2 * RADIUS):
+    """Apply `function` to rectangles of output positions, with a border of what is `padded`, one after the other.
+
+    Nothing is kept for the gradient but the arguments.
+    """
+    positions = min(q_chunk_size or POSITIONS, size[0] * size[1])
+    tall = min(TILE, size[0], max(1, int(positions**0.5)))
+    wide = min(size[1], max(1, positions // tall))
+    if wide > TILE:
+        wide = -(-wide // TILE) * TILE if wide == size[1] else wide // TILE * TILE
+    rows, cols = -(-size[0] // tall), -(-size[1] // wide)
+    short = (0, 0), (0, rows * tall - size[0]), (0, cols * wide - size[1]), (0, 0)
+    padded, plain = jax.tree.map(lambda x: jnp.pad(x, short), (padded, plain))
+
+    @jax.checkpoint
+    def piece(index):
+        top, left = index // cols * tall, index % cols * wide
+        sides = ((padded, border), (plain, 0))
+        return function(
+            *(
+                lax.dynamic_slice(x, (0, top, left, 0), (len(x), tall + more, wide + more, x.shape[3]))
+                for group, more in sides
+                for x in group
+            )
+        )
+
+    pieces = lax.map(piece, jnp.arange(rows * cols, dtype=jnp.int32))
+    whole = rearrange(pieces, "(r c) b y x e -> b (r y) (c x) e", c=cols)
+    return whole[:, : size[0], : size[1]]
+
+
+def apply_kernels(padded: Float[Array, "B Yp Xp C"], kernels: Float[Array, "B Y X taps"]) -> Float[Array, "B Y X C"]:
+    """Compute `adaptive_conv` as products of matrices: of a tile's kernels, spread over its slab, with the slab."""
+    batch, height, width, taps = kernels.shape
+    side, tall = round(taps**0.5), height
+    wide = TILE if width % TILE == 0 else width
+    spread = rearrange(kernels, "b y (n x) (i j) -> b n y x i j", x=wide, i=side)
+    spread = skew(skew(spread, 3, 5), 2, 4)
+    columns = np.arange(0, width, wide)[:, None] + np.arange(wide + side - 1)
+    slabs = jnp.take(padded, columns.ravel(), 2).reshape(batch, tall + side - 1, *columns.shape, -1)
+    return jnp.einsum("bnyxuv,bunvc->bynxc", spread.astype(padded.dtype), slabs, precision="highest").reshape(
+        batch, height, width, -1
+    )
+
+
+def skew(x: Float[Array, "..."], axis: int, along: int) -> Float[Array, "..."]:
+    """Shift entry number i of an axis by i positions along a later one, which grows; zeros come in.
+
+    With one more zero at its end every row is read one position later than the one before.
+    """
+    rows, taps = x.shape[axis], x.shape[along]
+    x = jnp.moveaxis(x, (axis, along), (-2, -1))
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, rows)])  # width taps + rows, read as one less
+    x = x.reshape(*x.shape[:-2], -1)[..., : rows * (taps + rows - 1)].reshape(*x.shape[:-2], rows, taps + rows - 1)
+    return jnp.moveaxis(x, (-2, -1), (axis, along))
