@@ -65,9 +65,7 @@ class Stage(nnx.Module):
     ) -> Float[Array, "B Y X 49"]:
         """Return the weight of each tap; `around` are the keys with a border of 3."""
         temperature = jnp.clip(jnp.exp(self.range_temp[...]), 1e-4, 1e4)
-        height, width = key.shape[1:3]
-        near = [around[:, i : i + height, j : j + width] for i in range(SIDE) for j in range(SIDE)]
-        logits = jnp.stack([(x * key).sum(-1) for x in near], -1).astype(jnp.float32)
+        logits = correlate(around, key, SIDE).astype(jnp.float32)
         axis = np.square(np.linspace(-1, 1, SIDE, dtype=np.float32))
         distance = jnp.asarray((axis[:, None] + axis).ravel())
         spatial = jnp.exp(-distance / (2 * jnp.square(self.sigma_spatial[...])))
@@ -180,16 +178,27 @@ def in_pieces(function, padded: tuple, plain: tuple, size: Size, q_chunk_size: i
 
 def apply_kernels(padded: Float[Array, "B Yp Xp C"], kernels: Float[Array, "B Y X taps"]) -> Float[Array, "B Y X C"]:
     """Compute `adaptive_conv` as products of matrices: of a tile's kernels, spread over its slab, with the slab."""
-    batch, height, width, taps = kernels.shape
-    side, tall = round(taps**0.5), height
-    wide = TILE if width % TILE == 0 else width
-    spread = rearrange(kernels, "b y (n x) (i j) -> b n y x i j", x=wide, i=side)
+    side = round(kernels.shape[3] ** 0.5)
+    slabs = slabs_of(padded, kernels.shape[2], side)
+    spread = rearrange(kernels, "b y (n x) (i j) -> b n y x i j", n=slabs.shape[2], i=side)
     spread = skew(skew(spread, 3, 5), 2, 4)
+    output = jnp.einsum("bnyxuv,bunvc->bynxc", spread.astype(padded.dtype), slabs, precision="highest")
+    return rearrange(output, "b y n x c -> b y (n x) c")
+
+
+def correlate(padded: Float[Array, "B Yp Xp D"], key: Float[Array, "B Y X D"], side: int) -> Float[Array, "B Y X taps"]:
+    """Return the products of every position's key with those around it, row by row."""
+    slabs = slabs_of(padded, key.shape[2], side)
+    key = rearrange(key, "b y (n x) d -> b n y x d", n=slabs.shape[2])
+    spread = jnp.einsum("bnyxd,bunvd->bnyxuv", key, slabs, precision="highest")
+    return rearrange(unskew(unskew(spread, 3, 5), 2, 4), "b n y x i j -> b y (n x) (i j)")
+
+
+def slabs_of(padded: Float[Array, "B Yp Xp C"], width: int, side: int) -> Float[Array, "B Yp tiles slab C"]:
+    """Cut into tiles of columns, with the border of each."""
+    wide = TILE if width % TILE == 0 else width
     columns = np.arange(0, width, wide)[:, None] + np.arange(wide + side - 1)
-    slabs = jnp.take(padded, columns.ravel(), 2).reshape(batch, tall + side - 1, *columns.shape, -1)
-    return jnp.einsum("bnyxuv,bunvc->bynxc", spread.astype(padded.dtype), slabs, precision="highest").reshape(
-        batch, height, width, -1
-    )
+    return jnp.take(padded, columns, 2)
 
 
 def skew(x: Float[Array, "..."], axis: int, along: int) -> Float[Array, "..."]:
@@ -199,6 +208,15 @@ def skew(x: Float[Array, "..."], axis: int, along: int) -> Float[Array, "..."]:
     """
     rows, taps = x.shape[axis], x.shape[along]
     x = jnp.moveaxis(x, (axis, along), (-2, -1))
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, rows)])  # width taps + rows, read as one less
-    x = x.reshape(*x.shape[:-2], -1)[..., : rows * (taps + rows - 1)].reshape(*x.shape[:-2], rows, taps + rows - 1)
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, rows)]).reshape(*x.shape[:-2], -1)
+    x = x[..., : rows * (taps + rows - 1)].reshape(*x.shape[:-1], rows, taps + rows - 1)
+    return jnp.moveaxis(x, (-2, -1), (axis, along))
+
+
+def unskew(x: Float[Array, "..."], axis: int, along: int) -> Float[Array, "..."]:
+    """Take back what `skew` did."""
+    rows, width = x.shape[axis], x.shape[along]
+    x = jnp.moveaxis(x, (axis, along), (-2, -1))
+    x = jnp.pad(x.reshape(*x.shape[:-2], -1), [(0, 0)] * (x.ndim - 2) + [(0, rows)])
+    x = x.reshape(*x.shape[:-1], rows, width + 1)[..., : width + 1 - rows]
     return jnp.moveaxis(x, (-2, -1), (axis, along))
