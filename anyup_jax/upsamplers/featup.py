@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,9 +14,10 @@ from einops import rearrange
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from anyup_core import geometry
+from anyup_core.resample import axis_weights
 from anyup_core.upsamplers.featup import KEY_DIM, RADIUS, STAGES, TAPS, FeatUpConfig
 from anyup_jax.layers import Conv
 from anyup_jax.pooling import adaptive_average_pool
@@ -22,7 +25,7 @@ from anyup_jax.row_shards import Size
 from anyup_jax.upsamplers.interpolation import resize
 from anyup_jax.upsamplers.protocol import ConfiguredUpsampler
 
-SIDE = 2 * RADIUS + 1
+SIDE, BORDER = 2 * RADIUS + 1, 2 * RADIUS
 TILE = 8  # side of a tile of output positions
 POSITIONS = 4096  # output positions worked on at once
 
@@ -53,12 +56,12 @@ class Stage(nnx.Module):
         size = 2 * source.shape[1], 2 * source.shape[2]
         guide = adaptive_average_pool(image, size)
         key = self.range_proj(guide)
-        source = reflect(resize(source, size, "bicubic"))
+        around, axes = reflect(key), [doubled(n) for n in source.shape[1:3]]
 
-        def upsample(source, around, key, guide):
-            return apply_kernels(source, self.kernels(around, key, guide))
+        def kernels(at):
+            return self.kernels(at.of(around, BORDER), at.of(key), at.of(guide))
 
-        return in_pieces(upsample, (source, reflect(key)), (key, guide), size, q_chunk_size)
+        return apply_kernels(kernels, source, size, *axes, SIDE, q_chunk_size)
 
     def kernels(
         self, around: Float[Array, "B Yp Xp D"], key: Float[Array, "B Y X D"], guide: Float[Array, "B Y X 3"]
@@ -141,64 +144,102 @@ def adaptive_conv(
             f"padded {padded.shape} must be {side - 1} rows and columns larger than filters {filters.shape}, whose "
             "kernels must be square."
         )
-    flat = filters.reshape(*filters.shape[:3], side**2)
-    return in_pieces(apply_kernels, (padded,), (flat,), (height, width), q_chunk_size, border=side - 1)
+    flat, axes = filters.reshape(*filters.shape[:3], side**2), [np.eye(n, dtype=np.float32) for n in padded.shape[1:3]]
+    return apply_kernels(lambda at: at.of(flat), padded, (height, width), *axes, side, q_chunk_size)
 
 
-def in_pieces(function, padded: tuple, plain: tuple, size: Size, q_chunk_size: int | None, border: int = 2 * RADIUS):
-    """Apply `function` to rectangles of output positions, with a border of what is `padded`, one after the other.
+def doubled(size: int) -> Float[np.ndarray, "positions cells"]:
+    """Return the weights of the cells in their bicubic interpolation to twice the size, with a reflected border."""
+    return axis_weights("bicubic", size, 2 * size)[geometry.reflection(2 * size, RADIUS)]
 
-    Nothing is kept for the gradient but the arguments.
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A row of tiles: a rectangle of output positions, from `first` on; what lies beyond the edge repeats it."""
+
+    first: tuple[Int[Array, ""], Int[Array, ""]]
+    size: Size
+
+    def of(self, x: Float[Array, "B H W C"], border: int = 0) -> Float[Array, "B Y X C"]:
+        """Cut the rectangle out of a map that has `border` rows and columns more."""
+        for axis, first, count in zip((1, 2), self.first, self.size):
+            x = jnp.take(x, first + jnp.arange(count + border), axis, mode="clip")
+        return x
+
+
+def apply_kernels(
+    kernels: Callable[[Piece], Float[Array, "B Y X taps"]],
+    source: Float[Array, "B h w C"],
+    size: Size,
+    rows: Float[np.ndarray, "Yp h"],
+    cols: Float[np.ndarray, "Xp w"],
+    side: int,
+    q_chunk_size: int | None,
+) -> Float[Array, "B Y X C"]:
+    """Correlate a map, interpolated first, with a kernel for each position: products of matrices, tile by tile.
+
+    The kernels of a tile see one slab of the interpolated map, and this is a product of the source's cells with the
+    weights in `rows` and `cols`. So the kernels are multiplied by these weights, and the result by the cells: the
+    interpolated map does not exist. Nothing is kept for the gradient but the inputs.
+
+    Args:
+        kernels: returns those of a piece of the output.
+        source: the map.
+        size: height and width of the output.
+        rows, cols: weights of the cells in each position of the interpolated map, with its border.
+        side: of the kernels.
+        q_chunk_size: output positions worked on at once.
     """
-    positions = min(q_chunk_size or POSITIONS, size[0] * size[1])
-    tall = min(TILE, size[0], max(1, int(positions**0.5)))
-    wide = min(size[1], max(1, positions // tall))
-    if wide > TILE:
-        wide = -(-wide // TILE) * TILE if wide == size[1] else wide // TILE * TILE
-    rows, cols = -(-size[0] // tall), -(-size[1] // wide)
-    short = (0, 0), (0, rows * tall - size[0]), (0, cols * wide - size[1]), (0, 0)
-    padded, plain = jax.tree.map(lambda x: jnp.pad(x, short), (padded, plain))
+    positions = q_chunk_size or POSITIONS
+    tile = max(1, min(TILE, int(positions**0.5)))
+    (top, tall), (left, wide) = (slabs(table, n, tile, side) for table, n in zip((rows, cols), size))
+    group = max(1, min(len(left), positions // tile**2))
+    left, wide = (np.concatenate([x, np.repeat(x[-1:], -len(x) % group, 0)]) for x in (left, wide))
+    across = len(left) // group
 
     @jax.checkpoint
-    def piece(index):
-        top, left = index // cols * tall, index % cols * wide
-        sides = ((padded, border), (plain, 0))
-        return function(
-            *(
-                lax.dynamic_slice(x, (0, top, left, 0), (len(x), tall + more, wide + more, x.shape[3]))
-                for group, more in sides
-                for x in group
-            )
-        )
+    def compute(index):
+        row, first = index // across, index % across * group
+        begin, weights = (lax.dynamic_slice_in_dim(jnp.asarray(x), first, group) for x in (left, wide))
+        strip = lax.dynamic_slice_in_dim(source, jnp.asarray(top)[row], tall.shape[2], 1)
+        cells = jnp.take(strip, begin[:, None] + jnp.arange(wide.shape[2]), 2)
+        spread = kernels(Piece((row * tile, first * tile), (tile, group * tile)))
+        spread = rearrange(spread, "b y (n x) (i j) -> b n y x i j", n=group, i=side)
+        spread = skew(skew(spread, 3, 5), 2, 4)
+        spread = jnp.einsum("bnyxuv,ur->bnyxvr", spread, jnp.asarray(tall)[row], precision="highest")
+        spread = jnp.einsum("bnyxvr,nvs->bnyxrs", spread, weights, precision="highest").astype(source.dtype)
+        output = jnp.einsum("bnyxrs,brnsc->bynxc", spread, cells, precision="highest")
+        return rearrange(output, "b y n x c -> b y (n x) c")
 
-    pieces = lax.map(piece, jnp.arange(rows * cols, dtype=jnp.int32))
-    whole = rearrange(pieces, "(r c) b y x e -> b (r y) (c x) e", c=cols)
+    pieces = lax.map(compute, jnp.arange(len(top) * across, dtype=jnp.int32))
+    whole = rearrange(pieces, "(r c) b y x e -> b (r y) (c x) e", c=across)
     return whole[:, : size[0], : size[1]]
 
 
-def apply_kernels(padded: Float[Array, "B Yp Xp C"], kernels: Float[Array, "B Y X taps"]) -> Float[Array, "B Y X C"]:
-    """Compute `adaptive_conv` as products of matrices: of a tile's kernels, spread over its slab, with the slab."""
-    side = round(kernels.shape[3] ** 0.5)
-    slabs = slabs_of(padded, kernels.shape[2], side)
-    spread = rearrange(kernels, "b y (n x) (i j) -> b n y x i j", n=slabs.shape[2], i=side)
-    spread = skew(skew(spread, 3, 5), 2, 4)
-    output = jnp.einsum("bnyxuv,bunvc->bynxc", spread.astype(padded.dtype), slabs, precision="highest")
-    return rearrange(output, "b y n x c -> b y (n x) c")
+def slabs(
+    table: Float[np.ndarray, "positions cells"], size: int, tile: int, side: int
+) -> tuple[Int[np.ndarray, " tiles"], Float[np.ndarray, "tiles slab span"]]:
+    """Cut an axis of `size` positions into tiles; return each one's first cell and the cells' weights in its slab.
+
+    `table` has the weights of all cells, of the positions and a border of `side` - 1 more.
+    """
+    first = np.arange(0, size, tile)
+    seen = np.minimum(first[:, None] + np.arange(tile + side - 1), len(table) - 1)
+    used = table[seen].any(1)
+    low, high = used.argmax(1), used.shape[1] - used[:, ::-1].argmax(1)
+    span = int((high - low).max())
+    begin = np.minimum(low, table.shape[1] - span)
+    columns = begin[:, None, None] + np.arange(span)
+    return begin.astype(np.int32), np.take_along_axis(table[seen], np.broadcast_to(columns, (*seen.shape, span)), 2)
 
 
 def correlate(padded: Float[Array, "B Yp Xp D"], key: Float[Array, "B Y X D"], side: int) -> Float[Array, "B Y X taps"]:
     """Return the products of every position's key with those around it, row by row."""
-    slabs = slabs_of(padded, key.shape[2], side)
-    key = rearrange(key, "b y (n x) d -> b n y x d", n=slabs.shape[2])
-    spread = jnp.einsum("bnyxd,bunvd->bnyxuv", key, slabs, precision="highest")
+    tile = TILE if key.shape[2] % TILE == 0 else key.shape[2]
+    key = rearrange(key, "b y (n x) d -> b n y x d", x=tile)
+    columns = np.arange(key.shape[1])[:, None] * tile + np.arange(tile + side - 1)
+    spread = jnp.einsum("bnyxd,bunvd->bnyxuv", key, jnp.take(padded, columns, 2), precision="highest")
     return rearrange(unskew(unskew(spread, 3, 5), 2, 4), "b n y x i j -> b y (n x) (i j)")
-
-
-def slabs_of(padded: Float[Array, "B Yp Xp C"], width: int, side: int) -> Float[Array, "B Yp tiles slab C"]:
-    """Cut into tiles of columns, with the border of each."""
-    wide = TILE if width % TILE == 0 else width
-    columns = np.arange(0, width, wide)[:, None] + np.arange(wide + side - 1)
-    return jnp.take(padded, columns, 2)
 
 
 def skew(x: Float[Array, "..."], axis: int, along: int) -> Float[Array, "..."]:
