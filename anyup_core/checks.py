@@ -10,13 +10,14 @@ from typing import Any, SupportsIndex
 from anyup_core.config import AnyUpConfig
 from anyup_core.geometry import AxisWindow
 from anyup_core.settings import require
+from anyup_core.upsamplers.config import UpsamplerConfig
 
 OutputSize = SupportsIndex | Sequence[SupportsIndex]  # of a square, or height and width
 ORDERS = {"NHWC": (0, 2, 3, 1), "NCHW": (0, 3, 1, 2)}  # how to transpose the other order into this one
 
 
 def check_inputs(
-    config: AnyUpConfig,
+    config: AnyUpConfig | UpsamplerConfig,
     layout: str,
     image: Any,
     features: Any,
@@ -70,12 +71,17 @@ def check_inputs(
 
 
 def check_upsampler(
-    config: Any, layout: str, image: Any, features: Any, output_size: OutputSize | None, q_chunk_size: int | None
+    config: UpsamplerConfig,
+    layout: str,
+    image: Any,
+    features: Any,
+    output_size: OutputSize | None,
+    q_chunk_size: int | None,
 ) -> tuple[int, int]:
     """Refuse what an upsampler cannot handle and return the output's height and width.
 
     Args:
-        config: of the upsampler, an `UpsamplerConfig`.
+        config: of the upsampler.
         layout, image, features, output_size, q_chunk_size: as for `check_inputs`.
 
     Raises:

@@ -21,6 +21,8 @@ from anyup_core import checks
 from anyup_core.checks import OutputSize
 from anyup_core.config import AnyUpConfig
 from anyup_core.geometry import AxisWindow
+from anyup_core.preprocessing import IMAGENET, Preprocessing
+from anyup_core.upsamplers.jafar import JAFARConfig
 from anyup_jax import sharding
 from anyup_jax.attention import resolve, window_attention
 from anyup_jax.blocked import map_rows
@@ -50,7 +52,7 @@ class FeatureEncoder(nnx.Module):
 class CrossAttention(nnx.Module):
     """Normalises and projects queries and keys, then averages the raw values in each query's window."""
 
-    def __init__(self, config: AnyUpConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: AnyUpConfig | JAFARConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         dim = config.qk_dim
         self.num_heads = config.num_heads
         self.conv = Conv(dim, dim, 3, padding="zeros", dtype=dtype, rngs=rngs)
@@ -126,6 +128,22 @@ class AnyUp(nnx.Module):
         model = nnx.merge(*nnx.split(self))
         model.config, model.cross_decode.num_heads = config, config.num_heads
         return model
+
+    @property
+    def channels(self) -> None:
+        """Features of any number of channels are upsampled; this and what follows is the protocol of `upsamplers`."""
+        return None
+
+    @property
+    def multiple(self) -> int:
+        return 1
+
+    @property
+    def normalisation(self) -> Preprocessing:
+        return IMAGENET
+
+    def native_size(self, image: Any, features: Any) -> Size:
+        return grid_of(image)
 
     @standard_promotion()
     def __call__(

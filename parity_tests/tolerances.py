@@ -8,6 +8,8 @@ DOUBLE_RMS = 1.5  # RMS distance to the float64 output, in units of the referenc
 ENCODER = 2e-5  # JAX against PyTorch on an encoder's features, times the largest feature where that exceeds 1
 BACKBONE = 2e-5  # Flax encoders against timm, in units of the largest feature (about 1e-6 is usual)
 TRAINED = 1e-5  # the same for features and logits of trained weights on photographs (about 1e-6 is usual)
+UPSAMPLERS = {"jafar": 2e-5, "featup": 2e-5, "loftup": 2e-5, "naf": 5e-5}  # outputs of the others; NAF's reach 7
+CANCELLING = 1e-3  # gradients of scalars that are sums with cancellation, in units of their size
 
 
 def largest(values) -> float:

@@ -52,7 +52,7 @@ class Stage(nnx.Module):
 
     def __call__(
         self, source: Float[Array, "B h w C"], image: Float[Array, "B H W 3"], q_chunk_size: int | None
-    ) -> Float[Array, "B 2h 2w C"]:
+    ) -> Float[Array, "B 2*h 2*w C"]:
         size = 2 * source.shape[1], 2 * source.shape[2]
         guide = adaptive_average_pool(image, size)
         key = self.range_proj(guide)

@@ -92,7 +92,7 @@ def to_published(method: str, state: Any) -> dict[str, np.ndarray]:
     """
     found = catalogue.find(method)
     flat = [(".".join(map(str, path)), variable) for path, variable in nnx.to_flat_state(state)]
-    arrays = {path: np.asarray(getattr(variable, "value", variable)) for path, variable in flat}
+    arrays = {path: np.asarray(x.get_value() if isinstance(x, nnx.Variable) else x) for path, x in flat}
     return checkpoints.to_published(_table(found, arrays), arrays)
 
 
