@@ -91,7 +91,8 @@ def read(path: str | Path, *, kind: str | None = None, item: str = run_directory
 
 def _not_anyup_but(path: str | Path, method: str) -> str:
     call = f'upsamplers.from_pretrained("{method}", ...)'
-    return f"{path} holds the weights of {method}, not of AnyUp; load it with {call}."
+    options = f"load it with {call}, or convert it with --upsampler {method}"
+    return f"{path} holds the weights of {method}, not of AnyUp; {options}."
 
 
 def _not_anyup(path: str | Path, encoders: list[str]) -> str:

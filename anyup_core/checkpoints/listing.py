@@ -12,6 +12,7 @@ from anyup_core.checkpoints import key_table
 from anyup_core.checkpoints.checkpoint import by_name, fits, shape_text
 from anyup_core.checkpoints.encoder_checkpoint import present
 from anyup_core.encoders import catalogue
+from anyup_core.encoders.rows import Row
 
 
 class Line(NamedTuple):
@@ -37,15 +38,20 @@ class Line(NamedTuple):
         return math.prod(self.shape) if self.dtype else 0
 
 
-def lines(tensors: Mapping[str, np.ndarray], *, flax: bool, name: str | None = None) -> Iterator[Line]:
-    """Yield the lines of AnyUp's table, or of an encoder's, and then those of tensors that it does not know.
+def lines(
+    tensors: Mapping[str, np.ndarray], *, flax: bool, name: str | None = None, rows: tuple[Row, ...] | None = None
+) -> Iterator[Line]:
+    """Yield the lines of AnyUp's table, or of another, and then those of tensors that it does not know.
 
     Args:
         tensors: of the file, by PyTorch keys, or by Flax paths if `flax`.
         flax: which of the two.
         name: of the encoder.
+        rows: the table, where it is another one.
     """
-    if name is None:
+    if rows is not None:
+        pass
+    elif name is None:
         rows = key_table.expand(key_table.sizes_of(tensors, flax=flax))
     else:
         rows = present(catalogue.find(name).config.rows(), tensors)
@@ -71,8 +77,10 @@ def lines(tensors: Mapping[str, np.ndarray], *, flax: bool, name: str | None = N
             yield Line(torch, path, tensor.shape, str(tensor.dtype), "not in the table")
 
 
-def render(tensors: Mapping[str, np.ndarray], *, flax: bool, name: str | None = None) -> Any:
-    """Return the lines, an encoder's if `name` is given, as a rich table; the title counts tensors and parameters."""
+def render(
+    tensors: Mapping[str, np.ndarray], *, flax: bool, name: str | None = None, rows: tuple[Row, ...] | None = None
+) -> Any:
+    """Return the lines as a rich table, arguments as for `lines`; the title counts tensors and parameters."""
     from rich.table import Table
 
     total = sum(tensor.size for tensor in tensors.values())
@@ -80,7 +88,7 @@ def render(tensors: Mapping[str, np.ndarray], *, flax: bool, name: str | None = 
     title = f"{name or 'AnyUp'}: {len(tensors)} tensors, {total:,} parameters, in {layout}'s layout"
     grid = Table("PyTorch", "Flax", "shape", "type", "parameters", "note", title=title)
     grid.columns[4].justify = "right"
-    for line in lines(tensors, flax=flax, name=name):
+    for line in lines(tensors, flax=flax, name=name, rows=rows):
         shape = " x ".join(str(size or "any") for size in line.shape) or "scalar"
         torch, path = (text.replace("[", r"\[") for text in (line.torch, line.flax))
         grid.add_row(torch, path, shape, line.dtype, f"{line.parameters:,}", line.note)
