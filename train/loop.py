@@ -77,9 +77,6 @@ class Run:
         self.encoders = {name: encoder.load(config.dtype) for name, encoder in config.encoders.items()}
         for name, encoder in self.encoders.items():
             encoders.check_sizes(name, encoder.stride, config)
-        self.config = config = with_statistics(config, source)
-        if jax.process_index() == 0:
-            write_config(output, config)
         self.patches = {name: encoder.stride for name, encoder in self.encoders.items()}
         initial, dtype = config.checkpoint.init_from, jnp.dtype(config.dtype)
         if initial is None:
@@ -89,6 +86,9 @@ class Run:
             dim, given = config.model.input_dim, model.config.input_dim
             remedy = f"the guidance of that model has {given} channels, and model.input_dim={dim}"
             require(given == dim, "checkpoint.init_from", initial, remedy)
+        self.config = config = with_statistics(config, source)
+        if jax.process_index() == 0:
+            write_config(output, config)
         self.graph, state = init_state(config, model)
         self.specs = state_specs(state, config.mesh.parameters, mesh)
         self.state: TrainState = sharding.place(state, self.specs, mesh)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from train.config import Size
 from train.data.images import Region, crop_box, place
 
 SUFFIXES = (".tif", ".tiff", ".npy")
-File = str | os.PathLike | IO[bytes]
+File = str | os.PathLike | IO[bytes] | io.BytesIO
 
 
 class OtherBands(ValueError):
