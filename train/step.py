@@ -181,7 +181,7 @@ def encoder_pixels(image: Shaped[Array, "*B H W C"], data: DatasetConfig) -> Flo
 
 def encoder_views(
     batch: Batch, sizes: StepSizes, data: DatasetConfig
-) -> tuple[Float[Array, "B H W 3"], Float[Array, "B*n Hc Wc 3"]]:
+) -> tuple[Float[Array, "B H W 3"], Float[Array, "N Hc Wc 3"]]:
     """Return what an encoder sees, in [0, 1]: the whole photographs, and their crops one after the other."""
     crops = cut_crops(batch["image"], sizes.corners(batch["crops"]) * sizes.patch, sizes.view)
     whole = resized(encoder_pixels(batch["image"], data), sizes.whole)
@@ -189,7 +189,7 @@ def encoder_views(
 
 
 def features_of(
-    encoder: FrozenEncoder, views: tuple[Float[Array, "B H W 3"], Float[Array, "B*n Hc Wc 3"]]
+    encoder: FrozenEncoder, views: tuple[Float[Array, "B H W 3"], Float[Array, "N Hc Wc 3"]]
 ) -> tuple[Float[Array, "B h w C"], Float[Array, "B n hc wc C"]]:
     """Return an encoder's features of the whole photographs and of their crops, given what `encoder_views` returns."""
     whole, crops = (encoder(encoder.normalize(view)) for view in views)
