@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import IO
 
@@ -17,6 +19,7 @@ from train.config import Size
 from train.data.images import Region, crop_box, place
 
 SUFFIXES = (".tif", ".tiff", ".npy")
+NPY_HEADER = dict(descr="'([^']+)'", fortran_order="(True|False)", shape=r"\(([\d, ]*)\)")
 File = str | os.PathLike | IO[bytes] | io.BytesIO
 
 
@@ -24,7 +27,7 @@ class OtherBands(ValueError):
     """The image has another number of bands, or does not say on which axis they are."""
 
 
-def read_bands(file: File, name: str, bands: int) -> Float32[np.ndarray, "H W {bands}"]:
+def read_bands(file: File, name: str, bands: int) -> Float32[np.ndarray, "H W bands"]:
     """Return all bands of a TIFF or NPY file, with the values of the file.
 
     The axis of the bands is the one that a TIFF says holds samples or channels. Otherwise it is the first or the last,
@@ -64,7 +67,7 @@ def band_size(path: str, bands: int) -> Size:
 
 def read_band_crop(
     file: File, name: str, size: Size, region: Region | None = None, max_enlargement: float = 1.0, *, bands: int
-) -> Float32[np.ndarray, "Hc Wc {bands}"]:
+) -> Float32[np.ndarray, "Hc Wc bands"]:
     """Return the crop as `images.read_crop` does, with all bands.
 
     Raises:
@@ -89,9 +92,9 @@ def _opened(file: File, name: str) -> Iterator[tuple[tuple[int, ...], str, Calla
     try:
         with contextlib.ExitStack() as stack:
             if name.lower().endswith(".npy"):
-                lazily = "r" if isinstance(file, str | os.PathLike) else None
-                array = np.load(file, mmap_mode=lazily, allow_pickle=False)
-                shape, axes, read = array.shape, "", array.__array__
+                opened = stack.enter_context(open(file, "rb")) if isinstance(file, str | os.PathLike) else file
+                shape, read = _open_npy(opened)
+                axes = ""
             else:
                 series = stack.enter_context(tifffile.TiffFile(file)).series[0]
                 shape, axes, read = series.shape, series.axes, series.asarray
@@ -104,6 +107,27 @@ def _opened(file: File, name: str) -> Iterator[tuple[tuple[int, ...], str, Calla
         text = str(error).rstrip(".") or type(error).__name__
         remedy = "; pip install imagecodecs, or save it with deflate" if "imagecodecs" in text else ""
         raise OSError(f"{name} cannot be read: {text}{remedy}.") from error
+
+
+def _open_npy(file: IO[bytes] | io.BytesIO) -> tuple[tuple[int, ...], Callable[[], np.ndarray]]:
+    """Return the shape of an NPY file, and what reads its array.
+
+    `numpy.load` parses the header with `ast`, which in Python 3.11 fails at random while other threads do so too.
+    """
+    size = 2 if np.lib.format.read_magic(file) == (1, 0) else 4
+    header = file.read(int.from_bytes(file.read(size), "little")).decode("latin1")
+    found = [re.search(rf"'{key}': *{value}", header) for key, value in NPY_HEADER.items()]
+    if not all(found):
+        raise ValueError(f"its header is {header[:80]!r}, not that of a plain array")
+    kind, fortran, sides = (match[1] for match in found if match)
+    shape, dtype = tuple(int(side) for side in sides.split(",") if side.strip()), np.dtype(kind)
+
+    def read() -> np.ndarray:
+        count = math.prod(shape)
+        values = np.frombuffer(file.read(count * dtype.itemsize), dtype, count)
+        return values.reshape(shape, order="F" if fortran == "True" else "C")
+
+    return shape, read
 
 
 def _band_axis(shape: tuple[int, ...], axes: str, name: str, bands: int) -> int:
