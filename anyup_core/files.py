@@ -37,13 +37,17 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in HIDDEN
 
 
-def is_photograph(path: str) -> bool:
-    """Return whether a relative path is that of a photograph: one of `IMAGE_SUFFIXES` in any case, nothing hidden."""
-    return path.lower().endswith(IMAGE_SUFFIXES) and not any(map(is_hidden, path.split("/")))
+def is_photograph(path: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> bool:
+    """Return whether a relative path is that of a photograph: one of the suffixes in any case, nothing hidden."""
+    return path.lower().endswith(suffixes) and not any(map(is_hidden, path.split("/")))
 
 
-def list_folder(folder: str | os.PathLike, left_out: Counter[str]) -> tuple[list[str], list[str]]:
+def list_folder(
+    folder: str | os.PathLike, left_out: Counter[str], suffixes: tuple[str, ...] = IMAGE_SUFFIXES
+) -> tuple[list[str], list[str]]:
     """Return the names of the photographs and of the subfolders in a folder, both sorted; count the rest in `left_out`.
+
+    Photographs are files with one of the suffixes.
 
     Raises:
         OSError: if the folder cannot be listed.
@@ -54,7 +58,7 @@ def list_folder(folder: str | os.PathLike, left_out: Counter[str]) -> tuple[list
             left_out[HIDDEN_ENTRIES] += 1
         elif entry.is_dir():
             folders.append(entry.name)
-        elif is_photograph(entry.name):
+        elif is_photograph(entry.name, suffixes):
             photographs.append(entry.name)
         else:
             left_out[OTHER_FILES] += 1

@@ -20,6 +20,7 @@ import anyup_jax
 from anyup_core.geometry import AxisWindow, axis_window
 from anyup_core.preprocessing import IMAGENET
 from anyup_core.resample import axis_weights
+from anyup_core.settings import require
 from evaluation.config import Config, Size
 
 Guide = Float[Array, "B H W 3"] | Int[Array, "B H W 1"]
@@ -59,12 +60,16 @@ def create(name: str, config: Config) -> Method:
     """Return a method by its name.
 
     Raises:
-        ValueError, OSError, ConnectionError: for weights that cannot be loaded, as `anyup_jax.from_pretrained` does.
+        ValueError, OSError, ConnectionError: if weights cannot be loaded, as `anyup_jax.from_pretrained` does; and
+            ValueError for a model whose guidance is no photograph.
     """
     if name == "anyup":
         settings = config.anyup
         options = {key: value for key, value in dict(window=settings.window, ema=settings.ema).items() if value}
-        return Upsampler(anyup_jax.from_pretrained(settings.weights, dtype=jnp.dtype(settings.dtype), **options))
+        model = anyup_jax.from_pretrained(settings.weights, dtype=jnp.dtype(settings.dtype), **options)
+        remedy = f"its guidance has {model.config.input_dim} channels, and images here have 3"
+        require(model.config.input_dim == 3, "anyup.weights", settings.weights, remedy)
+        return Upsampler(model)
     if name == "high_resolution":
         return Interpolation(name, "bilinear", config.high_resolution)
     guided = {method.name: method for method in (JointBilateral(), LabelGuided())}

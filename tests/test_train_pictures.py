@@ -20,7 +20,7 @@ ENCODERS = {"lite0": EncoderConfig(name="efficientnet_lite0")}
 
 
 def settings(crop_size: tuple[int, int] = (64, 96), log: LogConfig | None = None, **dataset) -> Config:
-    views = DatasetConfig(crop_size=crop_size, img_size=(32, 48), **dataset)
+    views = DatasetConfig(crop_size=crop_size, **dict(img_size=(32, 48)) | dataset)
     return Config(encoders=ENCODERS, dataset=views, log=log or LogConfig())
 
 
@@ -107,7 +107,7 @@ def test_a_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(figure, "draw_panels", spy)
     path = tmp_path / "pictures" / "step_00000007.png"
     photographs = pictures.held_out(config)
-    picture = pictures.draw(path, model, encoder, photographs, config.dataset.img_size, step=7)
+    picture = pictures.draw(path, model, encoder, photographs, config.dataset, step=7)
     np.testing.assert_array_equal(picture, np.asarray(Image.open(path).convert("RGB")))
     (panels, options), = drawn  # fmt: skip
     assert options["columns"] == 5
@@ -124,8 +124,9 @@ def test_a_picture(tmp_path, monkeypatch):
 def test_the_target_is_the_encoder_on_the_whole_photograph():
     encoder = encoders.create("efficientnet_lite0", layer=2)
     model = AnyUp(AnyUpConfig(qk_dim=16), rngs=nnx.Rngs(0))
-    (_, crop), *_ = pictures.held_out(settings((64, 96)))
-    low, upsampled, target = pictures._features(model, encoder, crop, (64, 96))
+    config = settings((64, 96), img_size=(64, 96))
+    (_, crop), *_ = pictures.held_out(config)
+    low, upsampled, target = pictures._features(model, encoder, crop, config.dataset)
     np.testing.assert_array_equal(low, target)  # the view is the whole
     np.testing.assert_allclose(target, encoder.encode_array(crop / np.float32(255)), atol=1e-6)
     assert upsampled.shape == target.shape

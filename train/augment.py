@@ -1,4 +1,4 @@
-"""The recipe's augmentation of the guidance: it changes colours and quality of a photograph, not its geometry."""
+"""The recipe's augmentation of the guidance: it changes colours and quality of an image, not its geometry."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from collections.abc import Callable
 from statistics import NormalDist
 
 import numpy as np
-from jaxtyping import Int16, UInt8, UInt16
+from jaxtyping import Float32, Int16, UInt8, UInt16
 from PIL import Image, ImageEnhance, ImageOps
+
+from train.config import DatasetConfig
 
 Operation = Callable[[Image.Image, np.random.Generator], Image.Image]
 
@@ -164,3 +166,74 @@ OPERATIONS: tuple[tuple[float, Operation], ...] = (
     (0.6, lambda image, rng: Image.fromarray(_noise(np.asarray(image), rng))),
 )
 """Probability at strength 1, and the operation, in the order in which they are applied."""
+
+
+def encoder_photograph(
+    image: UInt8[np.ndarray, "H W 3"] | Float32[np.ndarray, "H W bands"], config: DatasetConfig
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Return what an encoder sees of an image as 8-bit RGB: its bands between their `limits`, or the photograph."""
+    if config.encoder_bands is None:
+        return image
+    low, high = (np.array(limit, np.float32)[list(config.encoder_bands)] for limit in config.limits())
+    seen = (image[..., list(config.encoder_bands)] - low) / (high - low)
+    return np.rint(255 * np.clip(seen, 0, 1)).astype(np.uint8)
+
+
+def augment_bands(
+    image: Float32[np.ndarray, "H W bands"], config: DatasetConfig, rng: np.random.Generator
+) -> Float32[np.ndarray, "H W bands"]:
+    """Return an image of bands with augmented values.
+
+    The bands that encoders get are augmented as the photograph that they make (`encoder_photograph`): the change of its
+    levels is added to them. Of the recipe, the other bands get, with the same probabilities and ranges, what needs no
+    colours and no 8 bits: brightness and contrast, blur, sharpness and noise, between their `limits`. No hue,
+    saturation, greyscale, change of channels, JPEG, histograms, posterisation, solarisation or inversion.
+
+    Args:
+        image: with the values of the file.
+        config: the data set, with `mean` and `std`; at an augmentation strength of 0 the image itself is returned.
+        rng: source of all random choices.
+    """
+    if config.augmentation_strength == 0:
+        return image
+    chosen = list(config.encoder_bands or ())
+    others = [band for band in range(image.shape[-1]) if band not in chosen]
+    low, high = (np.array(limit, np.float32) for limit in config.limits())
+    photograph = encoder_photograph(image, config)
+    change = np.float32(augment(photograph, config.augmentation_strength, rng)) - photograph
+    result = image.copy()
+    result[..., chosen] += change / 255 * (high - low)[chosen]
+    levels = (image[..., others] - low[others]) / (high - low)[others]
+    levels = _augment_levels(levels, config.augmentation_strength, rng)
+    result[..., others] = low[others] + levels * (high - low)[others]
+    return result
+
+
+def _augment_levels(
+    levels: Float32[np.ndarray, "H W C"], strength: float, rng: np.random.Generator
+) -> Float32[np.ndarray, "H W C"]:
+    """Change bands whose usual levels are from 0 to 1: all of them alike, but for the noise."""
+    happens = rng.random(4) < np.array([0.5, 0.35, 0.2, 0.6]) ** (1 / strength)
+    if happens[0]:
+        brightness, contrast = (np.float32(rng.uniform(1 - most, 1 + most)) for most in JITTER[:2])
+        mean = levels.mean((0, 1), keepdims=True)
+        levels = brightness * (mean + contrast * (levels - mean))
+    if happens[1]:
+        weights = np.exp(-0.5 * (np.arange(-2, 3) / rng.uniform(*BLUR_SIGMA)) ** 2)
+        levels = _smooth(levels, weights / weights.sum())
+    if happens[2]:
+        levels = levels + (levels - _smooth(levels, np.array([1, 2, 1]) / 4)) / 2
+    if happens[3]:
+        levels = levels + np.float32(NOISE) * rng.standard_normal(levels.shape, np.float32)
+    return levels
+
+
+def _smooth(levels: Float32[np.ndarray, "H W C"], weights: np.ndarray) -> Float32[np.ndarray, "H W C"]:
+    """Average over the pixels around along either axis; the border is reflected."""
+    edge = len(weights) // 2
+    for axis in (0, 1):
+        padded = np.pad(levels, [(edge, edge) if i == axis else (0, 0) for i in range(3)], "reflect")
+        size = levels.shape[axis]
+        shifted = (np.take(padded, range(first, first + size), axis) for first in range(len(weights)))
+        levels = functools.reduce(np.add, (np.float32(weight) * part for weight, part in zip(weights, shifted)))
+    return levels

@@ -38,6 +38,9 @@ def at_least(config: Any, group: str, **least: int) -> None:
 class DatasetConfig:
     """The photographs and the views that are made of them.
 
+    With `encoder_bands` they are images of `model.input_dim` bands, TIFF (tifffile reads them) or NPY (H, W, bands) of
+    whole or floating-point numbers in a folder: all bands are the guidance.
+
     Attributes:
         kind: "skimage" (what scikit-image ships), "folder" (`root/class/file`) or "tfds" (TensorFlow Datasets).
         root: the folder of images; for tfds its `data_dir`, which may be a bucket (gs://).
@@ -55,7 +58,14 @@ class DatasetConfig:
             smaller than the crop are left out.
         flip: mirror photographs at random, half of them.
         pasted_regions: how many irregular regions of other photographs are pasted onto each, for `loss.outlines`.
-        augmentation_strength: 0 for none, 1 for the published recipe.
+        augmentation_strength: 0 for none, 1 for the published recipe; of images of bands, see `augment.augment_bands`.
+        encoder_bands: the three bands, counted from 0, that the encoder gets as red, green and blue, [3, 2, 1] of
+            Sentinel-2's 13; None for photographs.
+        encoder_range: values of the files that are 0 (black) and 1 (white) for the encoder, before its own
+            normalisation, [0, 3000] for Sentinel-2's reflectance times 10000; None to stretch each band from two
+            deviations below its mean to two above.
+        mean, std: of each band, in units of the files, with which the guidance is normalised; None to measure them in
+            the files that are trained on, before the first step. `config.yaml` and checkpoints hold what was measured.
         workers: processes that prepare batches; 0 to prepare them in threads of the main process.
         threads: threads of each of these processes.
         prefetch: batches that each process prepares in advance.
@@ -76,6 +86,10 @@ class DatasetConfig:
     flip: bool = False
     pasted_regions: int = 0
     augmentation_strength: float = 1.0
+    encoder_bands: tuple[int, ...] | None = None
+    encoder_range: tuple[float, float] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     workers: int = 0
     threads: int = 4
     prefetch: int = 2
@@ -105,6 +119,36 @@ class DatasetConfig:
         if (scales := self.global_view_random_resize) is not None:
             require(0 < scales[0] <= scales[1] <= 1, "dataset.global_view_random_resize", scales,
                      "give two scales with 0 < least <= greatest <= 1")  # fmt: skip
+        self._check_bands()
+
+    def _check_bands(self) -> None:
+        if self.encoder_bands is None:
+            for field in ("encoder_range", "mean", "std"):
+                value = getattr(self, field)
+                require(value is None, f"dataset.{field}", value,
+                         "it is for images of bands; name those that encoders get, dataset.encoder_bands")  # fmt: skip
+            return
+        require(len(self.encoder_bands) == 3, "dataset.encoder_bands", self.encoder_bands,
+                 "give the three bands that encoders get as red, green and blue, such as [3,2,1]")  # fmt: skip
+        require(self.kind == "folder", "dataset.kind", self.kind,
+                 "images of bands are files in a folder, dataset=folder dataset.root=FOLDER")  # fmt: skip
+        levels, std = self.encoder_range, self.std
+        require(levels is None or levels[0] < levels[1], "dataset.encoder_range", levels,
+                 "give the value that is black and a greater one that is white, such as [0,3000]")  # fmt: skip
+        require((self.mean is None) == (std is None), "dataset.std", std, "dataset.mean and dataset.std go together")
+        require(std is None or min(std, default=0) > 0, "dataset.std", std,
+                 "give positive numbers, 1 for a band that is the same everywhere")  # fmt: skip
+
+    def limits(self) -> tuple[list[float], list[float]]:
+        """Return, of every band, the values that are black and white: `encoder_range`, or two deviations from the mean.
+
+        The bands that no encoder gets are always stretched by their deviations. Needs `mean` and `std`.
+        """
+        low, high = ([m + side * s for m, s in zip(self.mean or (), self.std or ())] for side in (-2, 2))
+        if self.encoder_range is not None:
+            for band in self.encoder_bands or ():
+                low[band], high[band] = self.encoder_range
+        return low, high
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -338,7 +382,21 @@ class Config:
         require(warmup < steps, "optimizer.warmup_steps", warmup, f"it must be below max_steps={steps}")
         require(not self.loss.outlines or self.dataset.pasted_regions, "loss.outlines", self.loss.outlines,
                  "only pasted regions have known outlines, set dataset.pasted_regions=2")  # fmt: skip
-        require(self.model.input_dim == 3, "model.input_dim", self.model.input_dim, "photographs have 3 channels")
+        dim, chosen = self.model.input_dim, self.dataset.encoder_bands
+        require(dim == 3 or chosen, "model.input_dim", dim,
+                 "photographs have 3 channels; for images of more bands, say which ones encoders get as red, green and "
+                 "blue, dataset.encoder_bands=[3,2,1]")  # fmt: skip
+        require(all(0 <= band < dim for band in chosen or ()), "dataset.encoder_bands", chosen,
+                 f"the bands of model.input_dim={dim} count from 0 to {dim - 1}")  # fmt: skip
+        for field in ("mean", "std"):
+            value = getattr(self.dataset, field)
+            require(value is None or len(value) == dim, f"dataset.{field}", value,
+                     f"give a number for each band of model.input_dim={dim}")  # fmt: skip
+
+    @property
+    def bands(self) -> int | None:
+        """Bands of the images; None for photographs."""
+        return None if self.dataset.encoder_bands is None else self.model.input_dim
 
 
 FREE_TO_CHANGE = (

@@ -15,10 +15,10 @@ from anyup_jax.encoders.encoder import Encoder
 from anyup_jax.encoders.settings import check_cells
 from anyup_jax.encoders.timm_bridge import Bridge
 from train import sharding
-from train.config import Config
+from train.config import Config, DatasetConfig
 from train.step import StepSizes, encoder_views, features_of
 
-_encoder_views = jax.jit(encoder_views, static_argnames="sizes")
+_encoder_views = jax.jit(encoder_views, static_argnames=("sizes", "data"))
 
 
 def check_sizes(name: str, patch: int, config: Config) -> None:
@@ -56,8 +56,10 @@ def step_sizes(config: Config, patch: int, step: int) -> StepSizes:
     return StepSizes(patch, data.crop_size, data.img_size, whole, data.guidance_size or whole, consistency, share)
 
 
-def bridge_features(encoder: Bridge, batch: dict[str, np.ndarray], sizes: StepSizes) -> dict[str, np.ndarray]:
+def bridge_features(
+    encoder: Bridge, batch: dict[str, np.ndarray], sizes: StepSizes, data: DatasetConfig
+) -> dict[str, np.ndarray]:
     """Return a timm model's features of this process's photographs and of their crops, as "lr" and "hr"."""
     images = {name: batch[name] for name in ("image", "crops")}
-    views = _encoder_views(images, sizes=dataclasses.replace(sizes, share=1.0))  # one program for all shares
+    views = _encoder_views(images, sizes=dataclasses.replace(sizes, share=1.0), data=data)  # one program for all shares
     return dict(zip(("lr", "hr"), map(np.asarray, features_of(encoder, views))))

@@ -16,11 +16,12 @@ from jax.sharding import Mesh
 
 import anyup_jax
 from anyup_core.checks import check_model
-from anyup_core.settings import to_dict
+from anyup_core.settings import require, to_dict
 from anyup_jax.devices import check_devices
 from anyup_jax.model import AnyUp
 from anyup_jax.promotion import standard_promotion
 from train import dry_run, encoders, pictures, pod_member, program, sharding
+from train.band_statistics import with_statistics
 from train.checkpoint import Checkpoints
 from train.config import Config
 from train.data import ARRAYS, Batches, open_source
@@ -58,14 +59,12 @@ def _run(config: Config, dry: bool) -> int:
         if (patch := encoder.stride()) is not None:
             encoders.check_sizes(name, patch, config)
     output = Path(config.output_dir)
-    check_output(output, config)
+    config = check_output(output, config)
     source = shared_source(config)
     if dry:
         dry_run.show(config, mesh, source)
         return 0
     with locked(output) if jax.process_index() == 0 else contextlib.nullcontext():
-        if jax.process_index() == 0:
-            write_config(output, config)
         return Run(config, mesh, source, output).train()
 
 
@@ -84,6 +83,12 @@ class Run:
             model = AnyUp(config.model, rngs=nnx.Rngs(config.seed), dtype=dtype)
         else:
             model = anyup_jax.from_pretrained(initial, dtype=dtype, backend=config.model.backend)
+            dim, given = config.model.input_dim, model.config.input_dim
+            remedy = f"the guidance of that model has {given} channels, and model.input_dim={dim}"
+            require(given == dim, "checkpoint.init_from", initial, remedy)
+        self.config = config = with_statistics(config, source)
+        if jax.process_index() == 0:
+            write_config(output, config)
         self.graph, state = init_state(config, model)
         self.specs = state_specs(state, config.mesh.parameters, mesh)
         self.state: TrainState = sharding.place(state, self.specs, mesh)
@@ -154,14 +159,15 @@ class Run:
 
     def advance(self, number: int, batch: dict[str, Any]) -> dict[str, jax.Array]:
         """Do step `number`, counted from 1, and return its metrics."""
-        name = encoders.choose(self.config.seed, number - 1, self.patches)
-        sizes = encoders.step_sizes(self.config, self.patches[name], number - 1)
+        config = self.config
+        name = encoders.choose(config.seed, number - 1, self.patches)
+        sizes = encoders.step_sizes(config, self.patches[name], number - 1)
         graph, specs, frozen = self.frozen[name]
         arrays = {key: batch[key] for key in ARRAYS if key in batch}
         if graph is None:
-            arrays |= encoders.bridge_features(self.encoders[name], arrays, sizes)
+            arrays |= encoders.bridge_features(self.encoders[name], arrays, sizes, config.dataset)
         if (name, sizes) not in self.steps:
-            plan = StepPlan(self.config, self.graph, self.specs, sizes, self.mesh, graph, specs)
+            plan = StepPlan(config, self.graph, self.specs, sizes, self.mesh, graph, specs)
             self.steps[name, sizes] = make_step(plan)
         arrays = sharding.place_batch(arrays, self.mesh)
         self.state, metrics = self.steps[name, sizes](self.state, frozen, arrays)
@@ -205,7 +211,7 @@ class Run:
         for name, encoder in self.encoders.items():
             ending = f"_{name}" if len(self.encoders) > 1 else ""
             path = self.output / "pictures" / f"step_{number:08d}{ending}.png"
-            picture = pictures.draw(path, model, encoder, self.held_out, self.config.dataset.img_size, step=number)
+            picture = pictures.draw(path, model, encoder, self.held_out, self.config.dataset, step=number)
             self.metrics.image(number, f"upsampled{ending}", picture)
 
 
@@ -215,7 +221,7 @@ def shared_source(config: Config) -> Source:
     if not main:
         multihost_utils.sync_global_devices("photographs")
     try:
-        return open_source(config.dataset, say=print if main else lambda _: None)
+        return open_source(config.dataset, print if main else lambda _: None, config.bands)
     finally:
         if main:
             multihost_utils.sync_global_devices("photographs")

@@ -26,7 +26,7 @@ class Views:
     """What the objective compares.
 
     Attributes:
-        guidance, augmented: the whole photograph as guidance, clean and augmented, ImageNet-normalised.
+        guidance, augmented: the whole photograph as guidance, clean and augmented, normalised.
         lr_features: features of the whole photograph.
         hr_features: features of each of n crops of it.
         crops: row and column of each crop, in cells of the upsampled map.
@@ -34,8 +34,8 @@ class Views:
             which is what nothing was pasted onto; None without pasted regions.
     """
 
-    guidance: Float[Array, "B H W 3"]
-    augmented: Float[Array, "B H W 3"]
+    guidance: Float[Array, "B H W I"]
+    augmented: Float[Array, "B H W I"]
     lr_features: Float[Array, "B h w C"]
     hr_features: Float[Array, "B n hc wc C"]
     crops: Int[Array, "B n 2"]

@@ -24,8 +24,10 @@ SILENCE = 60.0  # seconds without a sign of life, after which a run on another h
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
-def check_output(output: Path, config: Config) -> None:
-    """Check that a run can start or resume in a folder, which need not exist.
+def check_output(output: Path, config: Config) -> Config:
+    """Check that a run can start or resume in a folder, which need not exist, and return its configuration.
+
+    It has the means and deviations of the bands that the run there has measured, unless they are given.
 
     Raises:
         FileExistsError: if it is a file, or a folder that holds something else.
@@ -40,7 +42,7 @@ def check_output(output: Path, config: Config) -> None:
                 raise FileExistsError(
                     f"output_dir={output} holds something that is no training run; name another folder."
                 )
-            return
+            return config
         try:
             before = from_dict(Config, yaml.safe_load(saved.read_bytes()))  # later settings get their defaults
         except (ValueError, yaml.YAMLError) as error:
@@ -48,11 +50,15 @@ def check_output(output: Path, config: Config) -> None:
                 f"output_dir={output} cannot be resumed: its config.yaml is damaged ({error}); restore that file, or "
                 "name another output_dir."
             ) from error
-    if changed := differences(to_dict(before), to_dict(config)):
+    old, new = to_dict(before), to_dict(config)
+    if config.bands is not None and config.dataset.mean is None:
+        new["dataset"] |= {name: old["dataset"][name] for name in ("mean", "std")}
+    if changed := differences(old, new):
         raise ValueError(
             f"output_dir={output} holds a run with other settings ({'; '.join(changed)}): undo them to resume it, or "
             "name another output_dir."
         )
+    return from_dict(Config, new)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Shaped, UInt8
 
 RADIUS = (0.12, 0.3)  # mean radius, in units of the photograph's shorter side
 WAVES = 6  # of the outline, the k-th with k periods a turn
@@ -13,14 +13,14 @@ AMPLITUDE = 0.35  # standard deviation of the first wave, in units of the mean r
 
 
 def paste_regions(
-    image: UInt8[np.ndarray, "H W 3"],
-    others: Sequence[UInt8[np.ndarray, "H W 3"]],
+    image: Shaped[np.ndarray, "H W C"],
+    others: Sequence[Shaped[np.ndarray, "H W C"]],
     rng: np.random.Generator,
-) -> tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W"]]:
+) -> tuple[Shaped[np.ndarray, "H W C"], UInt8[np.ndarray, "H W"]]:
     """Return a copy of the photograph with regions of others pasted onto it, and the region of each pixel.
 
     Args:
-        image: 8-bit RGB; not changed.
+        image: a photograph, or an image of any bands; not changed.
         others: a photograph for each region, which is pasted at its own place; later regions cover earlier ones.
         rng: draws the outlines.
 

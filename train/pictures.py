@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from collections import Counter
@@ -12,19 +13,23 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float32, UInt8
 
 from anyup_core import figure, visualize
 from anyup_core.encoders.frozen import FrozenEncoder
-from anyup_core.files import list_folder, read_image
+from anyup_core.files import IMAGE_SUFFIXES, list_folder, read_image
 from anyup_core.paths import printable
 from anyup_core.preprocessing import normalize
 from anyup_jax import AnyUp, upsample
-from train.config import Config, Size
+from train.augment import encoder_photograph
+from train.config import Config, DatasetConfig
+from train.data import bands
 from train.data.images import read_crop
 from train.data.sources import shipped
+from train.step import encoder_pixels
 
-Photograph = tuple[str, UInt8[np.ndarray, "Hc Wc 3"]]
+Crop = UInt8[np.ndarray, "Hc Wc 3"] | Float32[np.ndarray, "Hc Wc bands"]
+Photograph = tuple[str, Crop]
 SHIPPED = ("chelsea.png", "coffee.png")  # by scikit-image; no run trains on them
 
 
@@ -53,7 +58,8 @@ def held_out(config: Config) -> list[Photograph]:
     if not root.is_dir():
         raise ValueError(f"{setting}={str(root)!r} is no folder; name a folder of photographs.")
     photographs: list[Photograph] = []
-    for path in _files(root, reverse=bool(note)):
+    suffixes = IMAGE_SUFFIXES if config.bands is None else bands.SUFFIXES
+    for path in _files(root, bool(note), suffixes):
         with contextlib.suppress(OSError, ValueError):
             photographs.append((printable(path.relative_to(root).as_posix()) + note, _centre_crop(path, config)))
         if len(photographs) == count:
@@ -68,7 +74,7 @@ def draw(
     model: AnyUp,
     encoder: FrozenEncoder,
     photographs: Sequence[Photograph],
-    img_size: Size,
+    data: DatasetConfig,
     *,
     step: int,
 ) -> UInt8[np.ndarray, "H W 3"]:
@@ -76,14 +82,14 @@ def draw(
 
     The photograph resized to `img_size` is both the guidance and the encoder's input. Its features are upsampled to the
     size of the target, which is the encoder's features of the photograph at full size. One PCA, of the low-resolution
-    features and the target, gives the colours of a row.
+    features and the target, gives the colours of a row. Images of bands are drawn as the encoder sees them.
 
     Args:
         path: the .png file; its folder is created if it does not exist.
         model: the upsampler.
         encoder: in Flax, or a timm model.
         photographs: from `held_out`.
-        img_size: height and width of the view.
+        data: the data set, with mean and deviation of each band.
         step: number in the title.
 
     Raises:
@@ -92,48 +98,60 @@ def draw(
     """
     panels = []
     for name, crop in photographs:
-        low, upsampled, target = _features(model, encoder, crop, img_size)
+        low, upsampled, target = _features(model, encoder, crop, data)
         maps = low, visualize.bilinear(low, target.shape[:2]), upsampled, target
         colors = visualize.pca_colors(*maps, basis=visualize.pca_basis([target, low]))
-        sizes = [crop.shape[:2], *(features.shape for features in maps)]
+        image = encoder_photograph(crop, data)
+        sizes = [image.shape[:2], *(features.shape for features in maps)]
         titles = name, "low-res", "bilinear", "AnyUp", "target"
-        panels += [(f"{t}\n{_times(size)}", image) for t, size, image in zip(titles, sizes, [crop, *colors])]
+        panels += [(f"{t}\n{_times(size)}", image) for t, size, image in zip(titles, sizes, [image, *colors])]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    view = f"Encoder: {encoder.name}, which sees {_times(img_size)}; the target is what it sees of the whole image."
+    view = (
+        f"Encoder: {encoder.name}, which sees {_times(data.img_size)}; the target is what it sees of the whole image."
+    )
     subtitle = f"{view} Colours: one PCA and one range per row."
     figure.draw_panels(path, panels, columns=5, title=f"Step {step}", subtitle=subtitle)
     return read_image(path)
 
 
 def _features(
-    model: AnyUp, encoder: FrozenEncoder, crop: UInt8[np.ndarray, "Hc Wc 3"], img_size: Size
+    model: AnyUp, encoder: FrozenEncoder, crop: Crop, data: DatasetConfig
 ) -> list[Float[np.ndarray, "h w C"]]:
     """Return the low-resolution features, the same upsampled, and the target, all (h, w, C) float32."""
-    shape = (1, *img_size, 3)
-    whole = jnp.asarray(crop / np.float32(255))[None]
-    images = whole, jnp.asarray(normalize(crop))[None]
-    view, guidance = (jax.image.resize(image, shape, "bilinear", antialias=True) for image in images)
+    if data.encoder_bands is None:
+        seen, normalized = crop / np.float32(255), normalize(crop)
+    else:
+        mean, std = (np.array(x, np.float32) for x in (data.mean, data.std))
+        seen, normalized = encoder_pixels(jnp.asarray(crop), data), (crop - mean) / std
+    whole, guide = jnp.asarray(seen)[None], jnp.asarray(normalized)[None]
+    view, guidance = (
+        jax.image.resize(image, (1, *data.img_size, image.shape[-1]), "bilinear", antialias=True)
+        for image in (whole, guide)
+    )
     low, target = (encoder(encoder.normalize(image)) for image in (view, whole))
     maps = low, upsample(model, guidance, low, target.shape[1:3]), target
     return [np.asarray(features[0], np.float32) for features in maps]
 
 
-def _centre_crop(path: Path, config: Config) -> UInt8[np.ndarray, "Hc Wc 3"]:
-    return read_crop(path, str(path), config.dataset.crop_size, max_enlargement=math.inf)
+def _centre_crop(path: Path, config: Config) -> Crop:
+    read = read_crop if config.bands is None else functools.partial(bands.read_band_crop, bands=config.bands)
+    return read(path, str(path), config.dataset.crop_size, max_enlargement=math.inf)
 
 
-def _files(folder: Path, reverse: bool, outer: frozenset[Path] = frozenset()) -> Iterator[Path]:
+def _files(
+    folder: Path, reverse: bool, suffixes: tuple[str, ...], outer: frozenset[Path] = frozenset()
+) -> Iterator[Path]:
     """Yield the photographs below a folder (see `list_folder`) by name; a subfolder is listed when it is reached.
 
     A link to one of the `outer` folders, which hold this one, is not followed.
     """
     outer |= {folder.resolve()}
-    photographs, folders = list_folder(folder, Counter())
+    photographs, folders = list_folder(folder, Counter(), suffixes)
     for path in sorted((folder / name for name in photographs + folders), reverse=reverse):
         if path.is_file():
             yield path
         elif path.is_dir() and path.resolve() not in outer:
-            yield from _files(path, reverse, outer)
+            yield from _files(path, reverse, suffixes, outer)
 
 
 def _times(sizes: Sequence[int]) -> str:

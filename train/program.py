@@ -26,8 +26,11 @@ def abstract_state(config: Config) -> tuple[nnx.GraphDef, TrainState]:
 def lower(config: Config, mesh: Mesh, name: str) -> jax.stages.Lowered:
     """Return the step of the encoder called `name`, lowered for the devices of the mesh, without weights or data.
 
-    Of `features.shares`, the step takes the largest.
+    Of `features.shares`, the step takes the largest. Means and deviations that are not measured yet are 0 and 1.
     """
+    if config.bands is not None and config.dataset.mean is None:
+        data = dataclasses.replace(config.dataset, mean=(0.0,) * config.bands, std=(1.0,) * config.bands)
+        config = dataclasses.replace(config, dataset=data)
     graph, state = abstract_state(config)
     specs = state_specs(state, config.mesh.parameters, mesh)
     chosen = dataclasses.replace(config.encoders[name], weights=None, pretrained=False)
@@ -51,7 +54,8 @@ def lower(config: Config, mesh: Mesh, name: str) -> jax.stages.Lowered:
 
 def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes of a batch's arrays, over all devices."""
-    photographs = jax.ShapeDtypeStruct((config.batch_size, *config.dataset.crop_size, 3), jnp.uint8)
+    channels, dtype = (3, jnp.uint8) if config.bands is None else (config.bands, jnp.float32)
+    photographs = jax.ShapeDtypeStruct((config.batch_size, *config.dataset.crop_size, channels), dtype)
     crops = jax.ShapeDtypeStruct((config.batch_size, config.dataset.num_local_crops, 2), jnp.float32)
     batch = dict(image=photographs, augmented=photographs, crops=crops)
     if config.dataset.pasted_regions:

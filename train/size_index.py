@@ -1,5 +1,7 @@
 """`python -m train.size_index ROOT [--out FILE] [--workers N]`: the size of every image in root/class/file, as a TSV.
 
+With `--bands N`, of TIFF and NPY files of N bands instead of photographs.
+
 Lines that start with "# " are comments; the others hold the fields of `Row`, separated by tabs.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import multiprocessing
 import os
 import sys
@@ -16,18 +19,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from anyup_core import command
-from anyup_core.files import OTHER_FILES, check_output, describe, list_folder, open_image, replacing
+from anyup_core.files import IMAGE_SUFFIXES, OTHER_FILES, check_output, describe, list_folder, open_image, replacing
 from anyup_core.paths import user_path
 from train.config import Size
+from train.data import bands as band_files
 from train.data.images import upright_size
 
 LAYOUT = "it must be root/class/file, as ImageNet's train/n01440764/n01440764_10026.JPEG"
 TEXT = dict(encoding="utf-8", errors="surrogateescape")  # a file name may be any bytes
 CHUNK = 32  # images that a process takes at once
 REPORTED = 10_000  # images between lines about the progress
+Result = TypeVar("Result")
 
 
 class Row(NamedTuple):
@@ -84,7 +89,14 @@ def changed_folders(path: str | os.PathLike, root: Path, rows: Iterable[Row]) ->
     return sorted(filter(changed, known.union(list_folder(root, Counter())[1])))
 
 
-def build(root: Path, out: Path | None, workers: int, say: Callable[[str], None]) -> list[Row]:
+def index_name(bands: int | None) -> str:
+    """Return the name of the index of photographs, or of images of this many bands, in their folder."""
+    return "size_index.tsv" if bands is None else f"size_index_{bands}_bands.tsv"
+
+
+def build(
+    root: Path, out: Path | None, workers: int, say: Callable[[str], None], bands: int | None = None
+) -> list[Row]:
     """Measure every image below `root`, write the index and return its rows.
 
     Rows are appended to `out`.partial as they are measured. The next call after an interruption continues from there
@@ -92,28 +104,30 @@ def build(root: Path, out: Path | None, workers: int, say: Callable[[str], None]
 
     Args:
         root: the folder whose subfolders are the classes.
-        out: the index; `root/size_index.tsv` if None.
+        out: the index; `index_name(bands)` in `root` if None.
         workers: number of processes.
         say: prints a line.
+        bands: of the images, TIFF and NPY files; None for photographs.
 
     Raises:
         FileNotFoundError: if `root` does not exist or holds no images in subfolders.
-        ValueError: if `workers` is below 1, or a file name contains a line break.
+        ValueError: if `workers` is below 1, a file name contains a line break, or an image has other bands.
         OSError: if the index cannot be written.
         BrokenProcessPool: if a process was killed, for example for lack of memory.
     """
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1.")
     started, left_out = time.time_ns(), Counter[str]()
-    labels = list_images(root, left_out)
-    out = check_output(out, (Path(out).suffix,)) if out else check_output(root / "size_index.tsv", (".tsv",))
+    labels = list_images(root, left_out, IMAGE_SUFFIXES if bands is None else band_files.SUFFIXES)
+    out = check_output(out, (Path(out).suffix,)) if out else check_output(root / index_name(bands), (".tsv",))
+    measure = _measure if bands is None else functools.partial(band_files.band_size, bands=bands)
     partial = out.with_name(out.name + ".partial")
     rows = {row.rel_path: row for row in _resume(partial, root) if labels.get(row.rel_path) == row.label}
     if rows:
         say(f"{partial}: going on after {len(rows)} of {len(labels)} images")
     todo = [path for path in labels if path not in rows]
     with partial.open("a", buffering=1, **TEXT) as file:
-        for path, (height, width) in zip(todo, _measure_all([str(root / path) for path in todo], workers)):
+        for path, (height, width) in zip(todo, in_processes(measure, [str(root / path) for path in todo], workers)):
             rows[path] = Row(path, labels[path], width, height, min(height, width))
             file.write(_format(rows[path]))
             if len(rows) % REPORTED == 0:
@@ -127,7 +141,7 @@ def build(root: Path, out: Path | None, workers: int, say: Callable[[str], None]
     return done
 
 
-def list_images(root: Path, left_out: Counter[str]) -> dict[str, int]:
+def list_images(root: Path, left_out: Counter[str], suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> dict[str, int]:
     """Return path -> class of every photograph (see `list_folder`), at any depth below its class folder, sorted.
 
     Every real folder is visited once, whatever links lead to it; its own path comes before that of a link. What is no
@@ -139,7 +153,7 @@ def list_images(root: Path, left_out: Counter[str]) -> dict[str, int]:
     """
     if not root.is_dir():
         raise FileNotFoundError(f"ROOT={root} is no folder; {LAYOUT}.")
-    outside, classes = list_folder(root, left_out)
+    outside, classes = list_folder(root, left_out, suffixes)
     left_out["images outside the class folders"] += len(outside)
     del left_out[OTHER_FILES]  # the index itself, notes
     labels, visited = {}, {root.resolve()}
@@ -152,7 +166,7 @@ def list_images(root: Path, left_out: Counter[str]) -> dict[str, int]:
             continue
         visited.add(real)
         try:
-            images, subfolders = list_folder(root / folder, left_out)
+            images, subfolders = list_folder(root / folder, left_out, suffixes)
         except PermissionError:
             left_out["folders that may not be read"] += 1
             continue
@@ -183,13 +197,14 @@ def _resume(partial: Path, root: Path) -> list[Row]:
     return [row for row in rows if row.min_side > 0]
 
 
-def _measure_all(paths: Sequence[str], workers: int) -> Iterator[Size]:
+def in_processes(function: Callable[[str], Result], paths: Sequence[str], workers: int) -> Iterator[Result]:
+    """Yield the function's result for each path, in their order, computed by this many processes."""
     workers = min(workers, -(-len(paths) // CHUNK))
     if workers <= 1:
-        return (yield from map(_measure, paths))
+        return (yield from map(function, paths))
     executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), command.start_worker)
     try:
-        yield from executor.map(_measure, paths, chunksize=CHUNK)
+        yield from executor.map(function, paths, chunksize=CHUNK)
     finally:
         executor.shutdown(cancel_futures=True)
 
@@ -222,11 +237,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.size_index", description="Measure every image of a folder.")
     parser.add_argument("root", metavar="ROOT", type=user_path, help="root/class/file")
     parser.add_argument("--out", metavar="FILE", type=user_path, help="default: ROOT/size_index.tsv")
+    parser.add_argument("--bands", metavar="N", type=int, help="TIFF and NPY files of N bands, instead of photographs")
     parser.add_argument("--workers", metavar="N", type=int, default=os.cpu_count() or 1, help="default: %(default)s")
 
     def work() -> None:
         args = parser.parse_args(arguments)
-        build(args.root, args.out, args.workers, print)
+        build(args.root, args.out, args.workers, print, args.bands)
 
     return command.execute(work, RuntimeError, hint="the same command goes on from here")
 

@@ -13,13 +13,13 @@ from einops import rearrange
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from anyup_core.encoders.frozen import FrozenEncoder
 from anyup_core.preprocessing import IMAGENET
 from anyup_jax.encoders.encoder import Encoder
 from train import optim, sharding
-from train.config import Config, FeaturesConfig, Size
+from train.config import Config, DatasetConfig, FeaturesConfig, Size
 from train.loss import Views, cut_crops, objective
 from train.state import TrainState
 
@@ -122,12 +122,15 @@ def loss_of(
     """Return the loss of a batch, and the loss with its terms, as a function of the parameters."""
     config, sizes = plan.config, plan.sizes
     model = nnx.merge(plan.graph, sharding.gather(params, plan.specs.params), state.unused)
-    lr, hr = (batch["lr"], batch["hr"]) if encoder is None else features_of(encoder, encoder_views(batch, sizes))
+    lr, hr = (
+        (batch["lr"], batch["hr"])
+        if encoder is None
+        else features_of(encoder, encoder_views(batch, sizes, config.dataset))
+    )
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     if (channels := draw_channels(config.features, sizes.share, lr.shape[-1], key)) is not None:
         lr, hr = lr[..., channels], hr[..., channels]
-    mean, std = (jnp.asarray(x, jnp.float32) for x in IMAGENET)
-    clean, augmented = ((lr_view(batch[name], sizes.guidance) - mean) / std for name in ("image", "augmented"))
+    clean, augmented = (guidance(batch[name], sizes.guidance, config.dataset) for name in ("image", "augmented"))
     pasted = config.dataset.pasted_regions
     regions = jax.nn.one_hot(batch["regions"], 1 + pasted) if pasted else None
     views = Views(clean, augmented, *lax.stop_gradient((lr, hr)), sizes.corners(batch["crops"]), regions)
@@ -155,19 +158,38 @@ def updated(
     return state, metrics | dict(gradient_norm=norm, learning_rate=jnp.asarray(rate, jnp.float32), ok=ok)
 
 
-def lr_view(image: UInt8[Array, "B H W 3"], size: Size) -> Float[Array, "B h w 3"]:
-    """Return photographs with values in [0, 1] at another size, bilinear and antialiased."""
-    return jax.image.resize(image.astype(jnp.float32) / 255, (len(image), *size, 3), "bilinear", antialias=True)
+def resized(image: Float[Array, "B H W C"], size: Size) -> Float[Array, "B h w C"]:
+    """Return images at another size, bilinear and antialiased."""
+    return jax.image.resize(image, (len(image), *size, image.shape[-1]), "bilinear", antialias=True)
 
 
-def encoder_views(batch: Batch, sizes: StepSizes) -> tuple[Float[Array, "B H W 3"], Float[Array, "B*n Hc Wc 3"]]:
+def guidance(image: Shaped[Array, "B H W C"], size: Size, data: DatasetConfig) -> Float[Array, "B h w C"]:
+    """Return photographs, normalised as ImageNet, or images of bands, each with its own mean and deviation."""
+    mean, std = (jnp.asarray(x, jnp.float32) for x in ((data.mean, data.std) if data.encoder_bands else IMAGENET))
+    pixels = image if data.encoder_bands else image.astype(jnp.float32) / 255
+    return (resized(pixels, size) - mean) / std
+
+
+def encoder_pixels(image: Shaped[Array, "*B H W C"], data: DatasetConfig) -> Float[Array, "*B H W 3"]:
+    """Return what an encoder sees, in [0, 1]: photographs, or three bands between their limits."""
+    if data.encoder_bands is None:
+        return image.astype(jnp.float32) / 255
+    bands = jnp.array(data.encoder_bands)
+    low, high = (jnp.asarray(limit, jnp.float32)[bands] for limit in data.limits())
+    return jnp.clip((image[..., bands] - low) / (high - low), 0, 1)
+
+
+def encoder_views(
+    batch: Batch, sizes: StepSizes, data: DatasetConfig
+) -> tuple[Float[Array, "B H W 3"], Float[Array, "N Hc Wc 3"]]:
     """Return what an encoder sees, in [0, 1]: the whole photographs, and their crops one after the other."""
     crops = cut_crops(batch["image"], sizes.corners(batch["crops"]) * sizes.patch, sizes.view)
-    return lr_view(batch["image"], sizes.whole), rearrange(crops, "b n h w c -> (b n) h w c").astype(jnp.float32) / 255
+    whole = resized(encoder_pixels(batch["image"], data), sizes.whole)
+    return whole, encoder_pixels(rearrange(crops, "b n h w c -> (b n) h w c"), data)
 
 
 def features_of(
-    encoder: FrozenEncoder, views: tuple[Float[Array, "B H W 3"], Float[Array, "B*n Hc Wc 3"]]
+    encoder: FrozenEncoder, views: tuple[Float[Array, "B H W 3"], Float[Array, "N Hc Wc 3"]]
 ) -> tuple[Float[Array, "B h w C"], Float[Array, "B n hc wc C"]]:
     """Return an encoder's features of the whole photographs and of their crops, given what `encoder_views` returns."""
     whole, crops = (encoder(encoder.normalize(view)) for view in views)

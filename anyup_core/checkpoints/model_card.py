@@ -73,6 +73,8 @@ def _run_parts(run: Path) -> Iterator[str]:
     if data := _settings(settings, DATA):
         yield "## Data"
         yield table(("setting", "value"), data.items())
+        if "dataset.mean" in data:
+            yield "The guidance is all bands, each minus its `dataset.mean` and divided by its `dataset.std`."
     yield "## Training"
     yield f"{int(step.name):,} steps of `python -m train.run`."
     if recipe := _settings(settings, RECIPE):

@@ -86,6 +86,22 @@ def _crop(
     image: Image.Image, name: str, size: Size, region: Region | None, max_enlargement: float
 ) -> UInt8[np.ndarray, "Hc Wc 3"]:
     height, width = upright_size(image)
+    whole, corner = place(height, width, name, size, region, max_enlargement)
+    if image.format == "JPEG":
+        stored = whole if (height, width) == image.size[::-1] else whole[::-1]  # before it is turned upright
+        image.draft(None, (2 * stored[1], 2 * stored[0]))
+    image = to_rgb(image, name)
+    box = crop_box(image.height, image.width, whole, corner, size)
+    return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR, box))
+
+
+def place(
+    height: int, width: int, name: str, size: Size, region: Region | None, max_enlargement: float
+) -> tuple[Size, tuple[int, int]]:
+    """Return the size that an image is to be resized to, and there the row and column of the crop's corner.
+
+    Arguments are those of `read_crop`. Raises TooSmall.
+    """
     if not covers(height, width, size, max_enlargement):
         most = "" if max_enlargement == 1 else f" and dataset.max_enlargement={max_enlargement:g}"
         raise TooSmall(f"{name} has {height}x{width} pixels, too few for dataset.crop_size={size[0]}x{size[1]}{most}.")
@@ -95,11 +111,13 @@ def _crop(
         share = largest - region.size * max(0.0, largest - region.least)
         scale, down, across = min(max_enlargement, scale * math.sqrt(largest / share)), region.down, region.across
     whole = max(size[0], round(height * scale)), max(size[1], round(width * scale))
-    if image.format == "JPEG":
-        stored = whole if (height, width) == image.size[::-1] else whole[::-1]  # before it is turned upright
-        image.draft(None, (2 * stored[1], 2 * stored[0]))
-    image = to_rgb(image, name)
-    y, x = (round((full - part) * place) for full, part, place in zip(whole, size, (down, across)))
-    tall, wide = image.height / whole[0], image.width / whole[1]
-    box = x * wide, y * tall, min((x + size[1]) * wide, image.width), min((y + size[0]) * tall, image.height)
-    return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR, box))
+    y, x = (round((full - part) * share) for full, part, share in zip(whole, size, (down, across)))
+    return whole, (y, x)
+
+
+def crop_box(
+    height: int, width: int, whole: Size, corner: tuple[int, int], size: Size
+) -> tuple[float, float, float, float]:
+    """Return left, top, right and bottom of the crop, in pixels of an image that has not been resized to `whole`."""
+    (y, x), tall, wide = corner, height / whole[0], width / whole[1]
+    return x * wide, y * tall, min((x + size[1]) * wide, width), min((y + size[0]) * tall, height)

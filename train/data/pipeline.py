@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 
 from anyup_core import command
-from train.augment import augment
+from train.augment import augment, augment_bands
 from train.config import Config, DatasetConfig
+from train.data.bands import read_band_crop
 from train.data.images import Region, read_crop
 from train.data.sources import Source
 from train.pasted_regions import paste_regions
@@ -31,11 +33,12 @@ ARRAYS = ("image", "augmented", "crops", "regions")
 
 @dataclasses.dataclass(frozen=True)
 class Prepare(grain.transforms.MapWithIndex):
-    """Reads the photograph with an index and makes its views."""
+    """Reads the photograph with an index and makes its views; with a number of `bands`, an image of these."""
 
     source: Source
     config: DatasetConfig
     seed: int
+    bands: int | None = None
 
     def map_with_index(self, position: int, index: int) -> dict[str, Any]:
         """Return the element at a position of the run; a photograph that cannot be used is replaced by the next one."""
@@ -49,21 +52,26 @@ class Prepare(grain.transforms.MapWithIndex):
             chosen = draws.integers(len(self.source), size=self.config.pasted_regions)
             others = [self._view(int(index), draws, skipped)[0] for index in chosen]
             image, element["regions"] = paste_regions(image, others, draws)
-        return element | dict(image=image, augmented=augment(image, self.config.augmentation_strength, random))
+        if self.bands is None:
+            augmented = augment(image, self.config.augmentation_strength, random)
+        else:
+            augmented = augment_bands(image, self.config, random)
+        return element | dict(image=image, augmented=augmented)
 
     def _view(
         self, index: int, draws: np.random.Generator, skipped: list[tuple[str, str]]
-    ) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
+    ) -> tuple[UInt8[np.ndarray, "H W 3"] | Float32[np.ndarray, "H W bands"], str]:
         """Return the crop of a photograph, or of the next one that can be used, and its name."""
         views = draws.random(4)
         region = Region(*views[:3], self.config.random_region) if self.config.random_region else None
+        read = read_crop if self.bands is None else functools.partial(read_band_crop, bands=self.bands)
         attempts = min(GIVE_UP, len(self.source))
         for attempt in range(attempts):
             number = (index + attempt) % len(self.source)
             name = self.source.name(number)
             try:
                 with self.source.open(number) as file:
-                    image = read_crop(file, name, self.config.crop_size, region, self.config.max_enlargement)
+                    image = read(file, name, self.config.crop_size, region, self.config.max_enlargement)
             except (OSError, ValueError) as error:
                 skipped.append((name, " ".join(str(error).split())))
                 continue
@@ -82,9 +90,9 @@ def collate(elements: list[dict[str, Any]]) -> dict[str, Any]:
 class Batches(Iterator[dict[str, Any]]):
     """The endless batches of one process.
 
-    Each has `image` and `augmented` (b, Hc, Wc, 3) uint8, `crops` (b, n, 2) float32 in [0, 1), the `name` of every
-    photograph, and `skipped`, pairs of a name and a reason; with `dataset.pasted_regions` also `regions` (b, Hc, Wc)
-    uint8: 0 for the photograph itself and k for the k-th region.
+    Each has `image` and `augmented` (b, Hc, Wc, 3) uint8, or (b, Hc, Wc, bands) float32 of images of bands, `crops`
+    (b, n, 2) float32 in [0, 1), the `name` of every photograph, and `skipped`, pairs of a name and a reason; with
+    `dataset.pasted_regions` also `regions` (b, Hc, Wc) uint8: 0 for the photograph itself and k for the k-th region.
 
     Args:
         source: the photographs.
@@ -102,7 +110,9 @@ class Batches(Iterator[dict[str, Any]]):
         data, seed = self.config.dataset, self.config.seed
         share, photographs = self.config.batch_size // self.process_count, len(self.source)
         order = grain.MapDataset.range(photographs).seed(seed).shuffle().repeat(-(-ENDLESS // photographs))
-        shares = order.map_with_index(Prepare(self.source, data, seed)).batch(share, batch_fn=collate)
+        shares = order.map_with_index(Prepare(self.source, data, seed, self.config.bands)).batch(
+            share, batch_fn=collate
+        )
         batches = shares[start * self.process_count + self.process_index :: self.process_count]
         options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=max(data.threads, data.prefetch))
         stream = batches.to_iter_dataset(options)

@@ -16,14 +16,14 @@ from typing import IO, Any, Protocol, runtime_checkable
 
 from PIL import Image
 
-from anyup_core.files import is_photograph
+from anyup_core.files import IMAGE_SUFFIXES, is_photograph
 from anyup_core.paths import printable
 from train.config import DatasetConfig, Size
+from train.data import bands as band_files
 from train.data.images import covers, read_crop
 
 SHIPPED = ("astronaut.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg")
 """Colour photographs in the wheel of scikit-image; "chelsea" and "coffee" are held out for `train.pictures`."""
-INDEX = "size_index.tsv"
 LAYOUT = "a folder with one subfolder a class and the images in these, as ImageNet's train folder is (root/class/file)"
 _REMEDY = "take a smaller crop_size, a greater dataset.max_enlargement or other images"
 PROBED = 256  # photographs of a TFDS data set, of which one must be large enough
@@ -91,20 +91,24 @@ class TFDS:
         return hashlib.sha1(f"{self.title} {len(self)}".encode()).hexdigest()
 
 
-def open_source(config: DatasetConfig, say: Callable[[str], None] = print) -> Source:
+def open_source(config: DatasetConfig, say: Callable[[str], None] = print, bands: int | None = None) -> Source:
     """Return the photographs of a configuration, at least one of which is large enough.
 
     Args:
         config: the data set. A folder without a size index is indexed first.
         say: prints a line, about the indexing, and about a size index that is older than the folders.
+        bands: of the images, TIFF and NPY files in a folder; None for photographs.
 
     Raises:
         FileNotFoundError: if the data set does not exist; the message says what must be where.
         OSError: if a size index cannot be read or written.
-        ValueError: if no photograph is large enough, or the data set has no image feature or several.
+        ValueError: if no photograph is large enough, the data set has no image feature or several, or an image has
+            other bands.
         ImportError: if a package is missing.
     """
-    return {"skimage": _skimage, "folder": _folder, "tfds": _tfds}[config.kind](config, say)
+    if config.kind == "folder":
+        return _folder(config, say, bands)
+    return {"skimage": _skimage, "tfds": _tfds}[config.kind](config)
 
 
 def shipped() -> Path:
@@ -118,7 +122,7 @@ def shipped() -> Path:
         ) from error
 
 
-def _skimage(config: DatasetConfig, _say: Callable[[str], None]) -> Files:
+def _skimage(config: DatasetConfig) -> Files:
     folder = shipped()
     sizes = {}
     for name in SHIPPED:
@@ -127,7 +131,7 @@ def _skimage(config: DatasetConfig, _say: Callable[[str], None]) -> Files:
     return Files(folder, _large_enough(sizes, config, folder))
 
 
-def _folder(config: DatasetConfig, say: Callable[[str], None]) -> Files:
+def _folder(config: DatasetConfig, say: Callable[[str], None], bands: int | None) -> Files:
     from train import size_index  # which imports this package
 
     root = Path(str(config.root))
@@ -136,7 +140,7 @@ def _folder(config: DatasetConfig, say: Callable[[str], None]) -> Files:
             f"dataset.root={root} does not exist; it must be {LAYOUT}. ImageNet is at image-net.org (ILSVRC 2012, "
             "training images); any other photographs in this layout will do."
         )
-    index = root / INDEX if config.index is None else Path(config.index)
+    index = root / size_index.index_name(bands) if config.index is None else Path(config.index)
     if not index.is_file():
         try:
             tempfile.TemporaryFile(dir=index.parent).close()
@@ -145,10 +149,12 @@ def _folder(config: DatasetConfig, say: Callable[[str], None]) -> Files:
                 f"The size index {index} does not exist and cannot be written ({error.strerror}); name a file in "
                 "another folder, dataset.index=FILE."
             ) from error
-        say(f"{index} does not exist yet: reading the size of every image (python -m train.size_index {root})")
-        size_index.build(root, index, max(1, config.workers), say)
+        command = f"python -m train.size_index {root}" + ("" if bands is None else f" --bands {bands}")
+        say(f"{index} does not exist yet: reading the size of every image ({command})")
+        size_index.build(root, index, max(1, config.workers), say, bands)
     listed = size_index.read_index(index)
-    rows = [row for row in listed if is_photograph(row.rel_path)]
+    suffixes = IMAGE_SUFFIXES if bands is None else band_files.SUFFIXES
+    rows = [row for row in listed if is_photograph(row.rel_path, suffixes)]
     if len(rows) < len(listed):
         say(f"{index}: {len(listed) - len(rows)} of its {len(listed)} files are hidden or no images and are left out")
     if changed := size_index.changed_folders(index, root, rows):
@@ -196,7 +202,7 @@ def open_tfds(name: str, folder: str | None, split: str) -> tuple[Any, dict[str,
     return data, features, images
 
 
-def _tfds(config: DatasetConfig, _say: Callable[[str], None]) -> TFDS:
+def _tfds(config: DatasetConfig) -> TFDS:
     data, _, images = open_tfds(str(config.name), config.root, config.split)
     if len(images) != 1:
         raise ValueError(f"The data set {config.name} has {len(images)} image features; it must have one.")
