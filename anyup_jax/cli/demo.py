@@ -37,19 +37,27 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--short-side", type=positive, default=448, metavar="N", help=side)
     compare = "upsample with the PyTorch mirror too, and print the largest difference"
     parser.add_argument("--torch", action="store_true", help=compare)
+    others = "draw other upsamplers beside AnyUp instead: those without weights, and METHOD=WEIGHTS for each named one"
+    parser.add_argument("--compare", nargs="*", metavar="METHOD=WEIGHTS", help=others)
     add_models(parser, layers="one row of pictures each")
     dtype = "of the computation (default: %(default)s)"
     parser.add_argument("--dtype", choices=models.COMPUTED, default="float32", help=dtype)
 
 
 def demo(args: argparse.Namespace) -> None:
-    """Draw one picture: the image, its low-resolution features, and the features upsampled bilinearly and by AnyUp."""
+    """Draw one picture: the image, its low-resolution features, and the features upsampled bilinearly and by AnyUp.
+
+    With --compare the columns are all upsamplers, whose outputs share one PCA and one range of colours in each row.
+    """
     from anyup_core import figure, visualize
 
     figure.load_figure_class()
     Path(args.picture).parent.mkdir(parents=True, exist_ok=True)
     path = check_output(args.picture, (".png",))
+    if args.torch and args.compare is not None:
+        raise ValueError("--torch compares the frameworks, --compare the upsamplers; leave one of them out.")
     mirror = _mirror(args) if args.torch else None
+    others = _others(args.compare) if args.compare is not None else {}
     image = _crop(read_image(args.image) if args.image else _shipped_photograph(), args.short_side)
     from anyup_jax.devices import check_devices
 
@@ -70,6 +78,15 @@ def demo(args: argparse.Namespace) -> None:
         values = np.concatenate([features, wheel], -1)  # one run gives features and attention picture
         output, times = run(model, image, features, values, image.shape[:2], args.q_chunk_size)
         upsampled, looks_at = np.split(output, [features.shape[-1]], -1)
+        say(f"stride {stride}", f"{sizes_text(features.shape)} -> {sizes_text(upsampled.shape)}, {times}")
+        if args.compare is not None:
+            outputs = {key: _upsampled(key, method, image, features) for key, method in others.items()}
+            outputs[f"anyup{note}"] = upsampled
+            drawn = {f"features, stride {stride}": features, **outputs}
+            panels += [(f"image\n{sizes_text(image.shape[:2])}", image)]
+            for (title, x), colours in zip(drawn.items(), visualize.pca_colors(*drawn.values())):
+                panels += [(f"{title.replace('_', ' ')}\n{sizes_text(x.shape)}", colours)]
+            continue
         smooth = visualize.bilinear(features, image.shape[:2])
         basis = visualize.pca_basis([features])
         small, blurred, sharp = visualize.pca_colors(features, smooth, upsampled, basis=basis)
@@ -80,13 +97,45 @@ def demo(args: argparse.Namespace) -> None:
             (f"AnyUp{note}\n{sizes_text(upsampled.shape)}", sharp),
             (f"AnyUp attention{note}\nwhere each pixel looks", visualize.oklab_picture(looks_at)),
         ]
-        say(f"stride {stride}", f"{sizes_text(features.shape)} -> {sizes_text(upsampled.shape)}, {times}")
         if mirror is not None:
             say("  PyTorch", _compare(mirror, image, features, upsampled, args.q_chunk_size))
     title = "AnyUp demo" + (", UNTRAINED weights" if args.weights == RANDOM else "")
     subtitle = f"Encoder: {name}. AnyUp weights: {describe_weights(args)}. Colours: one PCA and one range per row."
-    figure.draw_panels(path, panels, columns=5, title=title, subtitle=subtitle)
+    columns = 5 if args.compare is None else len(others) + 3
+    figure.draw_panels(path, panels, columns=columns, title=title, subtitle=subtitle)
     say("picture", path)
+
+
+def _others(named: list[str]) -> dict[str, Any]:
+    """Return the upsamplers without weights, and those whose weights are given as METHOD=WEIGHTS.
+
+    Raises ValueError for anything else, and as `upsamplers.from_pretrained`.
+    """
+    from anyup_core.upsamplers.catalogue import ANYUP, METHODS
+    from anyup_jax import upsamplers
+
+    models = {name: upsamplers.from_pretrained(name) for name, method in METHODS.items() if method.weightless}
+    for text in named:
+        name, _, weights = text.partition("=")
+        if not weights or name == ANYUP:
+            raise ValueError(f"--compare {text!r} must be METHOD=WEIGHTS, as jafar=FILE; AnyUp's are --weights.")
+        models[name] = upsamplers.from_pretrained(name, expanded(weights))
+    return models
+
+
+def _upsampled(
+    name: str, model: Any, image: UInt8[np.ndarray, "H W 3"], features: Float[np.ndarray, "h w C"]
+) -> Float[np.ndarray, "H W C"]:
+    """Return what another upsampler makes of the features. Raises ValueError for those of other widths."""
+    from flax import nnx
+
+    mean, std = (np.array(value, np.float32) for value in model.normalisation)
+    guide = (image / np.float32(255) - mean) / std
+    try:
+        output = nnx.jit(lambda model, *x: model(*x, image.shape[:2]))(model, guide[None], features[None])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return np.asarray(output[0], np.float32)
 
 
 def _mirror(args: argparse.Namespace) -> Any:
