@@ -26,10 +26,10 @@ def transformed(*tensors: Tensor) -> bool:
 
 
 class ReflectConv2d(nn.Conv2d):
-    """k x k convolution without bias over reflected borders; unlike PyTorch's, for sides of any length."""
+    """k x k convolution over reflected borders, without bias by default; unlike PyTorch's, for sides of any length."""
 
-    def __init__(self, inputs: int, outputs: int, kernel_size: int = 1):
-        super().__init__(inputs, outputs, kernel_size, bias=False)
+    def __init__(self, inputs: int, outputs: int, kernel_size: int = 1, bias: bool = False):
+        super().__init__(inputs, outputs, kernel_size, bias=bias)
 
     def forward(self, x: Float[Tensor, "B inputs H W"]) -> Float[Tensor, "B outputs H W"]:
         return super().forward(self.pad(x))
@@ -60,6 +60,8 @@ class ResBlock(nn.Module):
             nn.Conv2d(outputs, outputs, 1, bias=False),
         )
         self.shortcut = nn.Conv2d(inputs, outputs, 1, bias=False) if inputs != outputs else nn.Identity()
+
+    norm1, conv1, norm2, conv2 = (property(lambda self, index=index: self.block[index]) for index in (0, 2, 3, 5))
 
     def forward(self, x: Float[Tensor, "B inputs H W"]) -> Float[Tensor, "B outputs H W"]:
         return self.block(x) + self.shortcut(x)
