@@ -35,6 +35,9 @@ class ReflectConv2d(nn.Conv2d):
         return super().forward(self.pad(x))
 
     def pad(self, x: Float[Tensor, "B inputs H W"]) -> Float[Tensor, "B inputs Hp Wp"]:
+        half = self.kernel_size[0] // 2
+        if half and not torch.compiler.is_compiling() and min(map(int, x.shape[2:])) > half:
+            return F.pad(x, (half,) * 4, mode="reflect")  # much faster, but not for sides as short as the border
         for axis, kernel in zip((2, 3), self.kernel_size):
             if kernel > 1:
                 x = x.index_select(axis, _reflection(x.shape[axis], kernel // 2, x.device))

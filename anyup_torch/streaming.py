@@ -172,7 +172,7 @@ def project_image(conv: ReflectConv2d, image: Float[Tensor, "input_dim H W"], ou
     padded = conv.pad(image[None])
     for index, block in enumerate(out.split(rows * image.shape[2])):
         strip = padded[:, :, index * rows : (index + 1) * rows + 2 * half]
-        convolved = F.conv2d(strip, conv.weight)[0].permute(1, 2, 0).flatten(0, 1)
+        convolved = F.conv2d(strip, conv.weight, conv.bias)[0].permute(1, 2, 0).flatten(0, 1)
         pixels.count(block.copy_(convolved), convolved)
     return pixels
 

@@ -137,12 +137,7 @@ class JAFAR(ConfiguredUpsampler):
         self.cross_decode = CrossAttention(self.config)
         self.sft_key = Modulation(dim)
         self.rope = RoPE(dim)
-        self._anatomy = anatomy(self)
-
-    @property
-    def changed(self) -> bool:
-        """Whether submodules have been replaced, hooked or parametrised since the model was made."""
-        return anatomy(self) != self._anatomy
+        self.made_of = anatomy(self)
 
     def upsample(
         self, image: Float[Tensor, "B 3 H W"], features: Float[Tensor, "B C h w"], size: Size, q_chunk_size: int | None

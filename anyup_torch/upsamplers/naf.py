@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from anyup_core.geometry import kernel_window
+from anyup_core.geometry import kernel_window, reflection
 from anyup_core.upsamplers.naf import NAFConfig
+from anyup_torch import streaming
+from anyup_torch.anatomy import anatomy
 from anyup_torch.image_code import Size
 from anyup_torch.layers import ReflectConv2d
 from anyup_torch.model import attention, grid_of
@@ -30,6 +33,41 @@ class Encoder(nn.Sequential):
     def __init__(self, dim: int, kernel_size: int):
         blocks = (Block(dim, kernel_size, bias=True) for _ in range(2))
         super().__init__(ReflectConv2d(3, dim, kernel_size, bias=True), *blocks)
+
+
+def encode(
+    encoder: Encoder, image: Float[Tensor, "3 H W"], buffers: Float[Tensor, "2 HW D"], out: Float[Tensor, "HW D"]
+) -> None:
+    """Write the code of an image to `out`: normalise, SiLU and convolve, block by block, from buffer to buffer."""
+    first, *blocks = encoder
+    x, shape = streaming.project_image(first, image, buffers[0]), image.shape[1:]
+    layers = [pair for block in blocks for pair in ((block.norm1, block.conv1), (block.norm2, block.conv2))]
+    for index, (norm, conv) in enumerate(layers, 1):
+        x = convolve(x, norm, conv, shape, out if index == len(layers) else buffers[index % 2])
+
+
+def convolve(
+    x: streaming.Pixels, norm: nn.GroupNorm, conv: ReflectConv2d, shape: Sequence[int], out: Float[Tensor, "HW D"]
+) -> streaming.Pixels:
+    """Write a convolution, over reflected borders, of SiLU(GN(x))."""
+    (height, width), half, affine, output = shape, conv.kernel_size[0] // 2, x.affine(norm), streaming.Pixels.around(out)
+    rows, cols = (torch.from_numpy(reflection(n, half)).to(out.device) for n in shape)
+    step = max(1, streaming.block_size(out) // width)
+    scratch = out.new_empty((step + 4 * half) * width, out.shape[1])
+    weight = conv.weight.contiguous(memory_format=torch.channels_last)
+    for begin in range(0, height, step):
+        end = min(begin + step, height)
+        seen = rows[begin : end + 2 * half]
+        top, bottom = int(seen.min()), int(seen.max()) + 1
+        active = streaming.activate(x.data[top * width : bottom * width], affine, scratch)
+        block = output.data[begin * width : end * width]
+        if half:
+            bordered = active.unflatten(0, (-1, width))[seen - top].index_select(1, cols).permute(2, 0, 1)
+            block.copy_(F.conv2d(bordered[None], weight, conv.bias)[0].permute(1, 2, 0).flatten(0, 1))
+        else:
+            torch.addmm(conv.bias, active, streaming.matrix(conv), out=block)
+        output.count(block, scratch)
+    return output
 
 
 class Rotation(nn.Module):
@@ -87,10 +125,20 @@ class ImageEncoder(nn.Module):
         self.sem_encoder = Encoder(config.dim // 2, 3)
         self.rope = Rotation(config.dim, config.rope_heads)
 
-    def forward(self, image: Float[Tensor, "B 3 H W"], size: Size) -> Float[Tensor, "B Ho Wo D"]:
-        """Return the queries of an output of this size."""
-        code = F.adaptive_avg_pool2d(torch.cat([self.encoder(image), self.sem_encoder(image)], 1), size)
-        return self.rope(code.permute(0, 2, 3, 1), overwrite=not differentiated(self, image))
+    def forward(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D H W"]:
+        return torch.cat([self.encoder(image), self.sem_encoder(image)], 1)
+
+    @torch.no_grad()
+    def stream(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D H W"]:
+        """Compute `forward` for one image after the other, in blocks of rows; the memory is channels last."""
+        batch, _, height, width = image.shape
+        dim = self.encoder[0].out_channels
+        output = image.new_empty(batch, height, width, 2 * dim)
+        buffers = image.new_empty(2, height * width, dim)
+        for guidance, out in zip(image, output.flatten(1, 2)):
+            for encoder, part in zip((self.encoder, self.sem_encoder), out.split(dim, 1)):
+                encode(encoder, guidance, buffers, part)
+        return output.permute(0, 3, 1, 2)
 
 
 class NAF(ConfiguredUpsampler):
@@ -110,12 +158,16 @@ class NAF(ConfiguredUpsampler):
     def __init__(self, config: NAFConfig | None = None, **fields: Any):
         super().__init__(config, **fields)
         self.image_encoder = ImageEncoder(self.config)
+        self.made_of = anatomy(self)
 
     def upsample(
         self, image: Float[Tensor, "B 3 H W"], features: Float[Tensor, "B C h w"], size: Size, q_chunk_size: int | None
     ) -> Float[Tensor, "B C Ho Wo"]:
-        image = resize(image, self.config.reduced(grid_of(image), size))
-        query, cells = self.image_encoder(image, size), grid_of(features)
+        image, encoder, cells = resize(image, self.config.reduced(grid_of(image), size)), self.image_encoder, grid_of(features)
+        code = encoder.stream(image) if streaming.possible(self, image) else encoder(image)
+        if grid_of(code) != size:
+            code = F.adaptive_avg_pool2d(code, size)
+        query = encoder.rope(code.permute(0, 2, 3, 1), overwrite=not differentiated(self, image))
         key = F.adaptive_avg_pool2d(query.permute(0, 3, 1, 2), cells).permute(0, 2, 3, 1)
         windows = (host_window(n, m, self.config.kernel_size) for n, m in zip(size, cells))
         options = dict(num_heads=self.config.num_heads, q_chunk_size=q_chunk_size, values_per_head=True)

@@ -13,6 +13,7 @@ from anyup_core import checks
 from anyup_core.checks import OutputSize
 from anyup_core.preprocessing import Preprocessing
 from anyup_core.upsamplers.config import UpsamplerConfig
+from anyup_torch.anatomy import Part, anatomy
 from anyup_torch.image_code import Size
 
 
@@ -59,6 +60,7 @@ class ConfiguredUpsampler(nn.Module):
     """
 
     settings: ClassVar[type[UpsamplerConfig]]
+    made_of: dict[str, Part]
 
     def __init__(self, config: UpsamplerConfig | None = None, **fields: Any):
         super().__init__()
@@ -80,6 +82,11 @@ class ConfiguredUpsampler(nn.Module):
     def dtype(self) -> torch.dtype | None:
         """The type of the parameters and so of the computation; None without parameters."""
         return next((tensor.dtype for tensor in self.parameters()), None)
+
+    @property
+    def changed(self) -> bool:
+        """Whether submodules have been replaced, hooked or parametrised since the model was made."""
+        return anatomy(self) != self.made_of
 
     def native_size(self, image: Tensor, features: Tensor) -> Size:
         return self.config.native_size(tuple(image.shape[2:]), tuple(features.shape[2:]))
