@@ -1,4 +1,4 @@
-"""The published formulas of JAFAR, FeatUp, LoftUp and NAF, written down plainly in PyTorch: what ours are timed against.
+"""The published formulas of JAFAR, FeatUp, LoftUp and NAF, written plainly in PyTorch: what ours are timed against.
 
 Each function takes one of our models for its weights, and nothing else of it. Whole maps go from one operation to the
 next; where that takes too much memory, `chunk` output positions (LoftUp, JAFAR, NAF) or rows (FeatUp) at a time do.

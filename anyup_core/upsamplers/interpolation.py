@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-
 from anyup_core.settings import require
 from anyup_core.upsamplers.config import UpsamplerConfig
 

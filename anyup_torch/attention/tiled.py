@@ -136,7 +136,6 @@ class TileAttention:
         weights = scores.add_(bias.reshape(group, 1, height * width, -1)).softmax(-1).mean(1)
         return (weights.to(values.dtype) @ seen).unflatten(1, (height, width))
 
-
     def _attend_all(
         self, row: int, tiles: slice, query: Tensor, key: Tensor, values: Tensor
     ) -> Float[Tensor, "1 T U E"]:

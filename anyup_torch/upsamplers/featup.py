@@ -2,23 +2,30 @@
 
 A filter of 7 x 7 taps of its own at every pixel, shared by all channels, is a matrix product on tiles: the filters of
 8 x 8 pixels are the rows of a (64, 196) matrix, zero but for 49 entries a row, and the 14 x 14 pixels that they see are
-a (196, C) matrix.
+a (196, C) matrix. In the stack these pixels are bicubic averages of 11 x 11 pixels of half the resolution, by weights
+that are the same everywhere; so the averages are taken of the filters, not of the C channels: (64, 121) and (121, C).
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from anyup_core.geometry import reflection
+from anyup_core.resample import axis_weights
 from anyup_core.upsamplers.featup import KEY_DIM, RADIUS, STAGES, TAPS, FeatUpConfig
 from anyup_torch.image_code import Size
+from anyup_torch.model import grid_of
 from anyup_torch.upsamplers.interpolation import resize
 from anyup_torch.upsamplers.protocol import ConfiguredUpsampler, differentiated
 
@@ -120,7 +127,8 @@ def adaptive_conv(
         output = tiles.matrix(tiles.pixels(filters, group)) @ tiles.surroundings(padded, group)
         return tiles.place(output, batch, group)
 
-    output = assemble(tiles, convolve, differentiable=torch.is_grad_enabled() and (padded.requires_grad or filters.requires_grad))
+    needed = torch.is_grad_enabled() and (padded.requires_grad or filters.requires_grad)
+    output = assemble(tiles, convolve, differentiable=needed)
     return output[:, :height, :width].permute(0, 3, 1, 2)
 
 
@@ -142,9 +150,63 @@ def assemble(
     return torch.cat([torch.cat(row, 2) for row in rows.values()], 1) if output is None else output
 
 
+class Doubled:
+    """A map of twice the size, bicubic and with reflected borders, that is filtered without being made.
+
+    Args:
+        source: the map.
+        tiles: those of the map of twice the size.
+    """
+
+    def __init__(self, source: Float[Tensor, "B C h w"], tiles: Tiles):
+        self.pixels, self.width = source.permute(0, 2, 3, 1).flatten(1, 2), int(source.shape[3])
+        (self.tops, rows), (self.lefts, cols) = (doubling(n, side) for n, side in zip(grid_of(source), tiles.sides))
+        self.rows, self.cols = (torch.from_numpy(weights).to(source) for weights in (rows, cols))
+        self.changes = 1 + np.flatnonzero((cols[1:] != cols[:-1]).any((1, 2, 3)))  # only the borders' tiles differ
+
+    def filter(self, filters: Float[Tensor, "G P K"], group: tuple[slice, slice]) -> Float[Tensor, "G P C"]:
+        """Return what filters make of the tiles of a row of tiles."""
+        row, (begin, end) = group[0].start, (group[1].start, group[1].stop)
+        by_image = filters.unflatten(0, (len(self.pixels), -1))
+        bounds = [begin, *self.changes[(self.changes > begin) & (self.changes < end)].tolist(), end]
+        parts = [self._filter(by_image[:, a - begin : b - begin], row, a, b) for a, b in itertools.pairwise(bounds)]
+        return (torch.cat(parts, 1) if len(parts) > 1 else parts[0]).flatten(0, 1)
+
+    def _filter(self, filters: Float[Tensor, "B G P K"], row: int, begin: int, end: int) -> Float[Tensor, "B G P C"]:
+        rows, cols = self.rows[row], self.cols[begin]
+        averages = torch.einsum("ril,cjm->rcijlm", rows, cols).flatten(4, 5).flatten(2, 3).flatten(0, 1)  # P, K, S
+        averaged = (filters.flatten(0, 1).transpose(0, 1) @ averages).transpose(0, 1)
+        down, across = (np.arange(weights.shape[-1]) for weights in (rows, cols))
+        places = (self.tops[row] + down)[:, None] * self.width + (self.lefts[begin:end, None] + across)[:, None]
+        index = torch.from_numpy(places.reshape(-1)).to(self.pixels.device)
+        seen = self.pixels.index_select(1, index).view(len(averaged), averages.shape[-1], -1)
+        return (averaged @ seen).unflatten(0, filters.shape[:2])
+
+
+@functools.lru_cache(maxsize=64)
+def doubling(cells: int, side: int) -> tuple[Int[np.ndarray, " runs"], Float[np.ndarray, "runs side taps span"]]:
+    """Return how the pixels that the filters of a run of `side` pixels see are averages of an axis of half the size.
+
+    Returns the first cell of each run, and for each pixel and tap of its filter the weights of the cells from there on.
+    """
+    matrix = axis_weights("bicubic", cells, 2 * cells)[reflection(2 * cells, RADIUS)]
+    runs = np.arange(0, 2 * cells, side)[:, None] + np.arange(side + 2 * RADIUS)
+    used = (matrix[runs] != 0).any(1)
+    first, stop = used.argmax(1), cells - used[:, ::-1].argmax(1)
+    span = int((stop - first).max())
+    first = np.minimum(first, cells - span)
+    weights = np.take_along_axis(matrix[runs], (first[:, None] + np.arange(span))[:, None], 2)
+    return first, weights[:, np.arange(side)[:, None] + np.arange(2 * RADIUS + 1)]
+
+
 def pointwise(inputs: int, hidden: int, dropout: float = 0.1) -> nn.Sequential:
     """Two 1 x 1 convolutions."""
     return nn.Sequential(nn.Conv2d(inputs, hidden, 1), nn.GELU(), nn.Dropout2d(dropout), nn.Conv2d(hidden, hidden, 1))
+
+
+def linear(conv: Any, x: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:
+    """Apply a 1 x 1 convolution to pixels whose channels come last."""
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
 class JointBilateral(nn.Module):
@@ -167,10 +229,9 @@ class JointBilateral(nn.Module):
         """Return `finish`, a function of pixels (..., C), of the filtered map; its memory is channels last."""
         code = self.range_proj(guidance).permute(0, 2, 3, 1)
         bordered = F.pad(code.permute(0, 3, 1, 2), (RADIUS,) * 4, mode="reflect").permute(0, 2, 3, 1)
-        size, colours = (int(guidance.shape[2]), int(guidance.shape[3])), guidance.permute(0, 2, 3, 1)
-        padded = F.interpolate(source, size, mode="bicubic", align_corners=False)
-        padded = F.pad(padded, (RADIUS,) * 4, mode="reflect").permute(0, 2, 3, 1)
+        size, colours = grid_of(guidance), guidance.permute(0, 2, 3, 1)
         tiles = Tiles(size, 2 * RADIUS + 1, q_chunk_size, source.device)
+        doubled = Doubled(source, tiles)
         spatial, temperature = self.spatial(), self.range_temp.exp().clamp(1e-4, 1e4)
         kept = self.fixup_proj[2](code.new_ones(len(code), TAPS, 1, 1)).flatten(1) if self.training else None
 
@@ -179,9 +240,8 @@ class JointBilateral(nn.Module):
             similarity = (tiles.taps(scores).flatten(3).flatten(1, 2) * temperature).softmax(-1)
             filters = similarity * spatial
             filters = filters / filters.sum(-1, keepdim=True).clamp(min=1e-7)
-            filters = filters + FIXUP * self.correct(filters, tiles.pixels(colours, group), kept)
-            output = tiles.matrix(filters) @ tiles.surroundings(padded, group)
-            return tiles.place(finish(output), len(source), group)
+            filters = torch.add(filters, self.correct(filters, tiles.pixels(colours, group), kept), alpha=FIXUP)
+            return tiles.place(finish(doubled.filter(filters, group)), len(source), group)
 
         output = assemble(tiles, upsample, differentiable=differentiated(self, source, guidance))
         return output.permute(0, 3, 1, 2)
@@ -196,10 +256,10 @@ class JointBilateral(nn.Module):
         self, filters: Float[Tensor, "G P 49"], colours: Float[Tensor, "G P 3"], kept: Float[Tensor, "B 49"] | None
     ) -> Float[Tensor, "G P 49"]:
         first, activation, _, last = self.fixup_proj
-        hidden = activation(F.linear(torch.cat([filters, colours], -1), first.weight.flatten(1), first.bias))
+        hidden = activation(linear(first, torch.cat([filters, colours], -1)))
         if kept is not None:  # one draw for the whole of an image
             hidden = hidden * kept.repeat_interleave(len(hidden) // len(kept), 0)[:, None]
-        return F.linear(hidden, last.weight.flatten(1), last.bias)
+        return linear(last, hidden)
 
 
 class Stack(nn.Module):
@@ -218,7 +278,7 @@ class Stack(nn.Module):
 
         def correct(x: Float[Tensor, "G P C"]) -> Float[Tensor, "G P C"]:
             seen = x if kept is None else x * kept.repeat_interleave(len(x) // len(kept), 0)[:, None]
-            return x + FIXUP * F.linear(seen, last.weight.flatten(1), last.bias)
+            return torch.add(x, linear(last, seen), alpha=FIXUP)
 
         kept = dropout(features.new_ones(*features.shape[:2], 1, 1)).flatten(1) if self.training else None
         for stage in range(1, STAGES + 1):
@@ -257,7 +317,9 @@ class FeatUp(ConfiguredUpsampler):
         super().__init__(config, **fields)
         channels = self.config.channels
         if self.config.channel_norm:
-            self.model = nn.ModuleDict({"1": ChannelNorm(channels)})  # what comes after the encoder in the published one
+            self.model = nn.ModuleDict(
+                {"1": ChannelNorm(channels)}
+            )  # what comes after the encoder in the published one
         self.upsampler = Stack(channels)
 
     def upsample(

@@ -36,9 +36,7 @@ class Modulation(nn.Module):
         self.gamma = nn.Conv2d(dim, dim, 1, bias=False)
         self.beta = nn.Conv2d(dim, dim, 1, bias=False)
 
-    def forward(
-        self, key: Float[Tensor, "B D h w"], described: Float[Tensor, "B D h w"]
-    ) -> Float[Tensor, "B D h w"]:
+    def forward(self, key: Float[Tensor, "B D h w"], described: Float[Tensor, "B D h w"]) -> Float[Tensor, "B D h w"]:
         return self.gamma(described) * normed(key) + self.beta(described)
 
 
@@ -58,9 +56,7 @@ class Projections(nn.Module):
         self.norm_q = RMSNorm(config.qk_dim)
         self.norm_k = RMSNorm(config.qk_dim)
         self.norm_v = RMSNorm(config.channels)
-        self.attention = nn.MultiheadAttention(
-            config.qk_dim, config.num_heads, vdim=config.channels, batch_first=True
-        )
+        self.attention = nn.MultiheadAttention(config.qk_dim, config.num_heads, vdim=config.channels, batch_first=True)
         for unused in (self.norm_v, self.attention.out_proj):
             unused.requires_grad_(False)
         if not config.fused:
@@ -149,9 +145,7 @@ class JAFAR(ConfiguredUpsampler):
         key = F.adaptive_avg_pool2d(self.key_encoder(guide), grid_of(features))
         return self.cross_decode(query, self.modulate(key, features), features, q_chunk_size)
 
-    def modulate(
-        self, key: Float[Tensor, "B D h w"], features: Float[Tensor, "B C h w"]
-    ) -> Float[Tensor, "B D h w"]:
+    def modulate(self, key: Float[Tensor, "B D h w"], features: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D h w"]:
         """Return the keys of the cells, given the image's."""
         return self.sft_key(key, self.key_features_encoder(F.normalize(features, dim=1, eps=1e-12)))
 

@@ -29,10 +29,10 @@ class JointBilateral(ConfiguredUpsampler):
         self, image: Float[Tensor, "B 3 H W"], features: Float[Tensor, "B C h w"], size: Size, q_chunk_size: int | None
     ) -> Float[Tensor, "B C Ho Wo"]:
         std = image.new_tensor(self.normalisation[1])[:, None, None]
-        return joint_bilateral(self.config, image * std, features, size, q_chunk_size)  # differences of colours in [0, 1]
+        # of colours in [0, 1] only the differences count
+        return joint_bilateral(self.config, image * std, features, size, q_chunk_size)
 
 
-@torch.compiler.disable  # tables made by numpy
 def joint_bilateral(
     config: JointBilateralConfig,
     image: Float[Tensor, "B 3 H W"],
@@ -52,7 +52,7 @@ def joint_bilateral(
 
     def average(rows: slice, cols: slice) -> Float[Tensor, "B _ _ E"]:
         colour = guide[:, rows, cols]
-        total, weights = 0, 1e-30
+        total, weights = colour.new_zeros(()), colour.new_tensor(1e-30)
         for a in range(tall.span):
             for b in range(wide.span):
                 i, j = tall.start[rows] + a, wide.start[cols] + b

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from anyup_core.upsamplers import loftup as core
 from anyup_core.upsamplers.loftup import CELL_FREQUENCIES, HEADS, IMAGE_CODE, IMAGE_FREQUENCIES, LAYERS, LoftUpConfig
 from anyup_torch.image_code import Size
 from anyup_torch.model import attention, grid_of, host_window
-from anyup_torch.upsamplers.featup import ChannelNorm
+from anyup_torch.upsamplers.featup import ChannelNorm, linear
 from anyup_torch.upsamplers.interpolation import resize
 from anyup_torch.upsamplers.protocol import ConfiguredUpsampler, differentiated
 
@@ -119,8 +119,9 @@ class Transformer(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        layers = (nn.ModuleList([Attention(dim), FeedForward(dim, hidden)]) for _ in range(LAYERS))
-        self.layers = nn.ModuleList(layers)
+        self.layers: Any = nn.ModuleList(
+            nn.ModuleList([Attention(dim), FeedForward(dim, hidden)]) for _ in range(LAYERS)
+        )
         self.norm = nn.LayerNorm(dim)
 
     def cells(self, cells: Float[Tensor, "B h w D"]) -> list[tuple[Tensor, Tensor]]:
@@ -170,7 +171,7 @@ class Network(nn.Module):
         def strip(begin: int, end: int) -> Float[Tensor, "B R W C"]:
             x = self.queries(colours, begin, end, features.dtype) if whole is None else whole[:, :, begin:end]
             x = self.ca_transformer(x.permute(0, 2, 3, 1), cells, q_chunk_size)
-            return norm(F.linear(x, last.weight.flatten(1), last.bias))
+            return norm(linear(last, x))
 
         limit = STRIP if colours.device.type == "cpu" else STRIP_PARALLEL
         step = max(1, (q_chunk_size or limit) // width)
@@ -194,7 +195,7 @@ class Network(nn.Module):
         They see two rows beyond; beyond the image there are zeros.
         """
         height = colours.shape[2]
-        norm, *layers = self.first_conv
+        norm, *layers = cast("list[Any]", list(self.first_conv))
         tops, bottoms = zip(*((max(0, begin - halo), min(height, end + halo)) for halo in (2, 1, 0)))
         x = norm(self.encode(colours, tops[0], bottoms[0], dtype))
         for index, (conv, batch_norm) in enumerate(((layers[0], layers[1]), (layers[3], layers[4]))):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ def encode(
     encoder: Encoder, image: Float[Tensor, "3 H W"], buffers: Float[Tensor, "2 HW D"], out: Float[Tensor, "HW D"]
 ) -> None:
     """Write the code of an image to `out`: normalise, SiLU and convolve, block by block, from buffer to buffer."""
-    first, *blocks = encoder
+    first, *blocks = cast("list[Any]", list(encoder))
     x, shape = streaming.project_image(first, image, buffers[0]), image.shape[1:]
     layers = [pair for block in blocks for pair in ((block.norm1, block.conv1), (block.norm2, block.conv2))]
     for index, (norm, conv) in enumerate(layers, 1):
@@ -50,7 +50,8 @@ def convolve(
     x: streaming.Pixels, norm: nn.GroupNorm, conv: ReflectConv2d, shape: Sequence[int], out: Float[Tensor, "HW D"]
 ) -> streaming.Pixels:
     """Write a convolution, over reflected borders, of SiLU(GN(x))."""
-    (height, width), half, affine, output = shape, conv.kernel_size[0] // 2, x.affine(norm), streaming.Pixels.around(out)
+    (height, width), half = shape, conv.kernel_size[0] // 2
+    affine, output = x.affine(norm), streaming.Pixels.around(out)
     rows, cols = (torch.from_numpy(reflection(n, half)).to(out.device) for n in shape)
     step = max(1, streaming.block_size(out) // width)
     scratch = out.new_empty((step + 4 * half) * width, out.shape[1])
@@ -65,7 +66,7 @@ def convolve(
             bordered = active.unflatten(0, (-1, width))[seen - top].index_select(1, cols).permute(2, 0, 1)
             block.copy_(F.conv2d(bordered[None], weight, conv.bias)[0].permute(1, 2, 0).flatten(0, 1))
         else:
-            torch.addmm(conv.bias, active, streaming.matrix(conv), out=block)
+            torch.addmm(cast(Tensor, conv.bias), active, streaming.matrix(conv), out=block)
         output.count(block, scratch)
     return output
 
@@ -86,7 +87,7 @@ class Rotation(nn.Module):
 
     def forward(self, x: Float[Tensor, "B H W D"], overwrite: bool = False) -> Float[Tensor, "B H W D"]:
         """Return the rotated map, in its own memory if asked to."""
-        turns = [(angle.cos(), angle.sin()) for angle in self.angles(*x.shape[1:3])]
+        turns = [(angle.cos(), angle.sin()) for angle in cast(Any, self.angles)(*x.shape[1:3])]
         if not overwrite:
             return self._turn(x, turns)
         step = max(1, STRIP // x.shape[2])
@@ -121,6 +122,7 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, config: NAFConfig):
         super().__init__()
+        self.dim = config.dim
         self.encoder = Encoder(config.dim // 2, 1)
         self.sem_encoder = Encoder(config.dim // 2, 3)
         self.rope = Rotation(config.dim, config.rope_heads)
@@ -132,12 +134,12 @@ class ImageEncoder(nn.Module):
     def stream(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D H W"]:
         """Compute `forward` for one image after the other, in blocks of rows; the memory is channels last."""
         batch, _, height, width = image.shape
-        dim = self.encoder[0].out_channels
+        dim = self.dim // 2
         output = image.new_empty(batch, height, width, 2 * dim)
         buffers = image.new_empty(2, height * width, dim)
         for guidance, out in zip(image, output.flatten(1, 2)):
-            for encoder, part in zip((self.encoder, self.sem_encoder), out.split(dim, 1)):
-                encode(encoder, guidance, buffers, part)
+            encode(self.encoder, guidance, buffers, out[:, :dim])
+            encode(self.sem_encoder, guidance, buffers, out[:, dim:])
         return output.permute(0, 3, 1, 2)
 
 
@@ -163,7 +165,8 @@ class NAF(ConfiguredUpsampler):
     def upsample(
         self, image: Float[Tensor, "B 3 H W"], features: Float[Tensor, "B C h w"], size: Size, q_chunk_size: int | None
     ) -> Float[Tensor, "B C Ho Wo"]:
-        image, encoder, cells = resize(image, self.config.reduced(grid_of(image), size)), self.image_encoder, grid_of(features)
+        image, cells = resize(image, self.config.reduced(grid_of(image), size)), grid_of(features)
+        encoder = self.image_encoder
         code = encoder.stream(image) if streaming.possible(self, image) else encoder(image)
         if grid_of(code) != size:
             code = F.adaptive_avg_pool2d(code, size)

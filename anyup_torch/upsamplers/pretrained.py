@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,8 +46,8 @@ def from_pretrained(
     if method == catalogue.ANYUP:
         from anyup_torch import pretrained
 
-        source = source or catalogue.ANYUP
-        return pretrained.from_pretrained(source, device=device, revision=revision, file=file, **settings)
+        path = Path(source) if isinstance(source, os.PathLike) else source or catalogue.ANYUP
+        return pretrained.from_pretrained(path, device=device, revision=revision, file=file, **settings)
     found = catalogue.find(method)
     if found.weightless:
         if source is not None:
@@ -56,6 +57,25 @@ def from_pretrained(
         names = ", ".join(found.config.published_names())
         raise ValueError(f"{method} needs weights: give the path of a file, or a published name: {names}.")
     return build(sources.load(method, source, revision=revision, file=file, **settings), device=device)
+
+
+def make(method: str, name: str, pretrained: bool, device: torch.device | str, **settings: Any) -> Any:
+    """Return the upsampler of a published name, in evaluation mode, with its weights or with random ones.
+
+    Raises ValueError for a name without published weights, and as `from_pretrained` does.
+    """
+    found = catalogue.find(method)
+    options = {option: settings[option] for option in sources.name_options(found) if option in settings}
+    published = found.config.published(name, **options)
+    if published is None:
+        names = ", ".join(found.config.published_names())
+        raise ValueError(f"{name!r} is no published name of {method}; the names are {names}.")
+    if pretrained:
+        return from_pretrained(method, name, device=device, **settings)
+    fields = {**published.settings, **{field: x for field, x in settings.items() if field not in options}}
+    if published.channels is not None:
+        fields["channels"] = published.channels
+    return model_class(method)(**fields).to(device).eval()
 
 
 def model_class(method: str) -> Any:
