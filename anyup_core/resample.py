@@ -1,13 +1,17 @@
-"""Interpolation along one axis as a table of weights, in PyTorch's convention: centres of cells, no aligned corners."""
+"""Interpolation along one axis as a table, in PyTorch's convention: centres of cells, no aligned corners."""
 
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 
-def axis_weights(kernel: str, cells: int, size: int) -> Float[np.ndarray, "size cells"]:
-    """Return the weight of each of `cells` input cells in each of `size` output positions; the edge is repeated.
+def axis_taps(
+    kernel: str, cells: int, size: int
+) -> tuple[Int[np.ndarray, "size taps"], Float[np.ndarray, "size taps"]]:
+    """Return which of `cells` input cells each of `size` output positions takes from, int32, and the float32 weights.
+
+    The edge is repeated, so that a cell may occur more than once.
 
     Args:
         kernel: "nearest" (nearest-exact), "bilinear" or "bicubic" (a = -0.75, which `jax.image.resize` does not offer).
@@ -24,9 +28,15 @@ def axis_weights(kernel: str, cells: int, size: int) -> Float[np.ndarray, "size 
     else:  # bicubic
         taps = np.floor(position)[:, None] + np.arange(-1, 3)
         weights = _cubic(np.abs(position[:, None] - taps))
-    matrix = np.zeros((size, cells))
-    np.add.at(matrix, (np.arange(size)[:, None], taps.clip(0, cells - 1).astype(int)), weights)
-    return matrix.astype(np.float32)
+    return taps.clip(0, cells - 1).astype(np.int32), weights.astype(np.float32)
+
+
+def axis_weights(kernel: str, cells: int, size: int) -> Float[np.ndarray, "size cells"]:
+    """Return the weight of each input cell in each output position, float32; arguments as for `axis_taps`."""
+    taps, weights = axis_taps(kernel, cells, size)
+    matrix = np.zeros((size, cells), np.float32)
+    np.add.at(matrix, (np.arange(size)[:, None], taps), weights)
+    return matrix
 
 
 def _cubic(distance: np.ndarray, a: float = -0.75) -> np.ndarray:

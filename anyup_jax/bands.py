@@ -25,9 +25,9 @@ from anyup_core.band_plan import Pieces, Plan, plan_bands
 from anyup_core.checks import OutputSize
 from anyup_core.config import NORM_GROUPS
 from anyup_jax.blocked import BLOCK
-from anyup_jax.image_code import ImageCode
+from anyup_jax.image_code import ImageCode, native
 from anyup_jax.layers import GROUP_NORM_EPS, ConvEncoder, GroupNorm, normed_silu
-from anyup_jax.model import AnyUp, grid_of, native
+from anyup_jax.model import AnyUp, grid_of
 from anyup_jax.pooling import adaptive_average_pool
 from anyup_jax.promotion import standard_promotion
 from anyup_jax.row_shards import CutRows

@@ -54,7 +54,7 @@ def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float) -> Float[Array
 
 
 class Conv(nnx.Module):
-    """k x k convolution without bias; `padding` is "reflect" or "zeros". Kernel (k, k, in, out)."""
+    """k x k convolution, without bias by default; `padding` is "reflect" or "zeros". Kernel (k, k, in, out)."""
 
     def __init__(
         self,
@@ -63,11 +63,13 @@ class Conv(nnx.Module):
         kernel_size: int = 1,
         *,
         padding: str = "reflect",
+        use_bias: bool = False,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        shape = (kernel_size, kernel_size, inputs, outputs)
-        self.kernel = nnx.Param(uniform(rngs, shape, (inputs * kernel_size**2) ** -0.5))
+        shape, bound = (kernel_size, kernel_size, inputs, outputs), (inputs * kernel_size**2) ** -0.5
+        self.kernel = nnx.Param(uniform(rngs, shape, bound))
+        self.bias = nnx.Param(uniform(rngs, (outputs,), bound)) if use_bias else None
         self.padding = padding
         self.dtype = dtype
 
@@ -79,7 +81,8 @@ class Conv(nnx.Module):
         elif half:
             x, zero_rows = rows.pad(x, half)
             edges = (zero_rows, (half, half))
-        return convolve(x, kernel, edges)
+        y = convolve(x, kernel, edges)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
 class GroupNorm(nnx.Module):
@@ -92,13 +95,23 @@ class GroupNorm(nnx.Module):
     def affine(
         self, x: Float[Array, "B H W channels"], rows: Rows = ALL_ROWS
     ) -> tuple[Float[Array, "B 1 1 channels"], ...]:
-        """Return the scale and shift per image and channel that normalise `x`: two reductions and no copy of x."""
-        x = x.astype(jnp.float32)
-        moments = rows.mean(jnp.stack([x.mean((1, 2)), jnp.square(x).mean((1, 2))]))
-        grouped = reduce(moments, "moment b (group c) -> moment b group", "mean", group=NORM_GROUPS)
-        mean, square = repeat(grouped, "moment b group -> moment b (group c)", c=x.shape[-1] // NORM_GROUPS)
-        scale = self.scale[...] * lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0) + GROUP_NORM_EPS)
-        return scale[:, None, None], (self.bias[...] - mean * scale)[:, None, None]
+        """Return the scale and shift per image and channel that normalise `x`."""
+        return group_affine(x, self.scale[...], self.bias[...], rows)
+
+
+def group_affine(
+    x: Float[Array, "B H W channels"],
+    scale: Float[Array, " channels"] | float = 1.0,
+    bias: Float[Array, " channels"] | float = 0.0,
+    rows: Rows = ALL_ROWS,
+) -> tuple[Float[Array, "B 1 1 channels"], ...]:
+    """Return scale and shift of a GroupNorm of `x`, per image and channel: two reductions and no copy of x."""
+    x = x.astype(jnp.float32)
+    moments = rows.mean(jnp.stack([x.mean((1, 2)), jnp.square(x).mean((1, 2))]))
+    grouped = reduce(moments, "moment b (group c) -> moment b group", "mean", group=NORM_GROUPS)
+    mean, square = repeat(grouped, "moment b group -> moment b (group c)", c=x.shape[-1] // NORM_GROUPS)
+    scale = scale * lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0) + GROUP_NORM_EPS)
+    return scale[:, None, None], (bias - mean * scale)[:, None, None]
 
 
 Pooled = Any  # averages over a grid of cells, (B, h, w, D), or a dictionary of several
@@ -233,8 +246,8 @@ class RoPE(nnx.Module):
 class RMSNorm(nnx.Module):
     """Division by the root mean square over the channels, then a scale."""
 
-    def __init__(self, channels: int):
-        self.scale = nnx.Param(jnp.ones(channels, jnp.float32))
+    def __init__(self, channels: int, variable: type[nnx.Variable] = nnx.Param):
+        self.scale = variable(jnp.ones(channels, jnp.float32))
 
     def __call__(self, x: Float[Array, "... channels"]) -> Float[Array, "... channels"]:
         wide = x.astype(jnp.float32)

@@ -24,9 +24,8 @@ from anyup_core.geometry import AxisWindow
 from anyup_jax import sharding
 from anyup_jax.attention import resolve, window_attention
 from anyup_jax.blocked import map_rows
-from anyup_jax.image_code import ImageCode
+from anyup_jax.image_code import ImageCode, encode_image, native
 from anyup_jax.layers import Conv, ConvEncoder, FeatureUnification, Linear, ResBlock, RMSNorm, RoPE, Unused
-from anyup_jax.pooling import adaptive_average_pool
 from anyup_jax.promotion import standard_promotion
 from anyup_jax.row_shards import ALL_ROWS, Rows, Size
 
@@ -197,20 +196,7 @@ class AnyUp(nnx.Module):
             sizes: heights and widths of the outputs.
             rows: which rows of the image are here; `sizes` are those of the whole output.
         """
-        guide, buffer = self.image_encoder.with_buffer(jnp.asarray(native(image), self.dtype), rows=rows)
-        guide = self.rope(guide, rows)
-        keys, buffer = self.key_encoder.with_buffer(
-            guide, lambda x: {grid: rows.pool(x, grid) for grid in grids}, rows, buffer
-        )
-        guide = after(guide, keys)
-        shapes = {size: (size[0] // rows.count, size[1]) for size in sizes}
-        if set(shapes.values()) == {guide.shape[1:3]}:  # nothing to average: the last block stays in its memory
-            query: Array = self.query_encoder.with_buffer(guide, None, rows, buffer)[0]
-            return ImageCode(keys, dict.fromkeys(shapes, query), rows)
-        queries, _ = self.query_encoder.with_buffer(
-            guide, lambda x: {size: adaptive_average_pool(x, shape) for size, shape in shapes.items()}, rows, buffer
-        )
-        return ImageCode(keys, queries, rows)
+        return encode_image(self, image, grids, sizes, rows)
 
     @standard_promotion()
     def describe(
@@ -313,23 +299,6 @@ class AnyUp(nnx.Module):
 def grid_of(maps: Array | np.ndarray) -> Size:
     """Return the height and width of NHWC maps."""
     return maps.shape[1], maps.shape[2]
-
-
-def native(arrays: Any) -> Any:
-    """Return a tree of arrays, those of NumPy in this machine's byte order: JAX has no other."""
-    return jax.tree.map(lambda x: np.asarray(x, x.dtype.newbyteorder("=")) if isinstance(x, np.ndarray) else x, arrays)
-
-
-def after(guide: Float[Array, "B H W D"], keys: dict[Size, Float[Array, "B _ _ D"]]) -> Float[Array, "B H W D"]:
-    """Return the guide, unchanged, as a value that XLA can compute only once it has the keys.
-
-    Otherwise XLA encodes queries and keys side by side, and a forward pass at 448 x 448 has 412 MB of temporary arrays
-    on a CPU instead of 322; `lax.optimization_barrier` is gone before XLA decides on the order. The sum is image by
-    image, as NaN times 0 is NaN.
-    """
-    for key in keys.values():
-        guide = guide + 0 * key.mean((1, 2, 3), keepdims=True, dtype=guide.dtype)
-    return guide
 
 
 def upsample(

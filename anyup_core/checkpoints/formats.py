@@ -90,9 +90,8 @@ def read(path: str | Path, *, kind: str | None = None, item: str = run_directory
 
 
 def _not_anyup_but(path: str | Path, method: str) -> str:
-    return (
-        f'{path} holds the weights of {method}, not of AnyUp; load it with upsamplers.from_pretrained("{method}", ...).'
-    )
+    call = f'upsamplers.from_pretrained("{method}", ...)'
+    return f"{path} holds the weights of {method}, not of AnyUp; load it with {call}."
 
 
 def _not_anyup(path: str | Path, encoders: list[str]) -> str:

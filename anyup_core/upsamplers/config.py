@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -86,7 +86,7 @@ class UpsamplerConfig:
     def check(self, image: tuple[int, int], cells: tuple[int, int], size: tuple[int, int]) -> None:
         """Raise ValueError for sizes of image, features and output that the method cannot handle."""
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: Any) -> Any:
         """Return a copy with some fields changed.
 
         Raises:

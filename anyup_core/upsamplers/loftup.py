@@ -90,7 +90,7 @@ class LoftUpConfig(UpsamplerConfig):
 
     @classmethod
     def select(cls, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return upsampler and channel norm, also of a training checkpoint, where the norm is the encoder's second part.
+        """Return upsampler and channel norm, also of a training checkpoint, which has the norm after the encoder.
 
         Raises ValueError for an upsampler without its channel norm.
         """
@@ -100,8 +100,8 @@ class LoftUpConfig(UpsamplerConfig):
         whole = any(key.startswith("channelnorm.") for key in tensors)
         if not whole and any(key.removeprefix("upsampler.").startswith("ca_transformer.") for key in tensors):
             raise ValueError(
-                "this is LoftUp without its channel norm (channelnorm.norm.weight and .bias), as some model.safetensors "
-                f"on the hub are; give the {FILE} beside it, which has them."
+                "this is LoftUp without its channel norm (channelnorm.norm.weight and .bias), as a model.safetensors "
+                f"on the hub may be; give the {FILE} beside it, which has them."
             )
         return dict(tensors)
 
@@ -116,6 +116,31 @@ class LoftUpConfig(UpsamplerConfig):
     @classmethod
     def published_names(cls) -> tuple[str, ...]:
         return tuple(NAMES)
+
+
+def linspace(start: float, stop: float, size: int) -> Float[np.ndarray, " size"]:
+    """Return evenly spaced numbers, end points included, float32, bit for bit as PyTorch computes them on a CPU.
+
+    Every entry is rounded once, and counted from the end that is nearer; a single one is `start`.
+    """
+    if size == 1:
+        return np.full(1, start, np.float32)
+    step, i = np.float64(np.float32((stop - start) / (size - 1))), np.arange(size)
+    return np.where(i < size // 2, start + i * step, stop - (size - 1 - i) * step).astype(np.float32)
+
+
+def frequencies(count: int) -> Float[np.ndarray, " count"]:
+    """Return the frequencies of a Fourier code, from exp(-2) to exp(10), float32.
+
+    They reach 22026, so that one unit in the last place of a coordinate moves a phase by 1e-3: coordinates, frequencies
+    and their products have to be float32, rounded as here, to give the output of the published model.
+    """
+    return np.exp(linspace(-2, 10, count).astype(np.float64)).astype(np.float32)
+
+
+def coordinates(size: int) -> Float[np.ndarray, " size"]:
+    """Return the coordinates of rows or columns, from -1 to 1, float32."""
+    return linspace(-1, 1, size)
 
 
 def batch_norm(torch: str, width: int, flax: str) -> Iterator[Row]:

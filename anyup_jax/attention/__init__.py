@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from anyup_core.checks import check_attention
@@ -42,6 +44,7 @@ def window_attention(
     backend: str = "auto",
     q_chunk_size: int | None = None,
     strip: Int[Array, ""] | None = None,
+    values_per_head: bool = False,
 ) -> Float[Array, "B Ho Wo E"]:
     """Average the values a query's window holds, with attention weights that are averaged over the heads.
 
@@ -56,11 +59,19 @@ def window_attention(
         backend: a name in `BACKENDS`, or "auto".
         q_chunk_size: number of query positions worked on at once; None lets the backend choose.
         strip: where `query` holds only one of several equal strips of the rows that `rows` describes: which one.
+        values_per_head: average no weights: each head averages its own equal share of the value channels, in order.
 
     Raises:
-        ValueError: for an unknown backend, a chunk size below 1, or shapes that do not fit the windows.
+        ValueError: for an unknown backend, a chunk size below 1, shapes that do not fit the windows, or channels that
+            the heads cannot share.
     """
     strips = 1 if strip is None else rows.queries // max(query.shape[1], 1)
     q_chunk_size = check_attention(query, key, values, rows, cols, q_chunk_size, strips)
-    options = dict(num_heads=num_heads, q_chunk_size=q_chunk_size, strip=0 if strip is None else strip)
-    return resolve(backend)(query, key, values, rows, cols, **options)
+    options: dict[str, Any] = dict(q_chunk_size=q_chunk_size, strip=0 if strip is None else strip)
+    if not values_per_head:
+        return resolve(backend)(query, key, values, rows, cols, num_heads=num_heads, **options)
+    if values.shape[-1] % num_heads:
+        raise ValueError(f"num_heads={num_heads} cannot share the values {values.shape} among themselves.")
+    split = [rearrange(x, "b h w (n c) -> (b n) h w c", n=num_heads) for x in (query, key, values)]
+    output = resolve(backend)(*split, rows, cols, num_heads=1, **options)  # a head is an image of its own
+    return rearrange(output, "(b n) h w c -> b h w (n c)", n=num_heads)

@@ -1,0 +1,107 @@
+"""What every upsampler offers, and what those of this package share."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from anyup_core import checks
+from anyup_core.checks import OutputSize
+from anyup_core.preprocessing import Preprocessing
+from anyup_core.upsamplers.config import UpsamplerConfig
+from anyup_jax.image_code import native
+from anyup_jax.promotion import standard_promotion
+from anyup_jax.row_shards import Size
+
+
+@runtime_checkable
+class Upsampler(Protocol):
+    """A model that makes a feature map larger, guided by the image.
+
+    Attributes:
+        channels: of the features it was trained for; None if any.
+        multiple: what the number of channels of the features has to be a multiple of.
+        normalisation: mean and standard deviation that the image, in [0, 1], is normalised with.
+    """
+
+    @property
+    def channels(self) -> int | None: ...
+
+    @property
+    def multiple(self) -> int: ...
+
+    @property
+    def normalisation(self) -> Preprocessing: ...
+
+    def native_size(self, image: Any, features: Any) -> Size:
+        """Return height and width of the output where no other is asked for; both are arrays, NHWC."""
+        ...
+
+    def __call__(
+        self, image: Any, features: Any, output_size: OutputSize | None = None, q_chunk_size: int | None = None
+    ) -> Any:
+        """Return the upsampled features."""
+        ...
+
+
+class ConfiguredUpsampler(nnx.Module):
+    """An upsampler described by its settings; subclasses compute `upsample`.
+
+    Args:
+        config: the settings.
+        dtype: type of the computation, float32 or bfloat16; parameters are float32 either way.
+    """
+
+    def __init__(self, config: UpsamplerConfig, dtype: DTypeLike = jnp.float32):
+        self.config = config
+        self.dtype = dtype
+
+    @property
+    def channels(self) -> int | None:
+        return self.config.width
+
+    @property
+    def multiple(self) -> int:
+        return self.config.multiple
+
+    @property
+    def normalisation(self) -> Preprocessing:
+        return self.config.normalisation
+
+    def native_size(self, image: Any, features: Any) -> Size:
+        return self.config.native_size(tuple(image.shape[1:3]), tuple(features.shape[1:3]))
+
+    @standard_promotion()
+    def __call__(
+        self,
+        image: Float[Array | np.ndarray, "B H W 3"],
+        features: Float[Array | np.ndarray, "B h w C"],
+        output_size: OutputSize | None = None,
+        q_chunk_size: int | None = None,
+    ) -> Float[Array, "B Ho Wo C"]:
+        """Return the features upsampled to `output_size` (default: `native_size`), in their own type.
+
+        Args:
+            image: guidance, normalised with `normalisation`.
+            features: the encoder's feature map of the same view.
+            output_size: height and width of the output; or one number for both.
+            q_chunk_size: output positions worked on at once; bounds memory, never changes the result.
+
+        Raises:
+            ValueError, TypeError: for shapes, types or sizes that do not fit; the message says what would.
+        """
+        size = checks.check_upsampler(self.config, "NHWC", image, features, output_size, q_chunk_size)
+        image, features = native((image, features))
+        output = self.upsample(jnp.asarray(image), jnp.asarray(features), size, q_chunk_size)
+        return output.astype(features.dtype)
+
+    def upsample(
+        self, image: Float[Array, "B H W 3"], features: Float[Array, "B h w C"], size: Size, q_chunk_size: int | None
+    ) -> Float[Array, "B Ho Wo C"]:
+        """Compute `__call__` for inputs that have been checked."""
+        raise NotImplementedError
