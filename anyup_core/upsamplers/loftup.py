@@ -149,24 +149,3 @@ def batch_norm(torch: str, width: int, flax: str) -> Iterator[Row]:
     yield Row(f"{torch}.running_mean", (width,), f"{flax}.mean")
     yield Row(f"{torch}.running_var", (width,), f"{flax}.var")
     yield Row(f"{torch}.num_batches_tracked", (), f"{flax}.batches", integer=True)
-
-
-def frequencies(n: int) -> Float[np.ndarray, " n"]:
-    """Return exp of `n` numbers from -2 to 10 at equal distances, float32: the frequencies of the Fourier features.
-
-    They reach 22026, so that a phase has to be computed as the published code does it, to the last bit: it rounds the
-    numbers to float32, and then their exponentials.
-    """
-    return np.exp(coordinates(n, -2.0, 10.0).astype(np.float64)).astype(np.float32)
-
-
-def coordinates(size: int, first: float = -1.0, last: float = 1.0) -> Float[np.ndarray, " size"]:
-    """Return `size` numbers from first to last at equal distances, float32, equal to PyTorch's `linspace` on a CPU.
-
-    The step is rounded to float32. The first half counts from the first, the second half back from the last, with one
-    rounding each. A single number is the first.
-    """
-    if size == 1:
-        return np.array([first], np.float32)
-    step, i = np.float64(np.float32((last - first) / (size - 1))), np.arange(size)
-    return np.where(i < size // 2, first + i * step, last - (size - 1 - i) * step).astype(np.float32)
