@@ -11,6 +11,11 @@ from anyup_torch import AnyUpConfig as _AnyUpConfig
 from anyup_torch import from_pretrained as _from_pretrained
 from anyup_torch.attention import resolve as _resolve
 from anyup_torch.attention.natten import installed as _natten_installed
+from anyup_torch.upsamplers import JAFAR as _JAFAR
+from anyup_torch.upsamplers import NAF as _NAF
+from anyup_torch.upsamplers import FeatUp as _FeatUp
+from anyup_torch.upsamplers import LoftUp as _LoftUp
+from anyup_torch.upsamplers.pretrained import make as _make
 
 dependencies = ["torch", "numpy", "jaxtyping", "ml_dtypes", "safetensors"]
 
@@ -39,6 +44,42 @@ def anyup_efficientnet_lite(use_natten: bool = False, pretrained: bool = True, d
     The weights lie in this repository, and nothing is fetched.
     """
     return _load("anyup_efficientnet_lite", use_natten, pretrained, device)
+
+
+def jafar(
+    name: str = "vit_small_patch14_dinov2.lvd142m", pretrained: bool = True, device: str = "cpu", num_heads: int = 4
+) -> _JAFAR:
+    """JAFAR for the features of one encoder.
+
+    Args:
+        name: timm's of the encoder, of those with published weights.
+        pretrained: take the published weights, which are fetched once; otherwise initialise randomly, with the sizes
+            and the normalisation of the image that go with the name.
+        device: where the parameters go.
+        num_heads: heads of the attention.
+    """
+    return _make("jafar", name, pretrained, device, num_heads=num_heads)
+
+
+def featup(name: str = "dinov2", pretrained: bool = True, use_norm: bool = True, device: str = "cpu") -> _FeatUp:
+    """FeatUp's stack of joint bilateral upsamplers for the features of one encoder, in evaluation mode.
+
+    Args:
+        name: the published one of the encoder.
+        pretrained, device: as for `jafar`.
+        use_norm: take the weights that begin with a norm of the features' channels.
+    """
+    return _make("featup", name, pretrained, device, use_norm=use_norm)
+
+
+def loftup(name: str = "dinov2s", pretrained: bool = True, device: str = "cpu") -> _LoftUp:
+    """LoftUp for the features of one encoder, by its published name, in evaluation mode; arguments as for `jafar`."""
+    return _make("loftup", name, pretrained, device)
+
+
+def naf(pretrained: bool = True, device: str = "cpu") -> _NAF:
+    """NAF, for the features of any encoder; arguments as for `jafar`."""
+    return _make("naf", "naf", pretrained, device)
 
 
 def _load(name: str, use_natten: bool, pretrained: bool, device: str) -> _AnyUp:

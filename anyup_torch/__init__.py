@@ -13,7 +13,7 @@ from anyup_core import __version__
 if TYPE_CHECKING:
     from anyup_core import visualize
     from anyup_core.config import AnyUpConfig
-    from anyup_torch import encoders
+    from anyup_torch import encoders, upsamplers
     from anyup_torch.bands import upsample_bands
     from anyup_torch.image_code import ImageCode
     from anyup_torch.model import AnyUp, upsample_many
@@ -37,6 +37,7 @@ _HOME = {
     "streaming": "anyup_torch.streaming",
     "tokens": "anyup_torch.tokens",
     "encoders": "anyup_torch.encoders",
+    "upsamplers": "anyup_torch.upsamplers",
     "visualize": "anyup_core.visualize",
 }
 
@@ -50,6 +51,7 @@ __all__ = [
     "tokens_to_map",
     "upsample_bands",
     "upsample_many",
+    "upsamplers",
     "visualize",
 ]
 

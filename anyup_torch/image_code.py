@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -21,10 +22,12 @@ class ImageCode:
     Attributes:
         keys: for each grid of cells the output of the key encoder averaged over it, (B, D, h, w).
         queries: for each output size the output of the query encoder averaged over it, (B, D, Ho, Wo).
+        affine: scale and shift of the queries' channels, which `query_rows` applies; None for none.
     """
 
     keys: dict[Size, Float[Tensor, "B D _ _"]]
     queries: dict[Size, Float[Tensor, "B D _ _"]]
+    affine: tuple[Float[Tensor, " D"], Float[Tensor, " D"]] | None = None
 
     def key(self, grid: Size) -> Float[Tensor, "B D h w"]:
         """Return the keys of a grid; ValueError where the image was not encoded for it."""
@@ -39,4 +42,6 @@ class ImageCode:
         query = self.query(size).permute(0, 2, 3, 1)
         above, below = int(first == 0), int(first + rows == size[0])
         query = query[:, first - 1 + above : first + rows + 1 - below]
+        if self.affine is not None:
+            query = torch.addcmul(self.affine[1], query, self.affine[0])
         return F.pad(query, (0, 0, 0, 0, above, below)) if above or below else query

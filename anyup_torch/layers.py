@@ -26,15 +26,18 @@ def transformed(*tensors: Tensor) -> bool:
 
 
 class ReflectConv2d(nn.Conv2d):
-    """k x k convolution without bias over reflected borders; unlike PyTorch's, for sides of any length."""
+    """k x k convolution over reflected borders, without bias by default; unlike PyTorch's, for sides of any length."""
 
-    def __init__(self, inputs: int, outputs: int, kernel_size: int = 1):
-        super().__init__(inputs, outputs, kernel_size, bias=False)
+    def __init__(self, inputs: int, outputs: int, kernel_size: int = 1, bias: bool = False):
+        super().__init__(inputs, outputs, kernel_size, bias=bias)
 
     def forward(self, x: Float[Tensor, "B inputs H W"]) -> Float[Tensor, "B outputs H W"]:
         return super().forward(self.pad(x))
 
     def pad(self, x: Float[Tensor, "B inputs H W"]) -> Float[Tensor, "B inputs Hp Wp"]:
+        half = self.kernel_size[0] // 2
+        if half and not torch.compiler.is_compiling() and min(map(int, x.shape[2:])) > half:
+            return F.pad(x, (half,) * 4, mode="reflect")  # much faster, but not for sides as short as the border
         for axis, kernel in zip((2, 3), self.kernel_size):
             if kernel > 1:
                 x = x.index_select(axis, _reflection(x.shape[axis], kernel // 2, x.device))
@@ -60,6 +63,8 @@ class ResBlock(nn.Module):
             nn.Conv2d(outputs, outputs, 1, bias=False),
         )
         self.shortcut = nn.Conv2d(inputs, outputs, 1, bias=False) if inputs != outputs else nn.Identity()
+
+    norm1, conv1, norm2, conv2 = (property(lambda self, index=index: self.block[index]) for index in (0, 2, 3, 5))
 
     def forward(self, x: Float[Tensor, "B inputs H W"]) -> Float[Tensor, "B outputs H W"]:
         return self.block(x) + self.shortcut(x)

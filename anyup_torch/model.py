@@ -16,6 +16,7 @@ from anyup_core import checks, geometry, visualize
 from anyup_core.checks import OutputSize
 from anyup_core.config import AnyUpConfig
 from anyup_core.geometry import AxisWindow, axis_window
+from anyup_core.preprocessing import IMAGENET, Preprocessing
 from anyup_torch import streaming
 from anyup_torch.anatomy import anatomy, called_plainly
 from anyup_torch.attention import check_backend, window_attention
@@ -171,6 +172,14 @@ class AnyUp(nn.Module):
     def config(self) -> AnyUpConfig:
         """The settings, as they are now."""
         return getattr(self.cross_decode, "config", self._config)
+
+    channels: int | None = None  # of the features: any number
+    multiple: int = 1  # of which the number of channels is a multiple
+    normalisation: Preprocessing = IMAGENET
+
+    def native_size(self, image: Tensor, features: Tensor) -> Size:
+        """Return height and width of the output where no other is asked for: the image's."""
+        return grid_of(image)
 
     @property
     def qk_dim(self) -> int:

@@ -22,7 +22,7 @@ from anyup_core.geometry import plan_tiles
 from anyup_torch.attention import resolve
 from anyup_torch.attention.tiled import TileAttention
 from anyup_torch.image_code import ImageCode, Map, Size
-from anyup_torch.layers import ReflectConv2d, ResBlock, RoPE, transformed
+from anyup_torch.layers import GROUP_NORM_EPS, ReflectConv2d, ResBlock, RoPE, transformed
 
 BLOCK = 1 << 13  # pixels a block: what stays in the cache at 128 channels
 BLOCK_PARALLEL = 1 << 18  # the same on accelerators, which want few large operations
@@ -61,9 +61,21 @@ class Pixels:
 
 def affine(norm: nn.GroupNorm, moments: Float[Tensor, "2 D"], like: Tensor) -> Affine:
     """Return scale and shift that apply a norm to pixels `like` these, given each channel's mean and mean square."""
-    mean, square = moments.reshape(2, NORM_GROUPS, -1).mean(-1).repeat_interleave(len(norm.weight) // NORM_GROUPS, 1)
-    scale = norm.weight.to(moments) * ((square - mean.square()).clamp(min=0) + norm.eps).rsqrt()
+    mean, square = moments.reshape(2, NORM_GROUPS, -1).mean(-1).repeat_interleave(moments.shape[1] // NORM_GROUPS, 1)
+    scale = ((square - mean.square()).clamp(min=0) + norm.eps).rsqrt()
+    if not norm.affine:
+        return scale.to(like), (-mean * scale).to(like)
+    scale = norm.weight.to(moments) * scale
     return scale.to(like), (norm.bias.to(moments) - mean * scale).to(like)
+
+
+def group_norm(x: Float[Tensor, "1 D H W"]) -> Affine:
+    """Return scale and shift that apply a GroupNorm without weights to an image whose memory is channels last."""
+    pixels = Pixels.around(x.permute(0, 2, 3, 1).flatten(0, 2))
+    scratch = pixels.data.new_empty(min(len(pixels.data), block_size(x)), x.shape[1])
+    for block in blocks(pixels.data):
+        pixels.count(block, scratch)
+    return pixels.affine(nn.GroupNorm(NORM_GROUPS, x.shape[1], GROUP_NORM_EPS, affine=False))
 
 
 def workspace(
@@ -110,7 +122,7 @@ class Stream:
 
     def widen(self, block: ResBlock, x: Pixels) -> Pixels:
         """Return the block's first convolution of SiLU(GN(x))."""
-        affine, weight, hidden = x.affine(block.block[0]), matrix(block.block[2]), Pixels.around(self.hidden)
+        affine, weight, hidden = x.affine(block.norm1), matrix(block.conv1), Pixels.around(self.hidden)
         for pixels, out in zip(blocks(x.data), blocks(hidden.data)):
             hidden.count(torch.mm(activate(pixels, affine, self.scratch), weight, out=out), self.scratch)
         return hidden
@@ -118,7 +130,7 @@ class Stream:
     def apply(self, block: ResBlock, x: Pixels) -> Pixels:
         """Apply a ResBlock of equal widths in place and return its output."""
         hidden = self.widen(block, x)
-        affine, weight, output = hidden.affine(block.block[3]), matrix(block.block[5]), Pixels.around(x.data)
+        affine, weight, output = hidden.affine(block.norm2), matrix(block.conv2), Pixels.around(x.data)
         for pixels, out in zip(blocks(hidden.data), blocks(output.data)):
             output.count(out.addmm_(activate(pixels, affine, self.scratch), weight), self.scratch)
         return output
@@ -130,8 +142,8 @@ class Stream:
 
         The memory of `x` is overwritten, and is the result where a size is the image's own.
         """
-        hidden, weight = self.widen(block, x), matrix(block.block[5])
-        affine = hidden.affine(block.block[3])
+        hidden, weight = self.widen(block, x), matrix(block.conv2)
+        affine = hidden.affine(block.norm2)
         averages = {size: pool_pixels(x.data, shape, size) for size in sizes if size != shape}
         for pixels, out in zip(blocks(hidden.data), blocks(x.data)):
             activate(pixels, affine, pixels)
@@ -160,7 +172,7 @@ def project_image(conv: ReflectConv2d, image: Float[Tensor, "input_dim H W"], ou
     padded = conv.pad(image[None])
     for index, block in enumerate(out.split(rows * image.shape[2])):
         strip = padded[:, :, index * rows : (index + 1) * rows + 2 * half]
-        convolved = F.conv2d(strip, conv.weight)[0].permute(1, 2, 0).flatten(0, 1)
+        convolved = F.conv2d(strip, conv.weight, conv.bias)[0].permute(1, 2, 0).flatten(0, 1)
         pixels.count(block.copy_(convolved), convolved)
     return pixels
 
@@ -207,7 +219,7 @@ def possible(model: nn.Module, *tensors: Tensor) -> bool:
     Streaming calls none of the submodules, so they must be the model's own, and nothing may be hooked to them.
     """
     return (
-        resolve(model.config.backend, tensors[0].device) == "tiled"
+        resolve(getattr(model.config, "backend", "auto"), tensors[0].device) == "tiled"
         and tensors[0].device.type != "meta"
         and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed(*tensors))
         and not torch.is_autocast_enabled(tensors[0].device.type)

@@ -36,7 +36,7 @@ def load(
         OSError: if there is no such file, or it cannot be fetched.
     """
     found = catalogue.find(method)
-    options = {name: settings.pop(name) for name in _name_options(found) if name in settings}
+    options = {name: settings.pop(name) for name in name_options(found) if name in settings}
     found.config().replace(**settings)  # before anything is fetched
     on_hub = {name: value for name, value in dict(revision=revision, file=file).items() if value is not None}
     if isinstance(source, str) and not on_hub and (published := found.config.published(source, **options)):
@@ -58,7 +58,8 @@ def load(
     raise ValueError(f"{source!r} is neither a path nor a published name of {method}; the names are {names}.")
 
 
-def _name_options(method: catalogue.Method) -> list[str]:
+def name_options(method: catalogue.Method) -> list[str]:
+    """Return the settings that belong to a published name of a method rather than to the model."""
     return [name for name in inspect.signature(method.config.published).parameters if name not in ("name", "options")]
 
 

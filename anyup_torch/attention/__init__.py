@@ -59,6 +59,7 @@ def window_attention(
     num_heads: int,
     backend: str = "auto",
     q_chunk_size: int | None = None,
+    values_per_head: bool = False,
 ) -> Float[Tensor, "B Ho Wo E"]:
     """Average the values a query's window holds, with attention weights that are averaged over the heads.
 
@@ -73,10 +74,20 @@ def window_attention(
         num_heads: number of heads; divides D.
         backend: a name in `BACKENDS`, or "auto".
         q_chunk_size: number of query positions worked on at once; None lets the backend choose.
+        values_per_head: each head averages its own share of the value channels, with its own weights; the shares come
+            one after the other, as in ordinary attention.
 
     Raises:
-        ValueError: for an unknown backend, a chunk size below 1, or shapes that do not fit the windows.
+        ValueError: for an unknown backend, a chunk size below 1, shapes that do not fit the windows, or value channels
+            that cannot be shared among the heads.
     """
     q_chunk_size = check_attention(query, key, values, rows, cols, q_chunk_size)
     attend = BACKENDS[resolve(backend, query.device)]
-    return attend(query, key, values, rows, cols, num_heads=num_heads, q_chunk_size=q_chunk_size)
+    if not values_per_head:
+        return attend(query, key, values, rows, cols, num_heads=num_heads, q_chunk_size=q_chunk_size)
+    if values.shape[-1] % num_heads:
+        raise ValueError(f"{values.shape[-1]} value channels cannot be shared among num_heads={num_heads}.")
+    # as many attentions with one head: the heads become part of the batch
+    heads = (x.unflatten(-1, (num_heads, -1)).movedim(-2, 1).flatten(0, 1) for x in (query, key, values))
+    output = attend(*heads, rows, cols, num_heads=1, q_chunk_size=q_chunk_size)
+    return output.unflatten(0, (-1, num_heads)).movedim(1, -2).flatten(-2)

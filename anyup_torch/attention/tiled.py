@@ -42,7 +42,12 @@ def tiled(
             strips.append(torch.cat(_without_overlap(tiles, wide, axis=1), 1))
         return torch.cat(_without_overlap(strips, tall, axis=0))
 
-    return torch.stack([upsample(*image) for image in zip(query, key, values)])
+    if torch.is_grad_enabled() or transformed(query, key, values):
+        return torch.stack([upsample(*image) for image in zip(query, key, values)])
+    output = values.new_empty(*query.shape[:3], values.shape[3])
+    for image in zip(query, key, values, output):
+        attend.write(0, len(image[0]), *image)
+    return output
 
 
 class TileAttention:
@@ -65,6 +70,8 @@ class TileAttention:
         self.row_bias, self.col_bias = (torch.from_numpy(tiles.bias()).to(device) for tiles in (tall, wide))
         self.query_cols = torch.from_numpy(wide.first[:, None] + np.arange(wide.size)).to(device)
         self.key_cols = torch.from_numpy(wide.start[:, None] + np.arange(wide.span)).to(device)
+        self.unmasked = bool((tall.count == 1).all() and (wide.count == 1).all())
+        self.block = max(1, pairs // (tall.span * wide.span))
 
     def __call__(
         self, row: int, query: Float[Tensor, "T Wo D"], key: Float[Tensor, "h w D"], values: Float[Tensor, "h w E"]
@@ -72,13 +79,15 @@ class TileAttention:
         """Yield the outputs of the tiles of tile row `row`, from left to right; `query` holds that row's queries."""
         start = int(self.tall.start[row])
         key, values = key[start : start + self.tall.span], values[start : start + self.tall.span]
-        for begin in range(0, self.wide.runs, self.group):
-            tiles = slice(begin, min(begin + self.group, self.wide.runs))
+        attend = self._attend_all if self.unmasked and key.shape[1] == self.wide.span else self._attend
+        step = 1 if attend == self._attend_all else self.group
+        for begin in range(0, self.wide.runs, step):
+            tiles = slice(begin, min(begin + step, self.wide.runs))
             differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, values))
             if differentiable and not transformed(query, key, values):
-                yield from checkpoint(self._attend, row, tiles, query, key, values, use_reentrant=False)
+                yield from checkpoint(attend, row, tiles, query, key, values, use_reentrant=False)
             else:
-                yield from self._attend(row, tiles, query, key, values)
+                yield from attend(row, tiles, query, key, values)
 
     def write(
         self,
@@ -126,6 +135,29 @@ class TileAttention:
         scores = (queries @ (keys * head_dim**-0.5)).float().unflatten(0, (group, heads))
         weights = scores.add_(bias.reshape(group, 1, height * width, -1)).softmax(-1).mean(1)
         return (weights.to(values.dtype) @ seen).unflatten(1, (height, width))
+
+    def _attend_all(
+        self, row: int, tiles: slice, query: Tensor, key: Tensor, values: Tensor
+    ) -> Float[Tensor, "1 T U E"]:
+        """Compute `_attend` for one tile whose queries see every key once: nothing is gathered and nothing masked."""
+        first, heads = int(self.wide.first[tiles.start]), self.num_heads
+        query = query[:, first : first + self.wide.size].flatten(0, 1)
+        keys, seen = key.flatten(0, 1).unflatten(1, (heads, -1)).permute(1, 2, 0), values.flatten(0, 1)
+        scale, blocks = keys.shape[1] ** -0.5, []
+        for block in query.split(self.block):
+            weights = ((block * scale).unflatten(1, (heads, -1)).transpose(0, 1) @ keys).float().softmax(-1)
+            blocks.append(_mean(weights).to(values.dtype) @ seen)
+        return torch.cat(blocks).unflatten(0, (1, self.tall.size, self.wide.size))
+
+
+def _mean(weights: Float[Tensor, "N T K"]) -> Float[Tensor, "T K"]:
+    """Return the mean over the heads; without gradients in the memory of the weights, as it is faster."""
+    if torch.is_grad_enabled() or transformed(weights):
+        return weights.mean(0)
+    total, *others = weights
+    for other in others:
+        total += other
+    return total.div_(len(weights)) if others else total
 
 
 def _without_overlap(pieces: list[Tensor], tiles: AxisTiles, axis: int) -> list[Tensor]:
