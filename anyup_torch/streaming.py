@@ -22,7 +22,8 @@ from anyup_core.geometry import plan_tiles
 from anyup_torch.attention import resolve
 from anyup_torch.attention.tiled import TileAttention
 from anyup_torch.image_code import ImageCode, Map, Size
-from anyup_torch.layers import GROUP_NORM_EPS, ReflectConv2d, RoPE, transformed
+from anyup_torch.layers import GROUP_NORM_EPS, ReflectConv2d, ResBlock, RoPE, transformed
+from anyup_torch.upsamplers.blocks import ResidualBlock
 
 BLOCK = 1 << 13  # pixels a block: what stays in the cache at 128 channels
 BLOCK_PARALLEL = 1 << 18  # the same on accelerators, which want few large operations
@@ -114,23 +115,20 @@ def activate(block: Tensor, affine: Affine, out: Tensor) -> Tensor:
 
 
 class Stream:
-    """Applies encoders to the pixels of one image, with one hidden buffer and one scratch block.
-
-    A residual block is a module with `norm1`, `conv1`, `norm2` and `conv2`, AnyUp's or JAFAR's.
-    """
+    """Applies encoders to the pixels of one image, with one hidden buffer and one scratch block."""
 
     def __init__(self, hidden: Float[Tensor, "pixels D"]):
         self.hidden = hidden
         self.scratch = hidden.new_empty(min(len(hidden), block_size(hidden)), hidden.shape[1])
 
-    def widen(self, block: nn.Module, x: Pixels) -> Pixels:
+    def widen(self, block: ResBlock | ResidualBlock, x: Pixels) -> Pixels:
         """Return the block's first convolution of SiLU(GN(x))."""
         affine, weight, hidden = x.affine(block.norm1), matrix(block.conv1), Pixels.around(self.hidden)
         for pixels, out in zip(blocks(x.data), blocks(hidden.data)):
             hidden.count(torch.mm(activate(pixels, affine, self.scratch), weight, out=out), self.scratch)
         return hidden
 
-    def apply(self, block: nn.Module, x: Pixels) -> Pixels:
+    def apply(self, block: ResBlock | ResidualBlock, x: Pixels) -> Pixels:
         """Apply a ResBlock of equal widths in place and return its output."""
         hidden = self.widen(block, x)
         affine, weight, output = hidden.affine(block.norm2), matrix(block.conv2), Pixels.around(x.data)
@@ -139,7 +137,7 @@ class Stream:
         return output
 
     def pool(
-        self, block: nn.Module, x: Pixels, shape: Size, sizes: Sequence[Size]
+        self, block: ResBlock | ResidualBlock, x: Pixels, shape: Size, sizes: Sequence[Size]
     ) -> dict[Size, Float[Tensor, "1 D _ _"]]:
         """Apply a ResBlock and average over each size, before its last convolution, which is linear.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -50,7 +50,7 @@ class JAFARConfig(UpsamplerConfig):
     qk_dim: int = 128
     kernel_size: int = 1
     num_heads: int = 4
-    normalisation: Preprocessing | list[list[float]] = IMAGENET  # pyright: ignore - a field here, a constant elsewhere
+    normalisation: Sequence[Sequence[float]] = IMAGENET
 
     def __post_init__(self) -> None:
         require_positive(self, "channels", "qk_dim", "kernel_size", "num_heads")
