@@ -20,6 +20,7 @@ from benchmarks.probe import probe
 from benchmarks.stages import stages
 from benchmarks.tpu import tpu, tpu_rows
 from benchmarks.train import train
+from benchmarks.upsamplers import upsamplers
 from benchmarks.windows import windows
 
 TABLES = {
@@ -32,6 +33,7 @@ TABLES = {
         large,
         bands,
         many,
+        upsamplers,
         knobs,
         attention,
         windows,

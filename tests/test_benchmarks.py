@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 import anyup_torch
 from anyup_core.geometry import axis_window
-from benchmarks import attention, bands, data, encoders, many, pod, probe, run, train, windows
+from benchmarks import attention, bands, data, encoders, many, pod, probe, run, train, upsamplers, windows
 from benchmarks.published import with_published_attention
 from benchmarks.worker import Job, measure
 
@@ -53,6 +54,18 @@ def test_no_backend_does_less_than_the_minimum(window: str) -> None:
     assert all(done.bytes >= least.bytes for done in works.values())
     assert works["tiled"].operations < works["dense"].operations
     assert attention.seconds("torch", "tiled", axis, 1) > 0
+
+
+@pytest.mark.parametrize("method", upsamplers.PLAIN_LIMIT)
+def test_upsamplers_are_measured(method: str) -> None:
+    job = upsamplers.Job("torch", method, image=36, cells=9, channels=20, repeats=2)
+    outcome = upsamplers.run(job)
+    assert outcome.difference <= 1e-4
+    assert len(outcome.ours) == len(outcome.plain) == 2
+    assert outcome.chunk is not None
+    alone = upsamplers.run(dataclasses.replace(job, plain=False))
+    assert (len(alone.ours), alone.plain, alone.chunk) == (2, [], None)
+    assert upsamplers.gflop(method, 36, 9, 20) > upsamplers.gflop(method, 18, 9, 20) or method == "featup"
 
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])
