@@ -252,6 +252,21 @@ def test_loftup_phases_are_float32(dtype: torch.dtype) -> None:
     close(waves[0], torch.cat([phases[0].sin(), phases[1].cos()], -1), 1e-6)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("method", TRAINED)
+def test_half_precision(method: str, grad: bool) -> None:
+    """Under autocast and with half weights the output is near; LoftUp's phases are those of a float32 image."""
+    model, given = small(method), inputs()
+    exact = infer(model, *given)
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
+        outputs = [model(*given)]
+    with torch.set_grad_enabled(grad):
+        outputs.append(copy.deepcopy(model).bfloat16()(*given))
+    for output in outputs:
+        assert output.dtype == torch.float32
+        assert (output - exact).square().mean().sqrt() <= 0.1 * exact.square().mean().sqrt()
+
+
 def test_dropout_is_drawn_in_training_only() -> None:
     model, given = build("featup"), inputs()
     close(infer(model, *given), infer(model, *given), 0)

@@ -221,6 +221,7 @@ class LoftUp(ConfiguredUpsampler):
     """
 
     settings = LoftUpConfig
+    image_dtype = torch.float32
 
     def __init__(self, config: LoftUpConfig | None = None, **fields: Any):
         super().__init__(config, **fields)

@@ -60,6 +60,7 @@ class ConfiguredUpsampler(nn.Module):
     """
 
     settings: ClassVar[type[UpsamplerConfig]]
+    image_dtype: ClassVar[torch.dtype | None] = None  # of the image, where it is not that of the parameters
     made_of: dict[str, Part]
 
     def __init__(self, config: UpsamplerConfig | None = None, **fields: Any):
@@ -114,7 +115,7 @@ class ConfiguredUpsampler(nn.Module):
         size = checks.check_upsampler(self.config, "NCHW", image, features, output_size, q_chunk_size)
         dtype = self.dtype or torch.promote_types(features.dtype, torch.float32)
         chunk = None if q_chunk_size is None else int(q_chunk_size)
-        return self.upsample(image.to(dtype), features.to(dtype), size, chunk).to(features.dtype)
+        return self.upsample(image.to(self.image_dtype or dtype), features.to(dtype), size, chunk).to(features.dtype)
 
     def upsample(
         self, image: Float[Tensor, "B 3 H W"], features: Float[Tensor, "B C h w"], size: Size, q_chunk_size: int | None
