@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from anyup_jax.upsamplers.loftup import LoftUp
     from anyup_jax.upsamplers.naf import NAF
     from anyup_jax.upsamplers.pretrained import checkpoint, from_pretrained, to_published
-    from anyup_jax.upsamplers.protocol import Upsampler
+    from anyup_jax.upsamplers.protocol import Upsampler, upsample
 
 _HOME = {
     "FeatUp": "featup",
@@ -32,6 +32,7 @@ _HOME = {
     "checkpoint": "pretrained",
     "from_pretrained": "pretrained",
     "to_published": "pretrained",
+    "upsample": "protocol",
 }
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "checkpoint",
     "from_pretrained",
     "to_published",
+    "upsample",
 ]
 
 
