@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -52,15 +52,22 @@ class Upsampler(Protocol):
 
 
 class ConfiguredUpsampler(nnx.Module):
-    """An upsampler described by its settings; subclasses compute `upsample`.
+    """An upsampler described by its settings; subclasses name the class of these and compute `upsample`.
 
     Args:
-        config: the settings.
+        config: the settings; the default ones if None.
         dtype: type of the computation, float32 or bfloat16; parameters are float32 either way.
+        fields: fields of the settings that differ from these.
+
+    Raises:
+        TypeError: for fields that do not exist.
+        ValueError: for settings no model can have.
     """
 
-    def __init__(self, config: UpsamplerConfig, dtype: DTypeLike = jnp.float32):
-        self.config = config
+    settings: ClassVar[type[UpsamplerConfig]]
+
+    def __init__(self, config: UpsamplerConfig | None = None, dtype: DTypeLike = jnp.float32, **fields: Any):
+        self.config: Any = (self.settings() if config is None else config).replace(**fields)
         self.dtype = dtype
 
     @property
