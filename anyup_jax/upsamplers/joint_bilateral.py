@@ -44,7 +44,10 @@ class JointBilateral(ConfiguredUpsampler):
         self, image: Float[Array, "B H W 3"], features: Float[Array, "B h w C"], size: Size, q_chunk_size: int | None
     ) -> Float[Array, "B Ho Wo C"]:
         std = jnp.asarray(self.normalisation[1], jnp.float32)
-        return joint_bilateral(self.config, image * std, features, size)  # differences of colours in [0, 1]
+        features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
+        return joint_bilateral(
+            self.config, image.astype(jnp.float32) * std, features, size
+        )  # differences of colours in [0, 1]
 
 
 def joint_bilateral(
