@@ -131,7 +131,8 @@ def test_the_model_group_alone_is_a_run(name: str) -> None:
 
 
 def test_sizes_of_the_recipes() -> None:
-    sizes = [step_sizes(configured("+experiment=jafar"), 14, step) for step in range(40)]
+    jafar = configured("+experiment=jafar")
+    sizes = [step_sizes(jafar, 14, step) for step in range(40)]
     assert {x.guidance for x in sizes} == {(224, 224)}
     assert {x.whole[0] // 14 for x in sizes} <= set(range(8, 17))
     assert len({x.whole for x in sizes}) > 4
@@ -194,12 +195,12 @@ def test_the_parts_of_featup() -> None:
 
 
 def test_noise_is_of_each_photograph_and_clamped() -> None:
-    keys = others.photograph_keys(jnp.asarray(np.random.default_rng(0).random((8, 1, 2), np.float32)), 0)
-    guidance = jnp.asarray(np.random.default_rng(1).standard_normal((8, 8, 8, 3)).astype(np.float32))
+    keys = others.photograph_keys(jnp.asarray(np.random.default_rng(0).random((24, 1, 2), np.float32)), 0)
+    guidance = jnp.asarray(np.random.default_rng(1).standard_normal((24, 8, 8, 3)).astype(np.float32))
     noisy = np.asarray(others.noised(guidance, keys))
     assert (noisy.min(), noisy.max()) >= (0, 0)
     assert noisy.max() <= 1
     alone = np.asarray(others.noised(guidance[3:4], keys[3:4]))
     np.testing.assert_array_equal(alone[0], noisy[3])
     unchanged = (np.abs(noisy - np.clip(guidance, 0, 1)).max((1, 2, 3)) == 0).sum()
-    assert 0 < unchanged < 8
+    assert 2 <= unchanged <= 16
