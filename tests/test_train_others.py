@@ -16,6 +16,7 @@ import anyup_jax
 from anyup_core.settings import from_dict, to_dict
 from anyup_core.upsamplers import sources
 from anyup_jax import upsamplers
+from convert.training_state import TrainingState
 from tests.training import configured, losses, same
 from train import featup, loop, models, optim, others
 from train.config import Config, EncoderConfig, OptimizerConfig
@@ -72,6 +73,8 @@ def test_a_run_is_refused_by_another_name(name: str, runs: dict[str, Path]) -> N
         anyup_jax.from_pretrained(runs[name])
     with pytest.raises(ValueError, match=name):
         upsamplers.from_pretrained("loftup", runs[name])
+    with pytest.raises(ValueError, match=f"--upsampler {name}"):
+        TrainingState.from_run(runs[name])
 
 
 def test_it_resumes_bit_for_bit(runs: dict[str, Path], tmp_path: Path) -> None:
