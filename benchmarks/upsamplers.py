@@ -53,7 +53,7 @@ class Turns:
     torch: list[tuple[float, float]]
     jax: list[tuple[float, float]]
     first: float
-    differs: tuple[float, float]
+    differs: list[float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,20 +202,21 @@ def duel(job: Duel) -> Turns:
     ours = torch_call(model, image, features)
     jax = jax_call(pretrained.build(checkpoint(model)), image, features)
     first = worker.timed(jax)
-    outputs, tried, differs = [ours(), jax()], {}, (0.0, 0.0)
+    outputs, tried, differs = [ours(), jax()], {}, []
     outputs = [outputs[0].permute(0, 2, 3, 1).numpy(), np.asarray(outputs[1])]
     for chunk in CHUNKS[job.method]:
         begin = time.perf_counter()
         expected = plain(chunk)
         tried[chunk] = time.perf_counter() - begin
         expected = expected.permute(0, 2, 3, 1).numpy()
-        differs = tuple(float(np.abs(output - expected).max() / np.abs(expected).max()) for output in outputs)
+        differs = [float(np.abs(output - expected).max() / np.abs(expected).max()) for output in outputs]
         if not max(differs) <= LIMIT:
             raise RuntimeError(f"outputs of {job.method} differ by {differs} of the largest: they are not the same.")
     del expected, outputs
-    chunk = min(tried, key=tried.get)
+    chunk = min(tried, key=lambda chunk: tried[chunk])
     turns = [[clocked(call) for call in (lambda: plain(chunk), ours, jax)] for _ in range(job.repeats)]
-    return Turns(chunk, *map(list, zip(*turns)), first, differs)
+    plain_turns, torch_turns, jax_turns = (list(each) for each in zip(*turns))
+    return Turns(chunk, plain_turns, torch_turns, jax_turns, first, differs)
 
 
 def clocked(call: Callable[[], object]) -> tuple[float, float]:

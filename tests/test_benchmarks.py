@@ -7,6 +7,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import anyup_torch
@@ -261,7 +262,7 @@ def test_arithmetic_of_upsamplers_is_that_of_the_plain_formulas(method: str) -> 
     side, cells, channels = 36, 9, 16
     model = upsamplers.torch_model(method, cells, channels)
     image, features = torch.randn(1, 3, side, side), torch.randn(1, channels, cells, cells)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         plain_upsamplers.PLAIN[method](model, image, features, (side, side), 1 << 20)
     counted = upsamplers.gflop(method, side, cells, channels) * 1e9
     if method == "jafar":  # the angles; values and outputs of the heads, of which only the weights are used

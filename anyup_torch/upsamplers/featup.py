@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -274,7 +274,7 @@ class Stack(nn.Module):
         self, image: Float[Tensor, "B 3 H W"], features: Float[Tensor, "B C h w"], q_chunk_size: int | None
     ) -> Float[Tensor, "B C _ _"]:
         """Return the upsampled map without the last bias, which is to be added to the output."""
-        dropout, last = self.fixup_proj
+        dropout, last = cast("list[Any]", list(self.fixup_proj))
         # the published one ends with x + 0.1 (W x + b). A stage treats all channels alike, so that W may go before it
         seen = features * dropout(features.new_ones(*features.shape[:2], 1, 1)) if self.training else features
         features = features + FIXUP * F.conv2d(seen, last.weight)
@@ -285,7 +285,7 @@ class Stack(nn.Module):
 
     def shift(self) -> Float[Tensor, "C 1 1"]:
         """Return what is to be added to every pixel of the output."""
-        return FIXUP * self.fixup_proj[1].bias[:, None, None]
+        return FIXUP * cast(Any, self.fixup_proj[1]).bias[:, None, None]
 
 
 class ChannelNorm(nn.Module):

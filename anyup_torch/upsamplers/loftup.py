@@ -94,8 +94,8 @@ class Attention(nn.Module):
         weight, bias = self.attention.in_proj_weight, self.attention.in_proj_bias
         dim, heads = weight.shape[1], self.attention.num_heads
         query = F.linear(self.norm_q(x), weight[:dim], bias[:dim])
-        parts = (y.flatten(1, 2).unflatten(2, (heads, -1)).transpose(1, 2) for y in (query, key, values))
-        attended = F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+        query, key, values = (y.flatten(1, 2).unflatten(2, (heads, -1)).transpose(1, 2) for y in (query, key, values))
+        attended = F.scaled_dot_product_attention(query, key, values).transpose(1, 2).flatten(2)
         return self.attention.out_proj(attended.view(x.shape))
 
 
