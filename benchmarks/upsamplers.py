@@ -119,7 +119,7 @@ def upsampler_sizes(rounds: int) -> Table:
         torch, jax = (measure(Job(name, method, SIDES, SIZES["channels"], rounds)) for name in ("torch", "jax"))
         cells = [f"{torch.parameters:,}"]
         for index, (image, grid) in enumerate(SIDES):
-            cells.append(f"{gflop(method, image, grid, SIZES['channels']):.3g}")
+            cells.append(f"{gflop(method, image, grid, SIZES['channels']):.1f}")
             cells += [f"{1e3 * outcome.seconds[index]:.0f}" for outcome in (torch, jax)]
         table.add_row(method, *cells, *(f"{outcome.peaks[-1]:.0f}" for outcome in (torch, jax)))
     grids = ", ".join(f"{side}²: {cells}²" for side, cells in SIDES)
