@@ -20,6 +20,7 @@ from benchmarks.probe import probe
 from benchmarks.stages import stages
 from benchmarks.tpu import tpu, tpu_rows
 from benchmarks.train import train
+from benchmarks.upsamplers import upsampler_sizes, upsamplers
 from benchmarks.windows import windows
 
 TABLES = {
@@ -35,6 +36,8 @@ TABLES = {
         knobs,
         attention,
         windows,
+        upsamplers,
+        upsampler_sizes,
         accuracy,
         encoders,
         encoders_tpu,

@@ -109,11 +109,11 @@ def largest_upsampler_difference(
     Raises:
         ImportError: if a framework is not installed.
     """
-    import anyup_torch.upsamplers.pretrained
     import torch
     from flax import nnx
 
     import anyup_jax.upsamplers.pretrained
+    import anyup_torch.upsamplers.pretrained
 
     random, settings = np.random.default_rng(seed), flax_side.settings
     channels = settings.width or 4 * settings.multiple
