@@ -104,6 +104,7 @@ def create(config: Config, chosen: Settings, *, initial: Any = None) -> nnx.Modu
         require(given == dim, "checkpoint.init_from", initial, remedy)
         return model
     name = config.model.upsampler if isinstance(config.model, OtherModel) else ""
+    other: Any
     if initial is None:
         other = model_class(name)(chosen, rngs=rngs, dtype=dtype)
     else:

@@ -127,7 +127,8 @@ def featup(
         features = lax.stop_gradient(encode(image)).astype(jnp.float32)
         return features if model.norm is None else model.norm(features)
 
-    helpers: Any = model.helpers
+    trained: Any = model
+    helpers = trained.helpers
     features = encode(image)
     whole = model.upsample(normalised(image, size, model.normalisation), features, _size(image), None)
     whole, guide = whole.astype(jnp.float32), normalised(image, _size(image), IMAGENET)

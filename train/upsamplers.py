@@ -56,10 +56,10 @@ class JAFARModel(OtherModel):
     guidance: ClassVar[float] = 0.5
 
     def __post_init__(self) -> None:
-        JAFARConfig(**self._given() | dict(channels=1 if self.channels is None else self.channels))
+        JAFARConfig(**{**self._given(), "channels": 1 if self.channels is None else self.channels})
 
     def settings(self, channels: int, normalisation: Preprocessing) -> JAFARConfig:
-        return JAFARConfig(**self._given() | dict(channels=channels, normalisation=normalisation))
+        return JAFARConfig(**{**self._given(), "channels": channels, "normalisation": normalisation})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

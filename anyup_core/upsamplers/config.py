@@ -113,7 +113,7 @@ def require_normalisation(value: Any) -> Preprocessing:
     pair = np.asarray(value, np.float64) if isinstance(value, tuple | list) else np.zeros(0)
     fits = pair.shape == (2, 3) and np.isfinite(pair).all() and (pair[1] > 0).all()
     require(fits, "normalisation", value, "give mean and standard deviation of three channels, in [0, 1]")
-    rows: list[list[float]] = pair.tolist()
+    rows: Any = pair.tolist()
     return tuple(rows[0]), tuple(rows[1])
 
 
