@@ -24,14 +24,14 @@ from train.encoders import check_sizes, step_sizes
 from train.upsamplers import FeatUpModel, JAFARModel, NAFModel
 
 SMALL = (
-    "dtype=float32", "encoders.lite0.layer=[2]", "encoders.lite0.pretrained=false", "log.every=1",
+    "dtype=float32", "encoders.lite0.layer=[2]", "log.every=1",
     "log.pictures_every=0", "log.tensorboard=false", "batch_size=2", "dataset.crop_size=32", "dataset.img_size=16",
     "checkpoint.every=2", "optimizer.learning_rate=3e-3",
 )  # fmt: skip
-"""Stride 8 of a random EfficientNet-Lite0 on 32 pixels."""
+"""Stride 8 of EfficientNet-Lite0 on 32 pixels, or 64 for NAF."""
 MODELS = {
     "jafar": ("model.qk_dim=16", "model.num_heads=2"),
-    "naf": ("model.dim=32", "model.kernel_size=1", "model.rope_heads=2"),
+    "naf": ("model.dim=32", "model.kernel_size=3", "model.rope_heads=2", "dataset.crop_size=64"),
     "featup": ("optimizer.clip_steps=2",),
 }
 CHANNELS = 40

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 from flax import nnx
@@ -109,7 +109,7 @@ def create(config: Config, chosen: Settings, *, initial: Any = None) -> nnx.Modu
         other = model_class(name)(chosen, rngs=rngs, dtype=dtype)
     else:
         free = {k: v for k, v in dataclasses.asdict(chosen).items() if k not in chosen.decided}
-        other = upsamplers.from_pretrained(name, initial, dtype=dtype, **free)
+        other = cast(Any, upsamplers.from_pretrained(name, initial, dtype=dtype, **free))
         given = other.config
         require(given == chosen, "checkpoint.init_from", initial, f"it is {given}, and the run asks for {chosen}")
     if isinstance(config.model, FeatUpModel):

@@ -7,7 +7,7 @@ the parts of a batch change it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -127,8 +127,7 @@ def featup(
         features = lax.stop_gradient(encode(image)).astype(jnp.float32)
         return features if model.norm is None else model.norm(features)
 
-    trained: Any = model
-    helpers = trained.helpers
+    helpers = cast(Any, model).helpers  # by `models.create`
     features = encode(image)
     whole = model.upsample(normalised(image, size, model.normalisation), features, _size(image), None)
     whole, guide = whole.astype(jnp.float32), normalised(image, _size(image), IMAGENET)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar, Literal
 
-from anyup_core.preprocessing import Preprocessing
+from anyup_core.preprocessing import IMAGENET, Preprocessing
 from anyup_core.settings import require
 from anyup_core.upsamplers.config import UpsamplerConfig
 from anyup_core.upsamplers.featup import FeatUpConfig
@@ -56,10 +56,11 @@ class JAFARModel(OtherModel):
     guidance: ClassVar[float] = 0.5
 
     def __post_init__(self) -> None:
-        JAFARConfig(**{**self._given(), "channels": 1 if self.channels is None else self.channels})
+        self.settings(1 if self.channels is None else self.channels, IMAGENET)
 
     def settings(self, channels: int, normalisation: Preprocessing) -> JAFARConfig:
-        return JAFARConfig(**{**self._given(), "channels": channels, "normalisation": normalisation})
+        given: dict[str, Any] = self._given() | dict(channels=channels, normalisation=normalisation)
+        return JAFARConfig(**given)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ class FeatUpModel(OtherModel):
     channel_norm: bool = True
 
     def __post_init__(self) -> None:
-        self.settings(1 if self.channels is None else self.channels, ((), ()))
+        self.settings(1 if self.channels is None else self.channels, IMAGENET)
 
     def settings(self, channels: int, normalisation: Preprocessing) -> FeatUpConfig:
         return FeatUpConfig(channels=channels, channel_norm=self.channel_norm)
