@@ -49,8 +49,8 @@ def _plain(value: Any) -> Any:
 def _convert(value: Any, hint: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        kind = next(kind for kind in arguments if kind is not type(None))
-        return None if value is None else _convert(value, kind, where)
+        kinds = [kind for kind in arguments if kind is not type(None)]
+        return None if value is None and len(kinds) < len(arguments) else _convert(value, _member(value, kinds), where)
     if origin is Annotated:  # with what turns a user's value into the one that is meant
         return arguments[1](_convert(value, arguments[0], where))
     if origin is Literal:
@@ -72,6 +72,18 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     require(typed, where, value, f"it must be of type {hint.__name__}")
     require(hint is not float or math.isfinite(value), where, value, "it must be finite")
     return value
+
+
+def _member(value: Any, kinds: list[Any]) -> Any:
+    """Return the dataclass that a value means: the one with its only literal in a field, or else the first."""
+    for kind in kinds[1:]:
+        if isinstance(value, kind):
+            return kind
+        hints = typing.get_type_hints(kind) if isinstance(value, Mapping) else {}
+        marks = {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Literal}
+        if any(len(literals) == 1 and value.get(name) == literals[0] for name, literals in marks.items()):
+            return kind
+    return kinds[0]
 
 
 def _tuple(given: Any, arguments: tuple[Any, ...], where: str) -> tuple[Any, ...]:

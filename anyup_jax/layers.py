@@ -69,7 +69,7 @@ class Conv(nnx.Module):
     ):
         shape, bound = (kernel_size, kernel_size, inputs, outputs), (inputs * kernel_size**2) ** -0.5
         self.kernel = nnx.Param(uniform(rngs, shape, bound))
-        self.bias = nnx.Param(uniform(rngs, (outputs,), bound)) if use_bias else None
+        self.bias: Any = nnx.Param(uniform(rngs, (outputs,), bound)) if use_bias else None
         self.padding = padding
         self.dtype = dtype
 
@@ -81,7 +81,7 @@ class Conv(nnx.Module):
         elif half:
             x, zero_rows = rows.pad(x, half)
             edges = (zero_rows, (half, half))
-        y = convolve(x, kernel, edges)
+        y: Array = convolve(x, kernel, edges)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 

@@ -20,7 +20,7 @@ from benchmarks.probe import probe
 from benchmarks.stages import stages
 from benchmarks.tpu import tpu, tpu_rows
 from benchmarks.train import train
-from benchmarks.upsamplers import upsamplers
+from benchmarks.upsamplers import upsampler_sizes, upsamplers
 from benchmarks.windows import windows
 
 TABLES = {
@@ -33,10 +33,11 @@ TABLES = {
         large,
         bands,
         many,
-        upsamplers,
         knobs,
         attention,
         windows,
+        upsamplers,
+        upsampler_sizes,
         accuracy,
         encoders,
         encoders_tpu,

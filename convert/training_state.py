@@ -22,6 +22,7 @@ from anyup_core.checkpoints.checkpoint import Checkpoint, to_flax, to_torch
 from anyup_core.encoders.rows import Row
 from anyup_core.replacement import replacing
 from anyup_core.settings import require
+from anyup_core.upsamplers.checkpoint import KEY as UPSAMPLER
 
 OPTIMIZER_KEYS = ("optimizer_anyup", "optimizer", "optimizer_state_dict")
 HYPER_PARAMETERS: Mapping[str, Any] = {"lr": 2e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-5}
@@ -122,7 +123,7 @@ class TrainingState:
 
         Raises:
             FileNotFoundError: if there is no checkpoint, or it has no optimizer state.
-            ValueError: if it is damaged, or its optimizer is not AdamW's of these weights.
+            ValueError: if it is damaged or of another upsampler, or its optimizer is not AdamW's of these weights.
         """
         step = run_directory.step_directory(Path(directory))
         if step is None:
@@ -130,6 +131,13 @@ class TrainingState:
             raise FileNotFoundError(f"{directory} is no run with a checkpoint: {expected} has no directory of a step.")
         if not (step / "optimizer").is_dir():
             raise FileNotFoundError(f"{step} has no optimizer/, so no training can go on from it; choose another step.")
+        if method := run_directory.config(step).get(UPSAMPLER):
+            option = f"convert its weights alone, with --upsampler {method} and without --training"
+            raise ValueError(
+                f"{directory} is a run of {method}, and the published trainer's file is AnyUp's; {option}."
+            )
+        kind = (run_directory.recorded(step, "optimizer") or {}).get("kind", "adamw")
+        require(kind == "adamw", "optimizer.kind", kind, "convert the weights alone, without --training")
         optimizer = orbax_directory.read_tree(step / "optimizer")
         trees: dict[str, dict[str, np.ndarray]] = {"count": {}, "mu": {}, "nu": {}}
         for path, array in optimizer.items():

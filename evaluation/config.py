@@ -13,7 +13,9 @@ from train.config import CROWD, GREATEST, Size, at_least
 
 GEOMETRY = ("depth", "normals")  # tasks
 LEVELS = 4  # feature maps of the DPT head
-METHODS = ("nearest", "bilinear", "bicubic", "joint_bilateral", "anyup", "high_resolution", "label_guided")
+TRAINED = ("featup", "jafar", "loftup", "naf")  # methods whose weights `upsamplers` names
+METHODS = ("nearest", "bilinear", "bicubic", "joint_bilateral", *TRAINED, "anyup", "high_resolution", "label_guided")
+EVERY = "all"  # instead of an encoder's name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,6 +118,22 @@ class UpsamplerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedConfig:
+    """Another upsampler, as a method.
+
+    Attributes:
+        weights: for each encoder, by its name in `encoders`, a published name of the method, a file or a training run;
+            "all" for the encoders that are not named.
+        num_heads: of JAFAR and NAF; None for that of the weights' file, or 4.
+        kernel_size: cells along a side of NAF's window; None for that of the weights' file, or 9.
+    """
+
+    weights: Mapping[str, PathText]
+    num_heads: int | None = None
+    kernel_size: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """An evaluation: every encoder with every method.
 
@@ -126,6 +144,7 @@ class Config:
         methods: of `METHODS`. "label_guided" uses the labels and shows how much an upsampler could gain that knows
             every edge; for segmentation.
         anyup: the upsampler behind "anyup".
+        upsamplers: those behind "featup", "jafar", "loftup" and "naf", by these names.
         high_resolution: factor by which "high_resolution" and "fidelity" enlarge the image that the encoder sees.
         cache: folder for the upsampling weights of every image, so that a method runs once and not in every epoch; None
             computes them anew, which large data sets need. For segmentation.
@@ -141,6 +160,7 @@ class Config:
     dataset: DatasetConfig
     probe: ProbeConfig = ProbeConfig()
     anyup: UpsamplerConfig = UpsamplerConfig()
+    upsamplers: Mapping[str, TrainedConfig] = dataclasses.field(default_factory=dict)
     high_resolution: int = 2
     cache: PathText | None = None
     limit: int | None = None
@@ -156,6 +176,16 @@ class Config:
         at_least(self, "", high_resolution=2, limit=1, seed=0, pictures=0)
         enlarged = self.task == "fidelity" and "high_resolution" in self.methods
         require(not enlarged, "methods", list(self.methods), "fidelity compares the others with high_resolution")
+        unknown = [name for name in self.upsamplers if name not in TRAINED]
+        require(not unknown, "upsamplers", list(self.upsamplers), f"choose of {', '.join(TRAINED)}")
+        for method in (name for name in self.methods if name in TRAINED):
+            named = self.upsamplers[method].weights if method in self.upsamplers else {}
+            missing = [] if EVERY in named else [encoder for encoder in self.encoders if encoder not in named]
+            setting = f"+upsamplers.{method}.weights.{(missing or [EVERY])[0]}=FILE"
+            remedy = f"{method} has no weights for {', '.join(missing)}; name them, {setting}"
+            require(not missing, "methods", list(self.methods), remedy)
+            foreign = [encoder for encoder in named if encoder not in (EVERY, *self.encoders)]
+            require(not foreign, f"upsamplers.{method}.weights", dict(named), f"no encoder is called {foreign}")
         labelled = self.task == "segmentation"
         guided = labelled or "label_guided" not in self.methods
         require(guided, "methods", list(self.methods), f"{self.task} has no labels to be guided by")

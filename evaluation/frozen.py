@@ -49,8 +49,8 @@ class Live:
         thinned = np.stack([self.split.thinned(label, i, mirror) for label, i in zip(labels, indices)])
         return dict(image=_guide(self.method, images, labels), features=features), thinned
 
-    def upsample(self, data: Arrays, low: Float[Array, "B h w K"]) -> Float[Array, "B H W K"]:
-        """Upsample values, such as logits, with the weights that the method gives the features of a batch."""
+    def upsample(self, data: Arrays, low: Float[Array, "B h w K"] | None = None) -> Float[Array, "B H W _"]:
+        """Upsample values, such as logits, with the weights that the method gives the features of a batch; or these."""
         return self.method(data["image"], data["features"], self.split.size, low)
 
     def arrange(self, values: np.ndarray) -> np.ndarray:
@@ -83,7 +83,8 @@ class Kept:
         arrays = {name: np.stack([view[name] for view in views]) for name in views[0]}
         return arrays, arrays.pop("labels")
 
-    def upsample(self, data: Arrays, low: Float[Array, "B h w K"]) -> Float[Array, "B ... K"]:
+    def upsample(self, data: Arrays, low: Float[Array, "B h w K"] | None = None) -> Float[Array, "B ... _"]:
+        assert low is not None, "the features at every pixel are not kept"
         if self.plan is None:
             return self.method(None, data["features"], self.split.size, low)
         return kept_weights.apply(self.plan, data["tiles"], low)

@@ -12,6 +12,7 @@ Every mean of a loss is over the valid pixels of the whole batch. If there are n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -23,8 +24,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from anyup_jax import layers
+from anyup_jax.upsamplers.interpolation import resize
 from evaluation.config import LEVELS, Size
-from evaluation.methods import resize
 
 BINS, NEAR, FAR = 256, 1e-3, 10.0  # the depths that a pixel chooses among, in metres
 FLOOR = 0.1  # added to the weight of every bin
@@ -38,6 +39,7 @@ STEP = 2  # pixels between the two that a gradient compares
 COSINE_LIMIT = 1 - 1e-4
 
 Map = Float[Array, "B H W channels"]
+Conv = functools.partial(layers.Conv, padding="zeros", use_bias=True)
 
 
 class Linear(nnx.Module):
@@ -131,17 +133,6 @@ class Residual(nnx.Module):
 
     def __call__(self, x: Map) -> Map:
         return x + jax.nn.relu(self.conv2(jax.nn.relu(self.conv1(x))))
-
-
-class Conv(layers.Conv):
-    """k x k convolution with a bias, zeros around the image, initialised as PyTorch does. Kernel (k, k, in, out)."""
-
-    def __init__(self, inputs: int, outputs: int, kernel_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        super().__init__(inputs, outputs, kernel_size, padding="zeros", dtype=dtype, rngs=rngs)
-        self.bias = nnx.Param(layers.uniform(rngs, (outputs,), (inputs * kernel_size**2) ** -0.5))
-
-    def __call__(self, x: Float[Array, "B H W inputs"]) -> Float[Array, "B H W outputs"]:
-        return super().__call__(x) + self.bias[...].astype(self.dtype)
 
 
 def depth_of(logits: Float[Array, "B H W bins"], size: Size | None = None) -> Float[Array, "B Ho Wo"]:

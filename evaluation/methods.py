@@ -1,14 +1,14 @@
 """Upsamplers behind one interface: `method(image, features, size, values) -> features` at that size.
 
-Every method averages values with weights that depend on the image and on the features but not on the values. So a
-linear head may be applied before it, and the weights can be kept, see `evaluation.kept_weights`.
+Most methods average values with weights that depend on the image and on the features but not on the values. So a linear
+head may be applied before them, and the weights can be kept, see `evaluation.kept_weights`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -19,9 +19,12 @@ from jaxtyping import Array, Float, Int
 import anyup_jax
 from anyup_core.geometry import AxisWindow, axis_window
 from anyup_core.preprocessing import IMAGENET
-from anyup_core.resample import axis_weights
 from anyup_core.settings import require
-from evaluation.config import Config, Size
+from anyup_core.upsamplers.joint_bilateral import JointBilateralConfig
+from anyup_jax import upsamplers
+from anyup_jax.upsamplers.interpolation import resize
+from anyup_jax.upsamplers.joint_bilateral import average, joint_bilateral
+from evaluation.config import EVERY, TRAINED, Config, Size
 
 Guide = Float[Array, "B H W 3"] | Int[Array, "B H W 1"]
 Maps = Mapping[str, tuple[Float[Array, "B h w C"], Float[Array, "B h w E"]]]
@@ -35,11 +38,17 @@ class Method(Protocol):
         name: its name on the command line.
         enlarge: how many times larger the image is that the encoder sees than for the other methods.
         guided_by: what it is given as `image`: "image", or "labels" (B, H, W, 1), integers from 0 to 255.
+        linear: whether it averages values as described above; otherwise heads are applied to its output.
     """
 
     name: str
     enlarge: int = 1
     guided_by: str = "image"
+    linear: bool = True
+
+    def of(self, encoder: str) -> Method:
+        """Return the method for the features of one of the encoders, by its name in the evaluation."""
+        return self
 
     def __call__(
         self, image: Guide, features: Float[Array, "B h w C"], size: Size, values: Float[Array, "B h w E"] | None = None
@@ -70,24 +79,12 @@ def create(name: str, config: Config) -> Method:
         remedy = f"its guidance has {model.config.input_dim} channels, and images here have 3"
         require(model.config.input_dim == 3, "anyup.weights", settings.weights, remedy)
         return Upsampler(model)
+    if name in TRAINED:
+        return Trained(name, {key: load_trained(name, key, config) for key in config.encoders})
     if name == "high_resolution":
         return Interpolation(name, "bilinear", config.high_resolution)
     guided = {method.name: method for method in (JointBilateral(), LabelGuided())}
     return guided.get(name) or Interpolation(name, name)
-
-
-def resize(x: Float[Array, "B H W C"], size: Size, kernel: str) -> Float[Array, "B Ho Wo C"]:
-    """Interpolate as PyTorch does without aligned corners and antialiasing; the map itself where the size is its own.
-
-    Args:
-        x: the map.
-        size: height and width of the result.
-        kernel: "nearest", "bilinear" or "bicubic", see `anyup_core.resample.axis_weights`.
-    """
-    if x.shape[1:3] == tuple(size):
-        return x
-    rows, cols = (jnp.asarray(axis_weights(kernel, n, m), x.dtype) for n, m in zip(x.shape[1:3], size))
-    return jnp.einsum("Hh,bhwc,Ww->bHWc", rows, x, cols, precision="highest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,28 +122,15 @@ class JointBilateral(Method):
     range: float = 0.1
 
     def __call__(self, image, features, size, values=None):
-        values = features if values is None else values
-        cells = values.shape[1:3]
-        shapes = ((len(image), *side, 3) for side in (size, cells))
-        guide, coarse = (jax.image.resize(image, shape, "bilinear", antialias=True) for shape in shapes)
-        rows, cols = ((np.arange(n) + 0.5) * m / n - 0.5 for n, m in zip(size, cells))
+        return joint_bilateral(self.config, image, features if values is None else values, size)
 
-        def weigh(i, j):
-            distance = jnp.square(rows - i)[:, None] + jnp.square(cols - j)[None]
-            colour = jnp.square(guide - coarse[:, i][:, :, j]).sum(-1)
-            return jnp.exp(-0.5 * (distance / self.spatial**2 + colour / self.range**2))
-
-        return _average(values, self.windows(cells, size), weigh, least=1e-30)
+    @property
+    def config(self) -> JointBilateralConfig:
+        return JointBilateralConfig(radius=self.radius, spatial=self.spatial, range=self.range)
 
     def windows(self, cells: Size, size: Size) -> tuple[AxisWindow, AxisWindow]:
         """Return the cells within the radius, moved inwards at the edges."""
-
-        def axis(n: int, m: int) -> AxisWindow:
-            span = min(2 * self.radius + 1, m)
-            nearest = np.floor((np.arange(n) + 0.5) * m / n).astype(np.int32)
-            return AxisWindow(m, (nearest - self.radius).clip(0, m - span), np.ones((n, span), np.int32))
-
-        return axis(size[0], cells[0]), axis(size[1], cells[1])
+        return self.config.windows(cells, size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,39 +163,50 @@ def _label_guided(method, labels, values, size):
     rows, cols = (np.arange(n) * m // n for n, m in zip(size, (height, width)))
     images = jnp.arange(batch)[:, None, None]
     counts = jnp.zeros((batch, height, width, 256)).at[images, rows[:, None], cols, labels].add(1)
-    return _average(values, method.windows((height, width), size), lambda i, j: counts[images, i[:, None], j, labels])
+    return average(values, method.windows((height, width), size), lambda i, j: counts[images, i[:, None], j, labels])
 
 
-def _average(
-    values: Float[Array, "B h w E"],
-    windows: tuple[AxisWindow, AxisWindow],
-    weigh: Callable[[Int[Array, " Ho"], Int[Array, " Wo"]], Float[Array, "B Ho Wo"]],
-    least: float = 0.0,
-) -> Float[Array, "B Ho Wo E"]:
-    """Average the cells of every position's window.
+def load_trained(name: str, encoder: str, config: Config) -> upsamplers.Upsampler:
+    """Return another upsampler with the weights that an evaluation names for an encoder."""
+    settings = config.upsamplers[name]
+    weights = settings.weights.get(encoder, settings.weights.get(EVERY))
+    chosen = dict(num_heads=settings.num_heads, kernel_size=settings.kernel_size)
+    given = {key: value for key, value in chosen.items() if value is not None}
+    return upsamplers.from_pretrained(name, weights, **given)
 
-    Args:
-        values: of the cells.
-        windows: of rows and columns.
-        weigh: takes a row of cells for each row of positions and a column of cells for each column of positions;
-            returns the weights of the cells where they meet.
-        least: added to the sum of the weights, where that can be 0.
+
+@dataclasses.dataclass(frozen=True)
+class Trained(Method):
+    """Another upsampler, with weights for each encoder.
+
+    Attributes:
+        models: by the encoder's name in the evaluation.
+        encoder: whose features are upsampled; None until `of` says so.
     """
-    tall, wide = windows
-    span = wide.count.shape[1]
 
-    def add(sums, offset):  # one cell of every window at a time: memory for one map of values
-        row, col = offset // span, offset % span
-        i, j = jnp.asarray(tall.start) + row, jnp.asarray(wide.start) + col
-        seen = jnp.asarray(tall.count)[:, row, None] * jnp.asarray(wide.count)[:, col]
-        weight = seen * weigh(i, j)  # beyond the last cell it is that of the last, seen 0 times
-        total, weights = sums
-        return (total + weight[..., None] * values[:, i][:, :, j], weights + weight), None
+    name: str
+    models: Mapping[str, upsamplers.Upsampler]
+    encoder: str | None = None
+    linear: ClassVar[bool] = False
 
-    total = jnp.zeros((len(values), len(tall.start), len(wide.start), values.shape[-1]), values.dtype)
-    sums = total, jnp.full(total.shape[:3], least)
-    (total, weights), _ = jax.lax.scan(add, sums, jnp.arange(tall.count.shape[1] * span))
-    return total / weights[..., None]
+    def of(self, encoder: str) -> Trained:
+        return dataclasses.replace(self, encoder=encoder)
+
+    def check(self, encoder: str, channels: int) -> None:
+        """Raise ValueError unless the weights of an encoder are for features of this width."""
+        model = self.models[encoder]
+        if model.channels not in (None, channels) or channels % model.multiple:
+            fits = f"a multiple of {model.multiple}" if model.channels is None else str(model.channels)
+            raise ValueError(
+                f"{self.name} has weights for features of {fits} channels, {encoder} gives {channels}; name others, "
+                f"upsamplers.{self.name}.weights.{encoder}=FILE, or leave the method out."
+            )
+
+    def __call__(self, image, features, size, values=None):
+        assert values is None, "its output is not an average of values"
+        model = self.models[self.encoder or ""]
+        mean, std = (jnp.asarray(x, jnp.float32) for x in model.normalisation)
+        return upsamplers.upsample(model, (image - mean) / std, features, tuple(size))
 
 
 @dataclasses.dataclass(frozen=True)

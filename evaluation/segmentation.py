@@ -1,8 +1,8 @@
 """The linear probe for segmentation: one 1 x 1 convolution on frozen upsampled features.
 
-The protocol is that of JAFAR (Couairon et al., 2025) with AnyUp's correction of the schedule. Every method is linear in
-what it upsamples, so the head is applied at low resolution and its logits are upsampled: the same numbers for a
-fraction of the memory and time.
+The protocol is that of JAFAR (Couairon et al., 2025) with AnyUp's correction of the schedule. Where a method averages
+what it upsamples, the head is applied at low resolution and its logits are upsampled: the same numbers for a fraction
+of the memory and time.
 """
 
 from __future__ import annotations
@@ -54,8 +54,11 @@ def cross_entropy(logits: Float[Array, "... K"], labels: UInt8[Array, "..."], ig
 
 def probe_logits(views: Views, data: Arrays, heads: Head) -> Float[Array, "B ... N K"]:
     """Return the logits of N stacked probes for a batch, applied at low resolution and upsampled at once."""
-    low = jnp.matmul(data["features"], rearrange(heads["weight"], "n c k -> c (n k)"), precision="highest")
-    logits = views.upsample(data, low)
+    weight = rearrange(heads["weight"], "n c k -> c (n k)")
+    if views.method.linear:
+        logits = views.upsample(data, jnp.matmul(data["features"], weight, precision="highest"))
+    else:
+        logits = jnp.matmul(views.upsample(data), weight, precision="highest")
     return rearrange(logits, "... (n k) -> ... n k", n=len(heads["bias"])) + heads["bias"]
 
 

@@ -76,6 +76,8 @@ class Run:
         }
         for name, encoder in self.encoders.items():
             check_cells("dataset.size", config.dataset.size, name, encoder.stride)
+            for method in (x for x in self.methods.values() if isinstance(x, methods.Trained)):
+                method.check(name, encoder.channels)
         contents = {name: split.contents for name, split in splits.items()}
         self.settings: dict[tuple[str, str], dict[str, Any]] = {
             (key, name): self._settings(key, method, contents | dict(encoder=digest(encoder)))
@@ -97,6 +99,9 @@ class Run:
         if isinstance(method, methods.Upsampler):
             window, dtype = method.model.config.window, self.config.anyup.dtype
             options |= dict(weights=digest(method.model), window=window, dtype=dtype)
+        elif isinstance(method, methods.Trained):
+            model: Any = method.models[encoder]
+            options |= dict(weights=digest(model), settings=to_dict(model.config))
         elif isinstance(method, methods.JointBilateral):
             options |= dataclasses.asdict(method)
         return chosen | dict(dataset=data, encoder=values["encoders"][encoder], method=options, contents=contents)
@@ -213,7 +218,7 @@ def probe_geometry(config: Config, log: Log) -> list[Result]:
     for name in config.methods:
         for key, encoder in run.missing(name).items():
             started = time.perf_counter()
-            probe, head = depth_normals.Probe.create(encoder, run.methods[name], config)
+            probe, head = depth_normals.Probe.create(encoder, run.methods[name].of(key), config)
             head = depth_normals.train(probe, head, train, run.probe_file(key, name))
             scores, predictions = depth_normals.score(probe, head, val, run.shown)
             scores["seconds"] = time.perf_counter() - started
@@ -230,7 +235,7 @@ def compare_features(config: Config, log: Log) -> list[Result]:
     run = Run(config, log, dict(val=val))
     for name, method in run.methods.items():
         for key, encoder in run.missing(name).items():
-            scores = fidelity.scores(encoder, method, (val.read(i)[0] for i in range(len(val))), factor)
+            scores = fidelity.scores(encoder, method.of(key), (val.read(i)[0] for i in range(len(val))), factor)
             run.add(key, name, scores, f"cosine {scores['cosine_high']:.4f} at {factor} times the size")
     return run.finish()
 
@@ -241,8 +246,8 @@ TASKS = dict(segmentation=probe_segmentation, depth=probe_geometry, normals=prob
 def _views(run: Run, split: Examples, method: str) -> Mapping[str, Views]:
     """Return the views of a split for the encoders whose result with a method is not complete."""
     encoders, cache = run.missing(method), run.config.cache
-    if cache is None:
-        return {key: Live(split, encoder, run.methods[method]) for key, encoder in encoders.items()}
+    if cache is None or not run.methods[method].linear:
+        return {key: Live(split, encoder, run.methods[method].of(key)) for key, encoder in encoders.items()}
     settings = {key: run.settings[key, method] for key in encoders}
     settings = {key: [s["encoder"], s["contents"]["encoder"], s["method"]] for key, s in settings.items()}
     return keep(split, encoders, run.methods[method], Path(cache), settings, run.log)

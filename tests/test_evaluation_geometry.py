@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from flax import nnx
 
+from anyup_jax.upsamplers.interpolation import resize
 from evaluation.config import ProbeConfig
 from evaluation.fitting import schedule
 from evaluation.heads import BINS, DPT, Conv, Linear, depth_loss, depth_of, normal_loss, normals_of
-from evaluation.methods import resize
 
 CHANNELS = 6
 Head = TypeVar("Head", Linear, DPT)

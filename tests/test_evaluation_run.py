@@ -22,7 +22,9 @@ from safetensors.numpy import load_file
 
 import anyup_jax
 import convert
+from anyup_core.checkpoints import formats
 from anyup_core.settings import from_dict
+from anyup_jax import upsamplers
 from anyup_jax.encoders.settings import EncoderConfig
 from evaluation import fidelity, fitting, results, segmentation, sheet, tasks
 from evaluation.config import Config, DatasetConfig, ProbeConfig
@@ -111,6 +113,23 @@ def test_what_is_kept_scores_as_what_is_computed_anew(folder: Path) -> None:
     assert re.search(r"result\.json .*probe\.epochs: 3 -> 4", other.stderr)
     details = json.loads((folder / "live/lite0/anyup/result.json").read_text(), parse_constant=pytest.fail)["details"]
     assert len(details["iou"]) == len(details["class_names"]) == 3
+
+
+def test_other_upsamplers_have_weights_for_each_encoder(folder: Path) -> None:
+    settings = {"jafar": dict(channels=40, qk_dim=16), "naf": dict(dim=32, kernel_size=3, rope_heads=2)}
+    for name, fields in settings.items():
+        model = getattr(upsamplers, name.upper())(rngs=nnx.Rngs(0), **fields)
+        formats.write(folder / f"{name}.safetensors", upsamplers.checkpoint(model), overwrite=True)
+    methods = "methods=[bilinear,jafar,naf]", "probe.epochs=1", "output_dir=others"
+    weights = "+upsamplers.jafar.weights.lite0=jafar.safetensors", "+upsamplers.naf.weights.all=naf.safetensors"
+    evaluate(folder, *methods, *weights, "cache=kept_others")
+    actual = scores(folder / "others")
+    assert actual.keys() == {"bilinear", "jafar", "naf"}
+    assert "mIoU_bilinear_probe" in actual["naf"]
+    refused = evaluate(folder, *methods, weights[0], status=2)
+    assert "upsamplers.naf.weights" in refused.stderr
+    refused = evaluate(folder, *methods, *weights, "encoders.lite0.layer=[-1]", "output_dir=wide", status=2)
+    assert all(text in refused.stderr for text in ("jafar", "40", "320", "lite0"))
 
 
 def test_repeated_probes_are_those_of_their_seeds(folder: Path, tmp_path: Path) -> None:

@@ -86,11 +86,12 @@ class TestProtocol:
         assert infer(model, *inputs(), output_size=(40, 36), q_chunk_size=None).shape == (1, 12, 40, 36)
         assert infer(model, *inputs(), 30).shape == (1, 12, 30, 30)
 
-    @pytest.mark.parametrize("chunk", [4, 50, 700])
+    @pytest.mark.parametrize("chunk", [1, 50, 700])
     def test_chunk_never_changes_the_result(self, method: str, chunk: int) -> None:
-        size = (10, 12) if chunk == 4 else None
-        whole = infer(small(method), *inputs(batch=2), size)
-        close(infer(small(method), *inputs(batch=2), size, q_chunk_size=chunk), whole)
+        few = dict(cells=(2, 2)) if method == "featup" and chunk == 1 else {}  # whose stages go pixel by pixel
+        given, size = inputs(batch=2, **few), (10, 12) if chunk == 1 else None
+        whole = infer(small(method), *given, size)
+        close(infer(small(method), *given, size, q_chunk_size=chunk), whole)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
     def test_output_has_the_type_of_the_features(self, method: str, dtype: torch.dtype) -> None:
@@ -241,12 +242,12 @@ def test_loftup_starts_in_evaluation_mode_and_learns_statistics_in_the_other() -
 def test_loftup_phases_are_float32(dtype: torch.dtype) -> None:
     layer = loftup.Fourier(5, 20).to(dtype)
     colours = torch.rand(1, 4, 6, 3) - 0.5
-    waves = layer((4, 6), slice(1, 3), colours[:, 1:3])
+    waves = layer((4, 6), slice(1, 3), colours[:, 1:3]).detach()
     assert waves.dtype == torch.float32
     assert waves.shape == (1, 2, 6, 200)
     rows, cols = (torch.linspace(-1, 1, n) for n in (4, 6))
     places = torch.stack([*torch.meshgrid(rows[1:3], cols, indexing="ij"), *colours[0, 1:3].movedim(-1, 0)], -1)
-    biases = layer.biases.float().reshape(2, 100)
+    biases = layer.biases.detach().float().reshape(2, 100)
     frequencies = layer.tables()[1]
     phases = [(places[..., None, :] * frequencies[:, None]).flatten(2) + bias for bias in biases]
     close(waves[0], torch.cat([phases[0].sin(), phases[1].cos()], -1), 1e-6)
@@ -334,7 +335,7 @@ def test_joint_bilateral_averages_cells_of_its_colour() -> None:
 
 @pytest.mark.parametrize("backend", ["dense", "tiled"])
 @pytest.mark.parametrize("kind", ["window", "global", "kernel"])
-@pytest.mark.parametrize("name", ["square", "c40", "batch_of_three"])
+@pytest.mark.parametrize("name", ["c40", "batch_of_three"])
 def test_values_per_head_are_as_many_attentions(name: str, kind: str, backend: str) -> None:
     shape = SHAPES[name]
     query, key, values = (torch.from_numpy(array).requires_grad_() for array in arrays(shape))

@@ -17,6 +17,7 @@ from anyup_core.config import AnyUpConfig
 from anyup_core.paths import PathText
 from anyup_core.settings import require
 from anyup_jax.encoders.settings import EncoderConfig
+from train.upsamplers import FeatUpModel, JAFARModel, LoftUpModel, NAFModel, OtherModel
 
 Size = tuple[int, int]
 GREATEST = 2**31 - 1  # of whole numbers, which arrays of int32 hold
@@ -48,10 +49,12 @@ class DatasetConfig:
         index: the size index of a folder; `root/size_index.tsv` if None.
         crop_size: height and width that the photograph is resized and centre cropped to.
         img_size: height and width of every view: the crops, and the whole crop resized to be guidance and input.
-        guidance_size: height and width of the guidance; None for the size at which the encoder sees the whole crop.
+        guidance_size: height and width of the guidance; None for the size at which the encoder sees the whole crop, and
+            of another upsampler than AnyUp for its recipe's share of `crop_size`.
         num_local_crops: crops of `img_size` for each photograph.
         global_view_random_resize: least and greatest scale at which the encoder sees the whole crop, in units of
-            `crop_size`, drawn for each batch; None for `img_size`. Every size that is drawn is compiled once.
+            `crop_size`, drawn for each batch; None for `img_size`, and of another upsampler than AnyUp for its
+            recipe's scales. Every size that is drawn is compiled once.
         random_region: least share of the photograph's area that the crop is cut from, at a random place and with the
             crop's proportions; None for the largest region, in the centre. `max_enlargement` limits it.
         max_enlargement: the greatest factor by which a photograph may be enlarged to cover the crop. At 1, photographs
@@ -199,18 +202,21 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW.
+    """AdamW, or NAdam with the same decay.
 
     Attributes:
+        kind: "adamw" or "nadam", both as in PyTorch.
         learning_rate, betas, eps, weight_decay: as in PyTorch's AdamW; the decay is multiplied by the rate.
         schedule: "constant", or "cosine" to `final_learning_rate` at the last step.
         warmup_steps: steps of a linear rise from 0.
         clip_norm: greatest norm of the whole gradient; None for no clipping.
+        clip_steps: how many of the first steps are clipped; None for all.
         accumulate: parts that a batch is divided into and that are computed one after the other: less memory, more
             time, the same gradient.
         ema_decay: decay of an exponential moving average of the parameters; None for no average.
     """
 
+    kind: Literal["adamw", "nadam"] = "adamw"
     learning_rate: float = 2e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -219,6 +225,7 @@ class OptimizerConfig:
     warmup_steps: int = 0
     final_learning_rate: float = 0.0
     clip_norm: float | None = None
+    clip_steps: int | None = None
     accumulate: int = 1
     ema_decay: float | None = None
 
@@ -227,7 +234,7 @@ class OptimizerConfig:
         require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", self.betas, "give two numbers in [0, 1)")
         require(self.eps > 0, "optimizer.eps", self.eps, "give a positive number")
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "give 0 or more")
-        at_least(self, "optimizer.", warmup_steps=0, accumulate=1)
+        at_least(self, "optimizer.", warmup_steps=0, accumulate=1, clip_steps=1)
         clip, ema = self.clip_norm, self.ema_decay
         require(clip is None or clip > 0, "optimizer.clip_norm", clip, "give a positive norm, or null for none")
         require(ema is None or 0 < ema < 1, "optimizer.ema_decay", ema, "give a number between 0 and 1, or null")
@@ -346,6 +353,7 @@ class Config:
     """A training run.
 
     Attributes:
+        model: AnyUp's settings, or those of another upsampler, which `model.upsampler` names; see `train.upsamplers`.
         encoders: the encoders by names of the user's choice.
         batch_size: photographs of a step, over all devices.
         max_steps: optimizer steps.
@@ -355,7 +363,7 @@ class Config:
         output_dir: folder that everything is written to; a run that starts again with the same folder resumes.
     """
 
-    model: AnyUpConfig = AnyUpConfig()  # noqa: RUF009 - a frozen one
+    model: AnyUpConfig | JAFARModel | NAFModel | FeatUpModel | LoftUpModel = AnyUpConfig()  # noqa: RUF009 - a frozen one
     encoders: Mapping[str, EncoderConfig]
     dataset: DatasetConfig = DatasetConfig()
     features: FeaturesConfig = FeaturesConfig()
@@ -375,6 +383,8 @@ class Config:
     def __post_init__(self) -> None:
         require(len(self.encoders) >= 1, "encoders", dict(self.encoders), "name at least one encoder")
         at_least(self, "", batch_size=1, max_steps=1)
+        if isinstance(self.model, OtherModel):
+            self._check_other(self.model)
         require(0 <= self.seed < 2**63, "seed", self.seed, "give a whole number of at least 0 and below 2**63")
         require(self.batch_size % self.optimizer.accumulate == 0, "optimizer.accumulate", self.optimizer.accumulate,
                  f"it must divide batch_size={self.batch_size}")  # fmt: skip
@@ -393,11 +403,35 @@ class Config:
             require(value is None or len(value) == dim, f"dataset.{field}", value,
                      f"give a number for each band of model.input_dim={dim}")  # fmt: skip
 
+    def _check_other(self, model: OtherModel) -> None:
+        """Refuse what is set of AnyUp's recipe and does nothing in that of another upsampler."""
+        plain = dict(loss=LossConfig(), features=FeaturesConfig(), dataset=DatasetConfig())
+        chosen = [
+            *((f"{group}.{field.name}", getattr(getattr(self, group), field.name), getattr(default, field.name))
+              for group, default in plain.items() for field in dataclasses.fields(default)
+              if group != "dataset" or field.name in OF_ANYUP),
+            ("remat", self.remat, False),
+        ]  # fmt: skip
+        if model.scales is None:
+            chosen.append(("dataset.global_view_random_resize", self.dataset.global_view_random_resize, None))
+        for name, value, default in chosen:
+            require(value == default, name, value, f"the recipe of {model.upsampler} has no such thing; leave it out")
+
+    @property
+    def views(self) -> DatasetConfig:
+        """The data set as its batches are made: of another upsampler, without AnyUp's crops and augmentations."""
+        if not isinstance(self.model, OtherModel):
+            return self.dataset
+        return dataclasses.replace(self.dataset, num_local_crops=1, augmentation_strength=0.0)
+
     @property
     def bands(self) -> int | None:
         """Bands of the images; None for photographs."""
         return None if self.dataset.encoder_bands is None else self.model.input_dim
 
+
+OF_ANYUP = ("num_local_crops", "pasted_regions", "augmentation_strength", "encoder_bands")
+"""Settings of the data set that only AnyUp's recipe has."""
 
 FREE_TO_CHANGE = (
     "max_steps", "mesh", "checkpoint", "log", "profile", "output_dir", "remat", "dataset.root", "dataset.index",

@@ -14,17 +14,15 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-import anyup_jax
 from anyup_core.checks import check_model
-from anyup_core.settings import require, to_dict
+from anyup_core.config import AnyUpConfig
 from anyup_jax.devices import check_devices
-from anyup_jax.model import AnyUp
 from anyup_jax.promotion import standard_promotion
-from train import dry_run, encoders, pictures, pod_member, program, sharding
+from train import dry_run, encoders, models, pictures, pod_member, program, sharding
 from train.band_statistics import with_statistics
 from train.checkpoint import Checkpoints
 from train.config import Config
-from train.data import ARRAYS, Batches, open_source
+from train.data import Batches, open_source
 from train.data.sources import Source
 from train.metrics import Metrics
 from train.output_dir import check_output, locked, write_config
@@ -53,11 +51,13 @@ def _run(config: Config, dry: bool) -> int:
     check_devices()
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, config.optimizer.accumulate, mesh)
-    check_model(config.model)
+    settings = models.settings(config)
+    if isinstance(settings, AnyUpConfig):
+        check_model(settings)
     sharding.check_memory(program.batch_shapes(config), config.batch_size, jax.process_count())
     for name, encoder in config.encoders.items():
         if (patch := encoder.stride()) is not None:
-            encoders.check_sizes(name, patch, config)
+            encoders.check_sizes(name, patch, config, settings)
     output = Path(config.output_dir)
     config = check_output(output, config)
     source = shared_source(config)
@@ -75,17 +75,11 @@ class Run:
         self.config, self.mesh, self.source, self.output = config, mesh, source, output
         self.held_out = pictures.held_out(config) if config.log.pictures_every and jax.process_index() == 0 else []
         self.encoders = {name: encoder.load(config.dtype) for name, encoder in config.encoders.items()}
+        self.settings = settings = models.settings(config, self.encoders)
         for name, encoder in self.encoders.items():
-            encoders.check_sizes(name, encoder.stride, config)
+            encoders.check_sizes(name, encoder.stride, config, settings)
         self.patches = {name: encoder.stride for name, encoder in self.encoders.items()}
-        initial, dtype = config.checkpoint.init_from, jnp.dtype(config.dtype)
-        if initial is None:
-            model = AnyUp(config.model, rngs=nnx.Rngs(config.seed), dtype=dtype)
-        else:
-            model = anyup_jax.from_pretrained(initial, dtype=dtype, backend=config.model.backend)
-            dim, given = config.model.input_dim, model.config.input_dim
-            remedy = f"the guidance of that model has {given} channels, and model.input_dim={dim}"
-            require(given == dim, "checkpoint.init_from", initial, remedy)
+        model = models.create(config, settings, initial=config.checkpoint.init_from)
         self.config = config = with_statistics(config, source)
         if jax.process_index() == 0:
             write_config(output, config)
@@ -163,7 +157,7 @@ class Run:
         name = encoders.choose(config.seed, number - 1, self.patches)
         sizes = encoders.step_sizes(config, self.patches[name], number - 1)
         graph, specs, frozen = self.frozen[name]
-        arrays = {key: batch[key] for key in ARRAYS if key in batch}
+        arrays = {key: batch[key] for key in program.batch_shapes(config)}
         if graph is None:
             arrays |= encoders.bridge_features(self.encoders[name], arrays, sizes, config.dataset)
         if (name, sizes) not in self.steps:
@@ -199,7 +193,8 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint of the state in the background."""
         step = int(self.state.step)
-        self.saver.save(step, to_trees(self.state), self.batches.get_state() | {"step": step}, to_dict(self.config))
+        data = self.batches.get_state() | {"step": step}
+        self.saver.save(step, to_trees(self.state), data, models.record(self.config, self.settings))
 
     def draw(self, number: int) -> None:
         """Draw the upsampled features of held-out photographs."""

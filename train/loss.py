@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from anyup_jax.model import AnyUp
 from anyup_jax.pooling import adaptive_average_pool
@@ -128,7 +128,7 @@ def _norm(x: Float[Array, "... C"]) -> Float[Array, "..."]:
     return jnp.maximum(jnp.sqrt(jnp.where(square > 0, square, 1)) * (square > 0), NORM_EPS)
 
 
-def cut_crops(maps: Float[Array, "B H W C"], crops: Int[Array, "B n 2"], size: Size) -> Float[Array, "B n h w C"]:
+def cut_crops(maps: Shaped[Array, "B H W C"], crops: Int[Array, "B n 2"], size: Size) -> Shaped[Array, "B n h w C"]:
     """Cut n regions of `size` out of each map (or image), their corners given as rows and columns."""
 
     def cut(image, corner):

@@ -1,4 +1,4 @@
-"""Pictures of held-out photographs during training: image | low-res | bilinear | AnyUp | target."""
+"""Pictures of held-out photographs during training: image | low-res | bilinear | upsampled | target."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from anyup_core.files import IMAGE_SUFFIXES, list_folder, read_image
 from anyup_core.paths import printable
 from anyup_core.preprocessing import normalize
 from anyup_jax import AnyUp, upsample
+from anyup_jax.upsamplers.protocol import ConfiguredUpsampler
 from train.augment import encoder_photograph
 from train.config import Config, DatasetConfig
 from train.data import bands
@@ -71,7 +72,7 @@ def held_out(config: Config) -> list[Photograph]:
 
 def draw(
     path: str | os.PathLike,
-    model: AnyUp,
+    model: AnyUp | ConfiguredUpsampler,
     encoder: FrozenEncoder,
     photographs: Sequence[Photograph],
     data: DatasetConfig,
@@ -103,7 +104,7 @@ def draw(
         colors = visualize.pca_colors(*maps, basis=visualize.pca_basis([target, low]))
         image = encoder_photograph(crop, data)
         sizes = [image.shape[:2], *(features.shape for features in maps)]
-        titles = name, "low-res", "bilinear", "AnyUp", "target"
+        titles = name, "low-res", "bilinear", type(model).__name__, "target"
         panels += [(f"{t}\n{_times(size)}", image) for t, size, image in zip(titles, sizes, [image, *colors])]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     view = (
@@ -115,7 +116,7 @@ def draw(
 
 
 def _features(
-    model: AnyUp, encoder: FrozenEncoder, crop: Crop, data: DatasetConfig
+    model: AnyUp | ConfiguredUpsampler, encoder: FrozenEncoder, crop: Crop, data: DatasetConfig
 ) -> list[Float[np.ndarray, "h w C"]]:
     """Return the low-resolution features, the same upsampled, and the target, all (h, w, C) float32."""
     if data.encoder_bands is None:
@@ -129,7 +130,11 @@ def _features(
         for image in (whole, guide)
     )
     low, target = (encoder(encoder.normalize(image)) for image in (view, whole))
-    maps = low, upsample(model, guidance, low, target.shape[1:3]), target
+    if isinstance(model, AnyUp):
+        maps = low, upsample(model, guidance, low, target.shape[1:3]), target
+    else:
+        mean, std = (jnp.asarray(x) for x in model.normalisation)
+        maps = low, model((view - mean) / std, low, target.shape[1:3]), target
     return [np.asarray(features[0], np.float32) for features in maps]
 
 

@@ -9,16 +9,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from anyup_jax.model import AnyUp
-from train import encoders, sharding
+from train import encoders, models, sharding
 from train.config import Config
 from train.state import TrainState, init_state, state_specs
 from train.step import StepPlan, make_step
+from train.upsamplers import OtherModel
 
 
 def abstract_state(config: Config) -> tuple[nnx.GraphDef, TrainState]:
     """Return the model's structure, and the state with shapes in place of arrays."""
-    model = nnx.eval_shape(lambda: AnyUp(config.model, rngs=nnx.Rngs(config.seed), dtype=jnp.dtype(config.dtype)))
+    chosen = models.settings(config)
+    model = nnx.eval_shape(lambda: models.create(config, chosen))
     graph = nnx.graphdef(model)
     return graph, jax.eval_shape(lambda model: init_state(config, model)[1], model)
 
@@ -41,7 +42,7 @@ def lower(config: Config, mesh: Mesh, name: str) -> jax.stages.Lowered:
     batch = batch_shapes(config)
     if in_pytorch:
         cells = (side // encoder.stride for side in sizes.whole)
-        for key, shape in dict(lr=cells, hr=(config.dataset.num_local_crops, *sizes.crop_cells)).items():
+        for key, shape in dict(lr=cells, hr=(config.views.num_local_crops, *sizes.crop_cells)).items():
             batch[key] = jax.ShapeDtypeStruct((config.batch_size, *shape, encoder.channels), jnp.float32)
     shapes = jax.tree.map(
         lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
@@ -56,8 +57,10 @@ def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes of a batch's arrays, over all devices."""
     channels, dtype = (3, jnp.uint8) if config.bands is None else (config.bands, jnp.float32)
     photographs = jax.ShapeDtypeStruct((config.batch_size, *config.dataset.crop_size, channels), dtype)
-    crops = jax.ShapeDtypeStruct((config.batch_size, config.dataset.num_local_crops, 2), jnp.float32)
+    crops = jax.ShapeDtypeStruct((config.batch_size, config.views.num_local_crops, 2), jnp.float32)
     batch = dict(image=photographs, augmented=photographs, crops=crops)
+    if isinstance(config.model, OtherModel):
+        del batch["augmented"]
     if config.dataset.pasted_regions:
         batch["regions"] = jax.ShapeDtypeStruct(photographs.shape[:3], jnp.uint8)
     return batch

@@ -1,4 +1,4 @@
-"""One optimizer step as pure functions: views, features, objective, gradient, AdamW, average."""
+"""One optimizer step as pure functions: views, features, objective, gradient, AdamW or NAdam, average."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 from anyup_core.encoders.frozen import FrozenEncoder
 from anyup_core.preprocessing import IMAGENET
 from anyup_jax.encoders.encoder import Encoder
-from train import optim, sharding
+from anyup_jax.upsamplers.featup import FeatUp
+from anyup_jax.upsamplers.jafar import JAFAR
+from train import optim, others, sharding
 from train.config import Config, DatasetConfig, FeaturesConfig, Size
 from train.loss import Views, cut_crops, objective
 from train.state import TrainState
+from train.upsamplers import OtherModel
 
 Batch = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
@@ -39,6 +42,7 @@ class StepSizes:
         guidance: height and width of the whole photograph as guidance.
         consistency: height and width at which consistency is measured.
         share: share of the encoder's channels that the step works on.
+        antialias: whether the whole photograph is made smaller with antialiasing.
     """
 
     patch: int
@@ -48,6 +52,7 @@ class StepSizes:
     guidance: Size
     consistency: Size
     share: float = 1.0
+    antialias: bool = True
 
     @property
     def cells(self) -> Size:
@@ -122,11 +127,11 @@ def loss_of(
     """Return the loss of a batch, and the loss with its terms, as a function of the parameters."""
     config, sizes = plan.config, plan.sizes
     model = nnx.merge(plan.graph, sharding.gather(params, plan.specs.params), state.unused)
-    lr, hr = (
-        (batch["lr"], batch["hr"])
-        if encoder is None
-        else features_of(encoder, encoder_views(batch, sizes, config.dataset))
-    )
+    if isinstance(config.model, OtherModel):
+        terms = other_terms(model, plan, encoder, batch, state.step)
+        loss = sum(terms.values())
+        return loss, terms | dict(loss=loss)
+    lr, hr = low_and_high(plan, encoder, batch)
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     if (channels := draw_channels(config.features, sizes.share, lr.shape[-1], key)) is not None:
         lr, hr = lr[..., channels], hr[..., channels]
@@ -139,10 +144,34 @@ def loss_of(
     return loss, terms | dict(loss=loss)
 
 
+def low_and_high(
+    plan: StepPlan, encoder: Encoder | None, batch: Batch
+) -> tuple[Float[Array, "B h w C"], Float[Array, "B n hc wc C"]]:
+    """Return the features of the whole photographs and of their crops; the batch brings those of a timm model."""
+    if encoder is None:
+        return batch["lr"], batch["hr"]
+    return features_of(encoder, encoder_views(batch, plan.sizes, plan.config.dataset))
+
+
+def other_terms(
+    model: Any, plan: StepPlan, encoder: Encoder | None, batch: Batch, step: Int[Array, ""]
+) -> dict[str, Float[Array, ""]]:
+    """Return the terms of another upsampler, whose only crop is the whole photograph."""
+    config, size = plan.config, plan.sizes.guidance
+    image, keys = encoder_pixels(batch["image"], config.dataset), others.photograph_keys(batch["crops"], config.seed)
+    if isinstance(model, FeatUp):
+        assert encoder is not None, "models.settings refuses timm models"
+        return others.featup(model, image, size, lambda x: encoder(encoder.normalize(x)), keys)
+    lr, hr = lax.stop_gradient(low_and_high(plan, encoder, batch))
+    if isinstance(model, JAFAR):
+        return others.jafar(model, image, size, lr, hr[:, 0], keys)
+    return others.naf(model, image, size, lr, hr[:, 0], jax.random.fold_in(jax.random.key(config.seed), step))
+
+
 def updated(
     config: Config, state: TrainState, gradients: Any, norm: Float[Array, ""], metrics: Metrics
 ) -> tuple[TrainState, Metrics]:
-    """Return the state after a step of AdamW and of the average, and the metrics.
+    """Return the state after a step of the optimizer and of the average, and the metrics.
 
     The state stays as it is unless loss and gradient norm are finite, in this step and in all before it.
     """
@@ -158,9 +187,9 @@ def updated(
     return state, metrics | dict(gradient_norm=norm, learning_rate=jnp.asarray(rate, jnp.float32), ok=ok)
 
 
-def resized(image: Float[Array, "B H W C"], size: Size) -> Float[Array, "B h w C"]:
-    """Return images at another size, bilinear and antialiased."""
-    return jax.image.resize(image, (len(image), *size, image.shape[-1]), "bilinear", antialias=True)
+def resized(image: Float[Array, "B H W C"], size: Size, antialias: bool = True) -> Float[Array, "B h w C"]:
+    """Return images at another size, bilinear."""
+    return jax.image.resize(image, (len(image), *size, image.shape[-1]), "bilinear", antialias=antialias)
 
 
 def guidance(image: Shaped[Array, "B H W C"], size: Size, data: DatasetConfig) -> Float[Array, "B h w C"]:
@@ -184,7 +213,7 @@ def encoder_views(
 ) -> tuple[Float[Array, "B H W 3"], Float[Array, "N Hc Wc 3"]]:
     """Return what an encoder sees, in [0, 1]: the whole photographs, and their crops one after the other."""
     crops = cut_crops(batch["image"], sizes.corners(batch["crops"]) * sizes.patch, sizes.view)
-    whole = resized(encoder_pixels(batch["image"], data), sizes.whole)
+    whole = resized(encoder_pixels(batch["image"], data), sizes.whole, sizes.antialias)
     return whole, encoder_pixels(rearrange(crops, "b n h w c -> (b n) h w c"), data)
 
 

@@ -10,6 +10,7 @@ The configuration of AnyUp holds fields of `AnyUpConfig`; that of an encoder is 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -33,6 +34,7 @@ from anyup_core.replacement import replacing
 from anyup_core.upsamplers import catalogue as upsamplers
 from anyup_core.upsamplers.checkpoint import KEY as UPSAMPLER_KEY
 from anyup_core.upsamplers.checkpoint import UpsamplerCheckpoint, recognise
+from anyup_core.upsamplers.checkpoint import unwrap as wrapped_state
 
 TORCH, SAFETENSORS, ORBAX, HUB = "torch", "safetensors", "orbax", "hub"
 DIRECTORIES = (ORBAX, HUB)
@@ -83,10 +85,18 @@ def read(path: str | Path, *, kind: str | None = None, item: str = run_directory
         warn_unless_finite(checkpoint.tensors, Path(path))
         return checkpoint
     except ValueError as error:
-        if kind != ORBAX and (other := recognise(tensors)):
+        if kind in (TORCH, SAFETENSORS) and (other := _upsampler(path, kind)):
             raise ValueError(_not_anyup_but(path, other)) from error
         fitting = [] if kind == ORBAX else architectures(tensors)
         raise ValueError(_not_anyup(path, fitting) if fitting else f"{path}: {error}") from error
+
+
+def _upsampler(path: str | Path, kind: str) -> str | None:
+    """Return the name of the upsampler whose weights a file holds, with all prefixes of their names."""
+    saved = torch_file.read(Path(path)) if kind == TORCH else safetensors_file.read(Path(path))
+    with contextlib.suppress(ValueError):
+        return recognise(wrapped_state(saved, upsamplers.ENTRIES))
+    return None
 
 
 def _not_anyup_but(path: str | Path, method: str) -> str:

@@ -52,6 +52,8 @@ METHODS = {
 """All but AnyUp, which has a package of its own."""
 
 NAMES = (ANYUP, *METHODS)
+ENTRIES = tuple(dict.fromkeys(entry for method in METHODS.values() for entry in method.config.entries))
+"""Keys of training checkpoints under which the state dict of some method may be."""
 
 
 def find(name: str) -> Method:

@@ -113,8 +113,8 @@ def require_normalisation(value: Any) -> Preprocessing:
     pair = np.asarray(value, np.float64) if isinstance(value, tuple | list) else np.zeros(0)
     fits = pair.shape == (2, 3) and np.isfinite(pair).all() and (pair[1] > 0).all()
     require(fits, "normalisation", value, "give mean and standard deviation of three channels, in [0, 1]")
-    mean, std = ((float(r), float(g), float(b)) for r, g, b in pair)
-    return mean, std
+    rows: Any = pair.tolist()
+    return tuple(rows[0]), tuple(rows[1])
 
 
 def size_of(tensors: Mapping[str, np.ndarray], key: str, axis: int, default: int) -> int:

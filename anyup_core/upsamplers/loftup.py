@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from anyup_core.encoders.rows import Row, conv, linear, norm
-from anyup_core.layouts import TRANSPOSE
+from anyup_core.layouts import SAME, TRANSPOSE
 from anyup_core.settings import require
 from anyup_core.upsamplers.config import Published, UpsamplerConfig, require_positive, size_of
 
@@ -76,10 +76,10 @@ class LoftUpConfig(UpsamplerConfig):
             torch, flax = f"upsampler.ca_transformer.layers.{layer}", f"layer{layer + 1}"
             yield from norm(f"{torch}.0.norm_q", dim, f"{flax}.norm_q")
             yield from norm(f"{torch}.0.norm_kv", dim, f"{flax}.norm_kv")
-            for end, shape, op in (("weight", (3 * dim, dim), {"op": TRANSPOSE}), ("bias", (3 * dim,), {})):
+            for end, shape, op in (("weight", (3 * dim, dim), TRANSPOSE), ("bias", (3 * dim,), SAME)):
                 for i, name in enumerate(("query", "key", "value")):
                     path = f"{flax}.{name}.{'kernel' if end == 'weight' else end}"
-                    yield Row(f"{torch}.0.attention.in_proj_{end}", shape, path, part=(i, 3), **op)
+                    yield Row(f"{torch}.0.attention.in_proj_{end}", shape, path, op, part=(i, 3))
             yield from linear(f"{torch}.0.attention.out_proj", dim, dim, f"{flax}.out")
             yield from norm(f"{torch}.1.net.0", dim, f"{flax}.norm_ff")
             yield from linear(f"{torch}.1.net.1", dim, channels, f"{flax}.narrow")

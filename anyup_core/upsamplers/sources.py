@@ -108,7 +108,7 @@ def read(method: str, path: Path, *, kind: str | None = None, **settings: Any) -
                 raise ValueError(f"these are the weights of {formats.read_config(path, kind=kind)[KEY]}, not {method}.")
             known = {name: config[name] for name in config if name in found.config.__dataclass_fields__}
             if kind == formats.ORBAX:
-                tree = orbax_directory.read_tree(run_directory.step_directory(path) or path / run_directory.PARAMS)
+                tree = orbax_directory.read_tree((run_directory.step_directory(path) or path) / run_directory.PARAMS)
                 checkpoint = UpsamplerCheckpoint.from_flax(method, tree, {**known, **settings})
             else:
                 file = path / formats.hub_folder.WEIGHTS if kind == formats.HUB else path

@@ -127,12 +127,12 @@ def _upsampled(
     name: str, model: Any, image: UInt8[np.ndarray, "H W 3"], features: Float[np.ndarray, "h w C"]
 ) -> Float[np.ndarray, "H W C"]:
     """Return what another upsampler makes of the features. Raises ValueError for those of other widths."""
-    from flax import nnx
+    from anyup_jax import upsamplers
 
     mean, std = (np.array(value, np.float32) for value in model.normalisation)
     guide = (image / np.float32(255) - mean) / std
     try:
-        output = nnx.jit(lambda model, *x: model(*x, image.shape[:2]))(model, guide[None], features[None])
+        output = upsamplers.upsample(model, guide[None], features[None], image.shape[:2])
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     return np.asarray(output[0], np.float32)

@@ -19,19 +19,20 @@ if TYPE_CHECKING:
     from anyup_jax.upsamplers.loftup import LoftUp
     from anyup_jax.upsamplers.naf import NAF
     from anyup_jax.upsamplers.pretrained import checkpoint, from_pretrained, to_published
-    from anyup_jax.upsamplers.protocol import Upsampler
+    from anyup_jax.upsamplers.protocol import Upsampler, upsample
 
 _HOME = {
-    "FeatUp": "featup",
-    "Interpolation": "interpolation",
-    "JAFAR": "jafar",
-    "JointBilateral": "joint_bilateral",
-    "LoftUp": "loftup",
-    "NAF": "naf",
-    "Upsampler": "protocol",
-    "checkpoint": "pretrained",
-    "from_pretrained": "pretrained",
-    "to_published": "pretrained",
+    "FeatUp": "anyup_jax.upsamplers.featup",
+    "Interpolation": "anyup_jax.upsamplers.interpolation",
+    "JAFAR": "anyup_jax.upsamplers.jafar",
+    "JointBilateral": "anyup_jax.upsamplers.joint_bilateral",
+    "LoftUp": "anyup_jax.upsamplers.loftup",
+    "NAF": "anyup_jax.upsamplers.naf",
+    "Upsampler": "anyup_jax.upsamplers.protocol",
+    "checkpoint": "anyup_jax.upsamplers.pretrained",
+    "from_pretrained": "anyup_jax.upsamplers.pretrained",
+    "to_published": "anyup_jax.upsamplers.pretrained",
+    "upsample": "anyup_jax.upsamplers.protocol",
 }
 
 __all__ = [
@@ -46,10 +47,11 @@ __all__ = [
     "checkpoint",
     "from_pretrained",
     "to_published",
+    "upsample",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}.")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -56,12 +56,12 @@ class Stage(nnx.Module):
         size = 2 * source.shape[1], 2 * source.shape[2]
         guide = adaptive_average_pool(image, size)
         key = self.range_proj(guide)
-        around, axes = reflect(key), [doubled(n) for n in source.shape[1:3]]
+        around, (rows, cols) = reflect(key), (doubled(n) for n in source.shape[1:3])
 
         def kernels(at):
             return self.kernels(at.of(around, BORDER), at.of(key), at.of(guide))
 
-        return apply_kernels(kernels, source, size, *axes, SIDE, q_chunk_size)
+        return apply_kernels(kernels, source, size, rows, cols, SIDE, q_chunk_size)
 
     def kernels(
         self, around: Float[Array, "B Yp Xp D"], key: Float[Array, "B Y X D"], guide: Float[Array, "B Y X 3"]
@@ -91,14 +91,16 @@ class FeatUp(ConfiguredUpsampler):
         ValueError: for settings no model can have.
     """
 
+    settings = FeatUpConfig
+
     def __init__(
         self, config: FeatUpConfig | None = None, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, **fields: Any
     ):
-        config = (config or FeatUpConfig()).replace(**fields)
-        super().__init__(config, dtype)
-        channels = config.channels
+        super().__init__(config, dtype, **fields)
+        settings = self.config
+        channels = settings.channels
         norm = functools.partial(nnx.LayerNorm, channels, epsilon=1e-5, use_fast_variance=False)
-        self.norm = norm(rngs=rngs) if config.channel_norm else None
+        self.norm = norm(rngs=rngs) if settings.channel_norm else None
         for stage in range(1, STAGES + 1):
             setattr(self, f"up{stage}", Stage(dtype=dtype, rngs=rngs))
         self.fixup_proj = Conv(channels, channels, use_bias=True, dtype=dtype, rngs=rngs)
@@ -144,8 +146,9 @@ def adaptive_conv(
             f"padded {padded.shape} must be {side - 1} rows and columns larger than filters {filters.shape}, whose "
             "kernels must be square."
         )
-    flat, axes = filters.reshape(*filters.shape[:3], side**2), [np.eye(n, dtype=np.float32) for n in padded.shape[1:3]]
-    return apply_kernels(lambda at: at.of(flat), padded, (height, width), *axes, side, q_chunk_size)
+    flat = filters.reshape(*filters.shape[:3], side**2)
+    rows, cols = (np.eye(n, dtype=np.float32) for n in padded.shape[1:3])
+    return apply_kernels(lambda at: at.of(flat), padded, (height, width), rows, cols, side, q_chunk_size)
 
 
 def doubled(size: int) -> Float[np.ndarray, "positions cells"]:
@@ -225,7 +228,7 @@ def slabs(
     """
     first = np.arange(0, size, tile)
     seen = np.minimum(first[:, None] + np.arange(tile + side - 1), len(table) - 1)
-    used = table[seen].any(1)
+    used: np.ndarray = (table[seen] != 0).any(axis=1)
     low, high = used.argmax(1), used.shape[1] - used[:, ::-1].argmax(1)
     span = int((high - low).max())
     begin = np.minimum(low, table.shape[1] - span)

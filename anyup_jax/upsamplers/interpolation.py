@@ -48,6 +48,8 @@ class Interpolation(ConfiguredUpsampler):
         fields: fields of `InterpolationConfig` that differ from these.
     """
 
+    settings = InterpolationConfig
+
     def __init__(
         self,
         config: InterpolationConfig | None = None,
@@ -56,7 +58,7 @@ class Interpolation(ConfiguredUpsampler):
         dtype: DTypeLike = jnp.float32,
         **fields: Any,
     ):
-        super().__init__((config or InterpolationConfig()).replace(**fields), dtype)
+        super().__init__(config, dtype, **fields)
 
     def upsample(
         self, image: Float[Array, "B H W 3"], features: Float[Array, "B h w C"], size: Size, q_chunk_size: int | None

@@ -53,17 +53,19 @@ class JAFAR(ConfiguredUpsampler):
         ValueError: for settings no model can have.
     """
 
+    settings = JAFARConfig
+
     def __init__(
         self, config: JAFARConfig | None = None, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, **fields: Any
     ):
-        config = (config or JAFARConfig()).replace(**fields)
-        super().__init__(config, dtype)
-        dim, options = config.qk_dim, dict(dtype=dtype, rngs=rngs)
-        self.image_encoder = ConvEncoder(3, dim, config.kernel_size, **options)
+        super().__init__(config, dtype, **fields)
+        settings = self.config
+        dim, options = settings.qk_dim, dict[str, Any](dtype=dtype, rngs=rngs)
+        self.image_encoder = ConvEncoder(3, dim, settings.kernel_size, **options)
         self.key_encoder = ConvEncoder(dim, dim, **options)
         self.query_encoder = ConvEncoder(dim, dim, **options)
-        self.key_features_encoder = ConvEncoder(config.channels, dim, **options)
-        self.cross_decode = Attention(config, **options)
+        self.key_features_encoder = ConvEncoder(settings.channels, dim, **options)
+        self.cross_decode = Attention(settings, **options)
         self.modulation = Modulation(dim, **options)
         self.rope = RoPE(dim)
 

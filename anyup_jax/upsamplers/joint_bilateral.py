@@ -28,6 +28,8 @@ class JointBilateral(ConfiguredUpsampler):
         fields: fields of `JointBilateralConfig` that differ from these.
     """
 
+    settings = JointBilateralConfig
+
     def __init__(
         self,
         config: JointBilateralConfig | None = None,
@@ -36,20 +38,23 @@ class JointBilateral(ConfiguredUpsampler):
         dtype: DTypeLike = jnp.float32,
         **fields: Any,
     ):
-        super().__init__((config or JointBilateralConfig()).replace(**fields), dtype)
+        super().__init__(config, dtype, **fields)
 
     def upsample(
         self, image: Float[Array, "B H W 3"], features: Float[Array, "B h w C"], size: Size, q_chunk_size: int | None
     ) -> Float[Array, "B Ho Wo C"]:
         std = jnp.asarray(self.normalisation[1], jnp.float32)
-        return joint_bilateral(self.config, image * std, features, size)  # differences of colours in [0, 1]
+        features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
+        return joint_bilateral(
+            self.config, image.astype(jnp.float32) * std, features, size
+        )  # differences of colours in [0, 1]
 
 
 def joint_bilateral(
     config: JointBilateralConfig, image: Float[Array, "B H W 3"], values: Float[Array, "B h w E"], size: Size
 ) -> Float[Array, "B Ho Wo E"]:
     """Upsample values by the colours of an image in [0, 1], or with a constant added to it."""
-    cells = values.shape[1:3]
+    cells = values.shape[1], values.shape[2]
     shapes = ((len(image), *side, 3) for side in (size, cells))
     guide, coarse = (jax.image.resize(image, shape, "bilinear", antialias=True) for shape in shapes)
     rows, cols = ((np.arange(n) + 0.5) * m / n - 0.5 for n, m in zip(size, cells))

@@ -147,20 +147,22 @@ class LoftUp(ConfiguredUpsampler):
         ValueError: for settings no model can have.
     """
 
+    settings = LoftUpConfig
+
     def __init__(
         self, config: LoftUpConfig | None = None, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, **fields: Any
     ):
-        config = (config or LoftUpConfig()).replace(**fields)
-        super().__init__(config, dtype)
-        self.norm = layer_norm(config.channels, rngs)
+        super().__init__(config, dtype, **fields)
+        settings = self.config
+        self.norm = layer_norm(settings.channels, rngs)
         self.cell_code = FourierCode(CELL_FREQUENCIES, 2)
         self.image_code = FourierCode(IMAGE_FREQUENCIES, 5)
-        self.queries = QueryEncoder(config.dim, dtype=dtype, rngs=rngs)
+        self.queries = QueryEncoder(settings.dim, dtype=dtype, rngs=rngs)
         for layer in range(1, LAYERS + 1):
-            setattr(self, f"layer{layer}", Layer(config, dtype=dtype, rngs=rngs))
-        self.final_norm = layer_norm(config.dim, rngs)
-        self.final_conv = Conv(config.dim, config.channels, use_bias=True, dtype=dtype, rngs=rngs)
-        self.output_norm = layer_norm(config.channels, rngs, 1e-6)
+            setattr(self, f"layer{layer}", Layer(settings, dtype=dtype, rngs=rngs))
+        self.final_norm = layer_norm(settings.dim, rngs)
+        self.final_conv = Conv(settings.dim, settings.channels, use_bias=True, dtype=dtype, rngs=rngs)
+        self.output_norm = layer_norm(settings.channels, rngs, 1e-6)
 
     def upsample(
         self, image: Float[Array, "B H W 3"], features: Float[Array, "B h w C"], size: Size, q_chunk_size: int | None

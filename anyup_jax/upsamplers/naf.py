@@ -91,14 +91,16 @@ class NAF(ConfiguredUpsampler):
         ValueError: for settings no model can have.
     """
 
+    settings = NAFConfig
+
     def __init__(
         self, config: NAFConfig | None = None, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, **fields: Any
     ):
-        config = (config or NAFConfig()).replace(**fields)
-        super().__init__(config, dtype)
-        self.encoder = Encoder(config.dim // 2, 1, dtype=dtype, rngs=rngs)
-        self.sem_encoder = Encoder(config.dim // 2, 3, dtype=dtype, rngs=rngs)
-        self.rope = RoPE(config.dim, config.rope_heads)
+        super().__init__(config, dtype, **fields)
+        settings = self.config
+        self.encoder = Encoder(settings.dim // 2, 1, dtype=dtype, rngs=rngs)
+        self.sem_encoder = Encoder(settings.dim // 2, 3, dtype=dtype, rngs=rngs)
+        self.rope = RoPE(settings.dim, settings.rope_heads)
 
     def upsample(
         self, image: Float[Array, "B H W 3"], features: Float[Array, "B h w C"], size: Size, q_chunk_size: int | None

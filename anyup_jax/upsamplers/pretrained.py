@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -47,9 +48,8 @@ def from_pretrained(
     if method == catalogue.ANYUP:
         from anyup_jax import pretrained
 
-        return pretrained.from_pretrained(
-            source or catalogue.ANYUP, dtype=dtype, revision=revision, file=file, **settings
-        )
+        path = Path(source) if isinstance(source, os.PathLike) else source or catalogue.ANYUP
+        return pretrained.from_pretrained(path, dtype=dtype, revision=revision, file=file, **settings)
     found = catalogue.find(method)
     if found.weightless:
         if source is not None:
@@ -64,7 +64,17 @@ def from_pretrained(
 def model_class(method: str) -> Any:
     """Return the class of a method's models."""
     found = catalogue.find(method)
-    return getattr(importlib.import_module(f"anyup_jax.upsamplers.{found.module}"), found.model)
+    return getattr(importlib.import_module(MODULES[found.module]), found.model)
+
+
+MODULES = {
+    "featup": "anyup_jax.upsamplers.featup",
+    "interpolation": "anyup_jax.upsamplers.interpolation",
+    "jafar": "anyup_jax.upsamplers.jafar",
+    "joint_bilateral": "anyup_jax.upsamplers.joint_bilateral",
+    "loftup": "anyup_jax.upsamplers.loftup",
+    "naf": "anyup_jax.upsamplers.naf",
+}
 
 
 def build(weights: UpsamplerCheckpoint, *, dtype: DTypeLike = jnp.float32) -> Upsampler:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+import functools
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -50,15 +52,22 @@ class Upsampler(Protocol):
 
 
 class ConfiguredUpsampler(nnx.Module):
-    """An upsampler described by its settings; subclasses compute `upsample`.
+    """An upsampler described by its settings; subclasses name the class of these and compute `upsample`.
 
     Args:
-        config: the settings.
+        config: the settings; the default ones if None.
         dtype: type of the computation, float32 or bfloat16; parameters are float32 either way.
+        fields: fields of the settings that differ from these.
+
+    Raises:
+        TypeError: for fields that do not exist.
+        ValueError: for settings no model can have.
     """
 
-    def __init__(self, config: UpsamplerConfig, dtype: DTypeLike = jnp.float32):
-        self.config = config
+    settings: ClassVar[type[UpsamplerConfig]]
+
+    def __init__(self, config: UpsamplerConfig | None = None, dtype: DTypeLike = jnp.float32, **fields: Any):
+        self.config: Any = (self.settings() if config is None else config).replace(**fields)
         self.dtype = dtype
 
     @property
@@ -105,3 +114,26 @@ class ConfiguredUpsampler(nnx.Module):
     ) -> Float[Array, "B Ho Wo C"]:
         """Compute `__call__` for inputs that have been checked."""
         raise NotImplementedError
+
+
+def upsample(
+    model: Any,
+    image: Float[Array | np.ndarray, "B H W 3"],
+    features: Float[Array | np.ndarray, "B h w C"],
+    output_size: OutputSize | None = None,
+    q_chunk_size: int | None = None,
+) -> Float[Array, "B Ho Wo C"]:
+    """Call an upsampler as one compiled program, compiled once per set of shapes; arguments as for its `__call__`.
+
+    Raises:
+        ValueError, TypeError: for shapes, types or sizes that do not fit.
+    """
+    size = model.native_size(image, features) if output_size is None else output_size
+    two_sides = checks.two_sides("output_size", size)
+    graph, state = nnx.split(model)
+    return _compiled(graph, state, *native((image, features)), two_sides, q_chunk_size)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def _compiled(graph, state, image, features, size, q_chunk_size):
+    return nnx.merge(graph, state)(image, features, size, q_chunk_size)

@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -224,9 +224,8 @@ class JointBilateral(nn.Module):
         source: Float[Tensor, "B C h w"],
         guidance: Float[Tensor, "B 3 Y X"],
         q_chunk_size: int | None,
-        finish: Callable[[Tensor], Tensor],
     ) -> Float[Tensor, "B C Y X"]:
-        """Return `finish`, a function of pixels (..., C), of the filtered map; its memory is channels last."""
+        """Return the filtered map; its memory is channels last."""
         code = self.range_proj(guidance).permute(0, 2, 3, 1)
         bordered = F.pad(code.permute(0, 3, 1, 2), (RADIUS,) * 4, mode="reflect").permute(0, 2, 3, 1)
         size, colours = grid_of(guidance), guidance.permute(0, 2, 3, 1)
@@ -241,7 +240,7 @@ class JointBilateral(nn.Module):
             filters = similarity * spatial
             filters = filters / filters.sum(-1, keepdim=True).clamp(min=1e-7)
             filters = torch.add(filters, self.correct(filters, tiles.pixels(colours, group), kept), alpha=FIXUP)
-            return tiles.place(finish(doubled.filter(filters, group)), len(source), group)
+            return tiles.place(doubled.filter(filters, group), len(source), group)
 
         output = assemble(tiles, upsample, differentiable=differentiated(self, source, guidance))
         return output.permute(0, 3, 1, 2)
@@ -274,18 +273,19 @@ class Stack(nn.Module):
     def forward(
         self, image: Float[Tensor, "B 3 H W"], features: Float[Tensor, "B C h w"], q_chunk_size: int | None
     ) -> Float[Tensor, "B C _ _"]:
-        dropout, last = self.fixup_proj
-
-        def correct(x: Float[Tensor, "G P C"]) -> Float[Tensor, "G P C"]:
-            seen = x if kept is None else x * kept.repeat_interleave(len(x) // len(kept), 0)[:, None]
-            return torch.add(x, linear(last, seen), alpha=FIXUP)
-
-        kept = dropout(features.new_ones(*features.shape[:2], 1, 1)).flatten(1) if self.training else None
+        """Return the upsampled map without the last bias, which is to be added to the output."""
+        dropout, last = cast("list[Any]", list(self.fixup_proj))
+        # the published one ends with x + 0.1 (W x + b). A stage treats all channels alike, so that W may go before it
+        seen = features * dropout(features.new_ones(*features.shape[:2], 1, 1)) if self.training else features
+        features = features + FIXUP * F.conv2d(seen, last.weight)
         for stage in range(1, STAGES + 1):
             guidance = F.adaptive_avg_pool2d(image, (2 * features.shape[2], 2 * features.shape[3]))
-            finish = correct if stage == STAGES else nn.Identity()
-            features = self.get_submodule(f"up{stage}")(features, guidance, q_chunk_size, finish)
+            features = self.get_submodule(f"up{stage}")(features, guidance, q_chunk_size)
         return features
+
+    def shift(self) -> Float[Tensor, "C 1 1"]:
+        """Return what is to be added to every pixel of the output."""
+        return FIXUP * cast(Any, self.fixup_proj[1]).bias[:, None, None]
 
 
 class ChannelNorm(nn.Module):
@@ -327,4 +327,5 @@ class FeatUp(ConfiguredUpsampler):
     ) -> Float[Tensor, "B C Ho Wo"]:
         if self.config.channel_norm:
             features = self.model["1"](features)
-        return resize(self.upsampler(image, features, q_chunk_size), size)
+        output, shift = resize(self.upsampler(image, features, q_chunk_size), size), self.upsampler.shift()
+        return output + shift if differentiated(self, image, features) else output.add_(shift)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from anyup_core.upsamplers import loftup as core
 from anyup_core.upsamplers.loftup import CELL_FREQUENCIES, HEADS, IMAGE_CODE, IMAGE_FREQUENCIES, LAYERS, LoftUpConfig
 from anyup_torch.image_code import Size
-from anyup_torch.model import attention, grid_of, host_window
+from anyup_torch.model import grid_of
 from anyup_torch.upsamplers.featup import ChannelNorm, linear
 from anyup_torch.upsamplers.interpolation import resize
 from anyup_torch.upsamplers.protocol import ConfiguredUpsampler, differentiated
@@ -89,18 +89,14 @@ class Attention(nn.Module):
         return key, values
 
     def forward(
-        self,
-        x: Float[Tensor, "B R W D"],
-        key: Float[Tensor, "B h w D"],
-        values: Float[Tensor, "B h w D"],
-        q_chunk_size: int | None,
+        self, x: Float[Tensor, "B R W D"], key: Float[Tensor, "B h w D"], values: Float[Tensor, "B h w D"]
     ) -> Float[Tensor, "B R W D"]:
         weight, bias = self.attention.in_proj_weight, self.attention.in_proj_bias
-        dim = weight.shape[1]
+        dim, heads = weight.shape[1], self.attention.num_heads
         query = F.linear(self.norm_q(x), weight[:dim], bias[:dim])
-        windows = (host_window(int(n), int(m), 0.0) for n, m in zip(x.shape[1:3], key.shape[1:3]))
-        options = dict(num_heads=self.attention.num_heads, q_chunk_size=q_chunk_size, values_per_head=True)
-        return self.attention.out_proj(attention(query, key, values, *windows, **options))
+        query, key, values = (y.flatten(1, 2).unflatten(2, (heads, -1)).transpose(1, 2) for y in (query, key, values))
+        attended = F.scaled_dot_product_attention(query, key, values).transpose(1, 2).flatten(2)
+        return self.attention.out_proj(attended.view(x.shape))
 
 
 class FeedForward(nn.Module):
@@ -128,11 +124,9 @@ class Transformer(nn.Module):
         """Return keys and values for each layer."""
         return [attend.cells(cells) for attend, _ in self.layers]
 
-    def forward(
-        self, x: Float[Tensor, "B R W D"], cells: list[tuple[Tensor, Tensor]], q_chunk_size: int | None
-    ) -> Float[Tensor, "B R W D"]:
+    def forward(self, x: Float[Tensor, "B R W D"], cells: list[tuple[Tensor, Tensor]]) -> Float[Tensor, "B R W D"]:
         for (attend, feed), (key, values) in zip(self.layers, cells):
-            x = x + attend(x, key, values, q_chunk_size)
+            x = x + attend(x, key, values)
             x = x + feed(x)
         return self.norm(x)
 
@@ -170,7 +164,7 @@ class Network(nn.Module):
 
         def strip(begin: int, end: int) -> Float[Tensor, "B R W C"]:
             x = self.queries(colours, begin, end, features.dtype) if whole is None else whole[:, :, begin:end]
-            x = self.ca_transformer(x.permute(0, 2, 3, 1), cells, q_chunk_size)
+            x = self.ca_transformer(x.permute(0, 2, 3, 1), cells)
             return norm(linear(last, x))
 
         limit = STRIP if colours.device.type == "cpu" else STRIP_PARALLEL

@@ -107,7 +107,7 @@ class Batches(Iterator[dict[str, Any]]):
         self._begin(start)
 
     def _begin(self, start: int) -> None:
-        data, seed = self.config.dataset, self.config.seed
+        data, seed = self.config.views, self.config.seed
         share, photographs = self.config.batch_size // self.process_count, len(self.source)
         order = grain.MapDataset.range(photographs).seed(seed).shuffle().repeat(-(-ENDLESS // photographs))
         shares = order.map_with_index(Prepare(self.source, data, seed, self.config.bands)).batch(
