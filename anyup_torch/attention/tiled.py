@@ -42,7 +42,7 @@ def tiled(
             strips.append(torch.cat(_without_overlap(tiles, wide, axis=1), 1))
         return torch.cat(_without_overlap(strips, tall, axis=0))
 
-    if torch.is_grad_enabled() or transformed(query, key, values):
+    if torch.is_grad_enabled() or torch.jit.is_tracing() or transformed(query, key, values):
         return torch.stack([upsample(*image) for image in zip(query, key, values)])
     output = values.new_empty(*query.shape[:3], values.shape[3])
     for image in zip(query, key, values, output):
@@ -152,7 +152,7 @@ class TileAttention:
 
 def _mean(weights: Float[Tensor, "N T K"]) -> Float[Tensor, "T K"]:
     """Return the mean over the heads; without gradients in the memory of the weights, as it is faster."""
-    if torch.is_grad_enabled() or transformed(weights):
+    if torch.is_grad_enabled() or torch.jit.is_tracing() or transformed(weights):
         return weights.mean(0)
     total, *others = weights
     for other in others:
