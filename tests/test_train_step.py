@@ -258,7 +258,7 @@ def test_shares_of_channels_are_drawn() -> None:
 def test_sizes_that_are_no_whole_cells_are_refused() -> None:
     config = tiny(dataset=DatasetConfig())
     with pytest.raises(ValueError, match=r"dataset.crop_size=\(448, 448\).*\(440, 440\)"):
-        encoders.check_sizes("x", 20, config)
+        encoders.check_sizes("x", 20, config, config.model)
 
 
 def test_batches_that_cannot_be_shared_out_are_refused() -> None:
