@@ -163,6 +163,12 @@ def check_attention(
     return None if q_chunk_size is None else int(q_chunk_size)
 
 
+def check_shares(values: Any, num_heads: int) -> None:
+    """Raise ValueError unless heads can share the channels of values, the last axis, equally."""
+    if values.shape[-1] % num_heads:
+        raise ValueError(f"{values.shape[-1]} value channels cannot be shared among num_heads={num_heads}.")
+
+
 def check_model(config: AnyUpConfig) -> None:
     """Raise ValueError if a model's parameters, in float32, do not fit in the memory of the machine."""
     widths = f"qk_dim={config.qk_dim}, lfu_dim={config.filters}, input_dim={config.input_dim}"

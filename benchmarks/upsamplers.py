@@ -307,12 +307,11 @@ def jax_model(method: str, cells: int, channels: int) -> Any:
 def jax_call(model: Any, image: np.ndarray, features: np.ndarray) -> Callable[[], Any]:
     """Return a call of the model, compiled at the first."""
     import jax
-    from flax import nnx
 
-    (graph, state), size = nnx.split(model), image.shape[1:3]
-    compiled = jax.jit(lambda state, *given: nnx.merge(graph, state)(*given, size))
+    from anyup_jax.upsamplers import upsample
+
     given = jax.device_put((image, features))
-    return lambda: compiled(state, *given).block_until_ready()
+    return lambda: upsample(model, *given, image.shape[1:3]).block_until_ready()
 
 
 if __name__ == "__main__":

@@ -105,31 +105,15 @@ class Interpolation(Method):
 
 @dataclasses.dataclass(frozen=True)
 class JointBilateral(Method):
-    """Joint bilateral upsampling (Kopf et al., 2007), which needs no training.
-
-    A position averages the cells around it, weighted by their distance and by how much its colour differs from the mean
-    colour of the cell.
-
-    Attributes:
-        radius: cells on either side.
-        spatial: standard deviation of the distance, in cells.
-        range: standard deviation of the difference of colours in [0, 1].
-    """
+    """Joint bilateral upsampling (Kopf et al., 2007), which needs no training; see `anyup_jax.upsamplers`."""
 
     name: ClassVar[str] = "joint_bilateral"
-    radius: int = 2
-    spatial: float = 1.0
-    range: float = 0.1
+    config: JointBilateralConfig = dataclasses.field(default_factory=JointBilateralConfig)
 
     def __call__(self, image, features, size, values=None):
         return joint_bilateral(self.config, image, features if values is None else values, size)
 
-    @property
-    def config(self) -> JointBilateralConfig:
-        return JointBilateralConfig(radius=self.radius, spatial=self.spatial, range=self.range)
-
     def windows(self, cells: Size, size: Size) -> tuple[AxisWindow, AxisWindow]:
-        """Return the cells within the radius, moved inwards at the edges."""
         return self.config.windows(cells, size)
 
 

@@ -103,7 +103,7 @@ class Run:
             model: Any = method.models[encoder]
             options |= dict(weights=digest(model), settings=to_dict(model.config))
         elif isinstance(method, methods.JointBilateral):
-            options |= dataclasses.asdict(method)
+            options |= dataclasses.asdict(method.config)
         return chosen | dict(dataset=data, encoder=values["encoders"][encoder], method=options, contents=contents)
 
     def missing(self, method: str) -> dict[str, FrozenEncoder]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from typing import Any
 
 import pytest
@@ -15,16 +14,14 @@ from torch import Tensor
 from anyup_torch import upsamplers
 from anyup_torch.upsamplers import featup, loftup
 from parity_tests import tolerances
-from parity_tests.golden import SHARED
+from parity_tests.golden import UPSAMPLER_CASES as CASES
+from parity_tests.golden import UPSAMPLERS as GOLDEN
+from parity_tests.golden import needs_upsamplers, upsampler_settings
 
-GOLDEN = SHARED / "golden_upsamplers"
-CASES: dict[str, dict] = json.loads((GOLDEN / "cases.json").read_text()) if GOLDEN.is_dir() else {}
-pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no reference cases: {GOLDEN} does not exist")
-
+pytestmark = needs_upsamplers
 EVALUATED = [name for name, case in CASES.items() if "image" in case and not case.get("training_mode")]
 METHODS = ("jafar", "featup", "loftup", "naf")
-OUTPUT = dict.fromkeys(METHODS, tolerances.OUTPUT) | {"naf": 5e-5}  # whose outputs are up to 7
-SCALAR = 1e-3  # gradients of single numbers: sums over all pixels that cancel
+OUTPUT, SCALAR = tolerances.UPSAMPLERS, tolerances.CANCELLING
 
 
 @functools.cache
@@ -34,11 +31,7 @@ def arrays(name: str) -> dict[str, Tensor]:
 
 def model(name: str, **settings: Any) -> Any:
     case = CASES[name]
-    if case["method"] == "jafar":
-        settings |= dict(num_heads=case["num_heads"])
-    if case["method"] == "naf":
-        settings |= dict(num_heads=case["heads_attn"], kernel_size=case["kernel_size"])
-    return upsamplers.from_pretrained(case["method"], GOLDEN / case["weights"], **settings)
+    return upsamplers.from_pretrained(case["method"], GOLDEN / case["weights"], **upsampler_settings(case), **settings)
 
 
 def inputs(name: str) -> tuple[Tensor, Tensor]:

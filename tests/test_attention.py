@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ import torch
 
 import anyup_jax.attention
 import anyup_torch.attention
-from anyup_core.geometry import AxisWindow, axis_window
+from anyup_core.geometry import AxisWindow, axis_window, kernel_window
 from anyup_torch.attention.natten import installed
 
 TOLERANCE = 2e-6  # float32 sums of a few hundred terms of order 1
@@ -152,6 +152,29 @@ def expected(name: str, window: str) -> tuple[np.ndarray, np.ndarray, list[np.nd
     return output.detach().numpy(), cotangent, [x.numpy() for x in gradients]
 
 
+def values_and_gradients(framework: str, call: Any, inputs: list[np.ndarray], cotangent: np.ndarray) -> Any:
+    if framework == "jax":
+
+        @jax.jit
+        def program(cotangent, *inputs):
+            result, pull = jax.vjp(call, *inputs)
+            return result, pull(cotangent)
+
+        return program(cotangent, *inputs)
+    leaves = [torch.from_numpy(array).requires_grad_() for array in inputs]
+    result = call(*leaves)
+    return result.detach(), torch.autograd.grad(result, leaves, torch.from_numpy(cotangent))
+
+
+def check(actual: Any, output: np.ndarray, gradients: Iterable[np.ndarray]) -> None:
+    values, actual_gradients = actual
+    assert values.shape == output.shape
+    np.testing.assert_allclose(np.asarray(values), output, rtol=0, atol=TOLERANCE)
+    for ours, exact in zip(actual_gradients, gradients, strict=True):
+        scale = max(np.abs(exact).max(), 1e-3)
+        np.testing.assert_allclose(np.asarray(ours) / scale, exact / scale, rtol=0, atol=GRADIENT_TOLERANCE)
+
+
 class TestContract:
     """Every backend computes the definition, whatever the shape."""
 
@@ -164,23 +187,42 @@ class TestContract:
         def call(*inputs):
             return attend(framework, backend, inputs, rows, cols, **options)
 
-        if framework == "jax":
+        check(values_and_gradients(framework, call, arrays(shape), cotangent), output, gradients)
 
-            @jax.jit
-            def program(cotangent, *inputs):
-                result, pull = jax.vjp(call, *inputs)
-                return result, pull(cotangent)
 
-            ours, ours_gradients = program(cotangent, *arrays(shape))
-        else:
-            leaves = [torch.from_numpy(array).requires_grad_() for array in arrays(shape)]
-            result = call(*leaves)
-            ours, ours_gradients = result.detach(), torch.autograd.grad(result, leaves, torch.from_numpy(cotangent))
-        assert ours.shape == output.shape
-        np.testing.assert_allclose(np.asarray(ours), output, rtol=0, atol=TOLERANCE)
-        for ours, exact in zip(ours_gradients, gradients):
-            scale = max(np.abs(exact).max(), 1e-3)
-            np.testing.assert_allclose(np.asarray(ours) / scale, exact / scale, rtol=0, atol=GRADIENT_TOLERANCE)
+HEADED = Shape((12, 15), (4, 5), channels=12, batch=2, heads=4)
+WINDOWS: dict[str, Callable[[int, int], AxisWindow]] = {
+    "paper": lambda n, m: axis_window(n, m, HEADED.ratio),
+    "natten": lambda n, m: axis_window(n, m, HEADED.ratio, "natten"),
+    "every_key": lambda n, m: axis_window(n, m, 0.0),
+    "kernel": lambda n, m: kernel_window(n, m, 3),
+}
+
+
+@portable
+@pytest.mark.parametrize("window", WINDOWS)
+def test_values_per_head(framework: str, backend: str, window: str) -> None:
+    """Heads are folded into the batch before a backend is called, whichever it is."""
+    rows, cols = (WINDOWS[window](n, m) for n, m in zip(HEADED.output, HEADED.cells))
+    exact = [torch.from_numpy(array).double().requires_grad_() for array in arrays(HEADED)]
+    heads = zip(*(x.chunk(HEADED.heads, -1) for x in exact))
+    output = torch.cat([definition(*head, rows, cols, 1) for head in heads], -1)
+    cotangent = np.random.default_rng(1).standard_normal(output.shape).astype(np.float32)
+    gradients = torch.autograd.grad(output, exact, torch.from_numpy(cotangent).double())
+
+    def call(*inputs):
+        options = dict(num_heads=HEADED.heads, values_per_head=True, q_chunk_size=HEADED.chunk)
+        return attend(framework, backend, inputs, rows, cols, **options)
+
+    actual = values_and_gradients(framework, call, arrays(HEADED), cotangent)
+    check(actual, output.detach().numpy(), [x.numpy() for x in gradients])
+    if framework == "torch":
+        with torch.no_grad():
+            whole = np.asarray(call(*arrays(HEADED)))
+        np.testing.assert_allclose(whole, output.detach().numpy(), rtol=0, atol=TOLERANCE)
+    query, key, values = arrays(HEADED)
+    with pytest.raises(ValueError, match="num_heads=4"):
+        call(query, key, values[..., 1:])
 
 
 @portable

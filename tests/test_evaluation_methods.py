@@ -10,6 +10,7 @@ import torch
 from flax import nnx
 
 import anyup_jax
+from anyup_core.upsamplers.joint_bilateral import JointBilateralConfig
 from evaluation.kept_weights import Plan, apply, extract
 from evaluation.methods import Interpolation, JointBilateral, LabelGuided, Upsampler
 
@@ -55,7 +56,8 @@ def test_interpolation_is_that_of_pytorch(kernel: str, size: tuple[int, int]) ->
 
 
 def test_joint_bilateral_by_its_definition() -> None:
-    method, image, (row, col) = JointBilateral(radius=1, spatial=0.8, range=0.2), IMAGE[:, :42, :60], (20, 33)
+    method = JointBilateral(JointBilateralConfig(radius=1, spatial=0.8, range=0.2))
+    image, (row, col) = IMAGE[:, :42, :60], (20, 33)
     output = method(image, FEATURES, (42, 60))  # cells of 6 x 10 pixels
     small = np.asarray(jax.image.resize(image, (2, 7, 6, 3), "bilinear", antialias=True))
     y, x = (row + 0.5) / 6 - 0.5, (col + 0.5) / 10 - 0.5

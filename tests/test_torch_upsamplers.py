@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,11 @@ import torch.nn.functional as F
 import anyup_torch
 from anyup_core.checkpoints import formats
 from anyup_core.encoders.rows import Row
-from anyup_core.geometry import axis_window, kernel_window
 from anyup_core.preprocessing import IMAGENET
 from anyup_core.upsamplers import catalogue
 from anyup_core.upsamplers.featup import TAPS
 from anyup_torch import upsamplers
-from anyup_torch.attention import window_attention
 from anyup_torch.upsamplers import featup, loftup
-from tests.test_attention import SHAPES, arrays
 
 TRAINED = {
     "jafar": dict(channels=12, qk_dim=16, num_heads=2),
@@ -331,35 +327,6 @@ def test_joint_bilateral_averages_cells_of_its_colour() -> None:
     output = infer(small("joint_bilateral"), image, features)
     close(output[..., :16], torch.zeros(1, 1, 32, 16), 1e-4)
     close(output[..., 16:], torch.ones(1, 1, 32, 16), 1e-4)
-
-
-@pytest.mark.parametrize("backend", ["dense", "tiled"])
-@pytest.mark.parametrize("kind", ["window", "global", "kernel"])
-@pytest.mark.parametrize("name", ["c40", "batch_of_three"])
-def test_values_per_head_are_as_many_attentions(name: str, kind: str, backend: str) -> None:
-    shape = SHAPES[name]
-    query, key, values = (torch.from_numpy(array).requires_grad_() for array in arrays(shape))
-    make = {
-        "window": lambda n, m: axis_window(n, m, shape.ratio),
-        "global": lambda n, m: axis_window(n, m, 0.0),
-        "kernel": lambda n, m: kernel_window(n, m, 3),
-    }[kind]
-    windows = [make(n, m) for n, m in zip(shape.output, shape.cells)]
-    options = dict(num_heads=shape.heads, backend=backend, values_per_head=True)
-    output = window_attention(query, key, values, *windows, **options)
-    parts = zip(*(x.chunk(shape.heads, -1) for x in (query, key, values)))
-    single = [window_attention(*part, *windows, num_heads=1, backend="dense") for part in parts]
-    close(output.detach(), torch.cat(single, -1).detach(), 2e-6)
-    weight = torch.randn_like(output)
-    ours, theirs = (
-        torch.autograd.grad((x * weight).sum(), (query, key, values)) for x in (output, torch.cat(single, -1))
-    )
-    for left, right in zip(ours, theirs):
-        close(left, right, 2e-5)
-    with torch.no_grad():
-        close(window_attention(query, key, values, *windows, **options), output.detach(), 2e-6)
-    with pytest.raises(ValueError, match=re.escape("cannot be shared")):
-        window_attention(query, key, values[..., 1:], *windows, **options)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import skimage.data
 import torch
+from flax import nnx
 
 import anyup_jax
 from anyup_core.settings import from_dict, to_dict
@@ -55,8 +57,38 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_the_losses_are_finite(name: str, runs: dict[str, Path]) -> None:
     values = losses(runs[name])
     assert np.isfinite(values).all()
-    if name == "featup":  # the others' photographs differ by more than six steps gain
+    if name == "featup":  # what six steps on several photographs gain is less than these differ by, for the others
         assert np.mean(values[3:]) < np.mean(values[:3])
+
+
+@pytest.mark.parametrize("name", ["jafar", "naf"])
+def test_the_loss_of_a_batch_falls(name: str) -> None:
+    """Steps on the same photograph, whose features are colours: how well these are placed is up to the queries."""
+    settings = models.settings(small(name), {"lite0": models.describe(small(name).encoders["lite0"])})
+    model = upsamplers.pretrained.model_class(name)(settings, rngs=nnx.Rngs(0))
+    image = jnp.asarray(skimage.data.astronaut()[None, :256:4, 128:384:4] / np.float32(255))
+    colours = jnp.tile(2 * image - 1, CHANNELS // 3 + 1)[..., :CHANNELS]
+    target, low = (colours.reshape(1, n, 64 // n, n, 64 // n, CHANNELS).mean((2, 4)) for n in (16, 8))
+    keys = jax.random.split(jax.random.key(0), 1)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    step = optax.adam(3e-3)
+
+    def loss(params):
+        model = nnx.merge(graph, params, rest)
+        key = keys if name == "jafar" else keys[0]
+        return sum(getattr(others, name)(model, image, (32, 32), low, target, key).values())
+
+    @jax.jit
+    def advance(params, state):
+        value, gradient = jax.value_and_grad(loss)(params)
+        change, state = step.update(gradient, state)
+        return optax.apply_updates(params, change), state, value
+
+    state, values = step.init(params), []
+    for _ in range(25):
+        params, state, value = advance(params, state)
+        values.append(float(value))
+    assert values[-1] < 0.9 * values[0]
 
 
 @pytest.mark.parametrize("name", MODELS)

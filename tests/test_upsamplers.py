@@ -22,12 +22,10 @@ from safetensors.numpy import save_file
 import anyup_jax
 import anyup_torch.upsamplers
 from anyup_core.checkpoints import formats
-from anyup_core.geometry import axis_window, kernel_window
 from anyup_core.preprocessing import HALF, IMAGENET
 from anyup_core.upsamplers import catalogue, sources
 from anyup_core.upsamplers.checkpoint import UpsamplerCheckpoint
 from anyup_jax import upsamplers
-from anyup_jax.attention import window_attention
 from anyup_jax.upsamplers import pretrained
 from anyup_jax.upsamplers.featup import adaptive_conv
 from tests import hub_server, release_server
@@ -299,25 +297,6 @@ def test_convert(tmp_path: Path) -> None:
     assert "--upsampler naf" in convert(tmp_path / "naf.pth", tmp_path / "x.pth", status=2)
     assert "naf" in convert("--upsampler", "jafar", tmp_path / "naf.pth", tmp_path / "x.pth", status=2)
     assert "rope.periods" in convert("--inspect", tmp_path / "naf")
-
-
-@pytest.mark.parametrize("backend", ["dense", "tiled"])
-@pytest.mark.parametrize("kind", ["window", "global", "kernel"])
-def test_values_per_head_are_as_many_attentions(kind: str, backend: str) -> None:
-    make = {
-        "window": lambda n, m: axis_window(n, m, 0.2),
-        "global": lambda n, m: axis_window(n, m, 0.0),
-        "kernel": lambda n, m: kernel_window(n, m, 3),
-    }[kind]
-    random = np.random.default_rng(0)
-    shapes = (2, 12, 15, 16), (2, 4, 5, 16), (2, 4, 5, 12)
-    arrays = [jnp.asarray(random.standard_normal(shape, np.float32)) for shape in shapes]
-    windows, options = [make(12, 4), make(15, 5)], dict(num_heads=4, backend=backend, values_per_head=True)
-    parts = zip(*(jnp.split(x, 4, -1) for x in arrays))
-    single = jnp.concatenate([window_attention(*part, *windows, num_heads=1, backend="dense") for part in parts], -1)
-    close(window_attention(*arrays, *windows, **options), single, 2e-6)
-    with pytest.raises(ValueError, match="num_heads=4"):
-        window_attention(*arrays[:2], arrays[2][..., 1:], *windows, **options)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
+from jaxtyping import Float, Int
 
+from anyup_core import geometry
 from anyup_core.encoders.rows import Row, conv, norm
+from anyup_core.resample import axis_weights
 from anyup_core.settings import require
 from anyup_core.upsamplers.config import Published, UpsamplerConfig, require_positive, size_of
 
@@ -17,6 +21,7 @@ NAMES = {"dinov2": 384, "dino16": 384, "vit": 384, "clip": 512, "maskclip": 512,
 """Published name -> channels of the encoder's features."""
 
 STAGES, SCALE, RADIUS, KEY_DIM = 4, 16, 3, 32
+FIXUP = 0.1  # weight of the corrections, of the kernels and of the output
 TAPS = (2 * RADIUS + 1) ** 2
 
 
@@ -97,3 +102,37 @@ class FeatUpConfig(UpsamplerConfig):
     @classmethod
     def published_names(cls) -> tuple[str, ...]:
         return tuple(NAMES)
+
+
+def doubled(size: int) -> Float[np.ndarray, "positions cells"]:
+    """Return the weights of the cells in their bicubic interpolation to twice the size, with a reflected border."""
+    return axis_weights("bicubic", size, 2 * size)[geometry.reflection(2 * size, RADIUS)]
+
+
+def slabs(
+    table: Float[np.ndarray, "positions cells"], size: int, tile: int, side: int
+) -> tuple[Int[np.ndarray, " tiles"], Float[np.ndarray, "tiles slab span"]]:
+    """Cut an axis of `size` positions into tiles; return each one's first cell and the cells' weights in its slab.
+
+    The slab of a tile is what its kernels see of an interpolated axis. What lies beyond the edge repeats it.
+
+    Args:
+        table: weights of all cells in the interpolated positions, with a border of `side` - 1 more.
+        size: positions without the border.
+        tile: positions of a tile.
+        side: of the kernels.
+    """
+    first = np.arange(0, size, tile)
+    seen = np.minimum(first[:, None] + np.arange(tile + side - 1), len(table) - 1)
+    used: np.ndarray = (table[seen] != 0).any(axis=1)
+    low, high = used.argmax(1), used.shape[1] - used[:, ::-1].argmax(1)
+    span = int((high - low).max())
+    begin = np.minimum(low, table.shape[1] - span)
+    columns = begin[:, None, None] + np.arange(span)
+    return begin.astype(np.int32), np.take_along_axis(table[seen], np.broadcast_to(columns, (*seen.shape, span)), 2)
+
+
+@functools.lru_cache(maxsize=64)
+def doubled_slabs(cells: int, tile: int) -> tuple[Int[np.ndarray, " tiles"], Float[np.ndarray, "tiles slab span"]]:
+    """Return the slabs of a stage, which doubles an axis of so many cells."""
+    return slabs(doubled(cells), 2 * cells, tile, 2 * RADIUS + 1)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
+from jaxtyping import Float
 
 from anyup_core.config import NORM_GROUPS
 from anyup_core.encoders.rows import Row, conv, norm
@@ -92,3 +93,13 @@ class NAFConfig(UpsamplerConfig):
     @classmethod
     def published_names(cls) -> tuple[str, ...]:
         return tuple(NAMES)
+
+
+def periods(width: int) -> Float[np.ndarray, " quarter"]:
+    """Return the initial periods of the rotation of a head with so many channels, float32: from 1 to nearly 100."""
+    return (100.0 ** (4 * np.arange(width // 4) / width)).astype(np.float32)
+
+
+def coordinates(size: int) -> Float[np.ndarray, " size"]:
+    """Return the coordinates of rows or columns, centres of pixels from -1 to 1, float32."""
+    return ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,7 @@ def load(
     found.config().replace(**settings)  # before anything is fetched
     on_hub = {name: value for name, value in dict(revision=revision, file=file).items() if value is not None}
     if isinstance(source, str) and not on_hub and (published := found.config.published(source, **options)):
-        checkpoint = _fetched(method, source, published)
-        return UpsamplerCheckpoint(method, checkpoint.tensors, {**checkpoint_settings(checkpoint), **settings})
+        return _fetched(method, published, settings)
     if options:
         given = ", ".join(f"{name}={value!r}" for name, value in options.items())
         raise ValueError(f"{given} belongs to a published name, which {str(source)!r} is not; leave it out.")
@@ -67,14 +67,13 @@ def checkpoint_settings(checkpoint: UpsamplerCheckpoint) -> dict[str, Any]:
     return {name: value for name, value in checkpoint.config.items() if name != KEY}
 
 
-def _fetched(method: str, name: str, published: Published) -> UpsamplerCheckpoint:
+def _fetched(method: str, published: Published, settings: Mapping[str, Any]) -> UpsamplerCheckpoint:
     """Return published weights, from the cache or fetched into it. Raises ValueError if they are not what they must be.
 
     `ANYUP_RELEASES` stands for the address up to the last slash, as it does for AnyUp's own.
     """
-    settings = dict(published.settings)
-    if published.channels is not None:
-        settings["channels"] = published.channels
+    known = {} if published.channels is None else {"channels": published.channels}
+    settings = {**published.settings, **known, **settings}
     if not published.address.startswith("https://"):
         repository, file = published.address.rsplit("/", 1)
         return read(method, hub.fetch(repository, file), **settings)
@@ -104,15 +103,16 @@ def read(method: str, path: Path, *, kind: str | None = None, **settings: Any) -
             checkpoint = UpsamplerCheckpoint(method, unwrap(torch_file.read(path), found.config.entries), settings)
         else:
             config = formats.read_config(path, kind=kind)
-            if config.pop(KEY, method) != method:
-                raise ValueError(f"these are the weights of {formats.read_config(path, kind=kind)[KEY]}, not {method}.")
+            if (other := config.get(KEY, method)) != method:
+                raise ValueError(f"these are the weights of {other}, not of {method}.")
             known = {name: config[name] for name in config if name in found.config.__dataclass_fields__}
             if kind == formats.ORBAX:
                 tree = orbax_directory.read_tree((run_directory.step_directory(path) or path) / run_directory.PARAMS)
                 checkpoint = UpsamplerCheckpoint.from_flax(method, tree, {**known, **settings})
             else:
                 file = path / formats.hub_folder.WEIGHTS if kind == formats.HUB else path
-                checkpoint = UpsamplerCheckpoint(method, safetensors_file.read(file), {**known, **settings})
+                tensors = unwrap(safetensors_file.read(file), ())
+                checkpoint = UpsamplerCheckpoint(method, tensors, {**known, **settings})
     except ValueError as error:
         raise ValueError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
     warn_unless_finite(checkpoint.tensors, path)

@@ -8,7 +8,7 @@ from typing import Any
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from anyup_core.checks import check_attention
+from anyup_core.checks import check_attention, check_shares
 from anyup_core.geometry import AxisWindow
 from anyup_jax.attention.automatic import automatic
 from anyup_jax.attention.dense import dense
@@ -70,8 +70,7 @@ def window_attention(
     options: dict[str, Any] = dict(q_chunk_size=q_chunk_size, strip=0 if strip is None else strip)
     if not values_per_head:
         return resolve(backend)(query, key, values, rows, cols, num_heads=num_heads, **options)
-    if values.shape[-1] % num_heads:
-        raise ValueError(f"num_heads={num_heads} cannot share the values {values.shape} among themselves.")
+    check_shares(values, num_heads)
     split = [rearrange(x, "b h w (n c) -> (b n) h w c", n=num_heads) for x in (query, key, values)]
     output = resolve(backend)(*split, rows, cols, num_heads=1, **options)  # a head is an image of its own
     return rearrange(output, "(b n) h w c -> b h w (n c)", n=num_heads)

@@ -17,8 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from anyup_core import geometry
-from anyup_core.resample import axis_weights
-from anyup_core.upsamplers.featup import KEY_DIM, RADIUS, STAGES, TAPS, FeatUpConfig
+from anyup_core.upsamplers.featup import FIXUP, KEY_DIM, RADIUS, STAGES, TAPS, FeatUpConfig, doubled, slabs
 from anyup_jax.layers import Conv
 from anyup_jax.pooling import adaptive_average_pool
 from anyup_jax.row_shards import Size
@@ -74,7 +73,7 @@ class Stage(nnx.Module):
         spatial = jnp.exp(-distance / (2 * jnp.square(self.sigma_spatial[...])))
         kernels = jax.nn.softmax(temperature * logits, -1) * spatial
         kernels = kernels / jnp.maximum(kernels.sum(-1, keepdims=True), 1e-7)
-        return kernels + 0.1 * self.fixup_proj(jnp.concatenate([kernels, guide.astype(kernels.dtype)], -1))
+        return kernels + FIXUP * self.fixup_proj(jnp.concatenate([kernels, guide.astype(kernels.dtype)], -1))
 
 
 class FeatUp(ConfiguredUpsampler):
@@ -112,10 +111,10 @@ class FeatUp(ConfiguredUpsampler):
         if self.norm is not None:
             x = self.norm(x)
         # the published model ends with x + 0.1 (W x + b). A stage treats all channels alike, so that W may go before it
-        x = x + 0.1 * (self.fixup_proj(x) - self.fixup_proj.bias[...])
+        x = x + FIXUP * (self.fixup_proj(x) - self.fixup_proj.bias[...])
         for stage in range(1, STAGES + 1):
             x = getattr(self, f"up{stage}")(x, image, q_chunk_size)
-        return resize(x, size, "bilinear") + (0.1 * self.fixup_proj.bias[...]).astype(x.dtype)
+        return resize(x, size, "bilinear") + (FIXUP * self.fixup_proj.bias[...]).astype(x.dtype)
 
 
 def reflect(x: Float[Array, "B H W C"]) -> Float[Array, "B Hp Wp C"]:
@@ -149,11 +148,6 @@ def adaptive_conv(
     flat = filters.reshape(*filters.shape[:3], side**2)
     rows, cols = (np.eye(n, dtype=np.float32) for n in padded.shape[1:3])
     return apply_kernels(lambda at: at.of(flat), padded, (height, width), rows, cols, side, q_chunk_size)
-
-
-def doubled(size: int) -> Float[np.ndarray, "positions cells"]:
-    """Return the weights of the cells in their bicubic interpolation to twice the size, with a reflected border."""
-    return axis_weights("bicubic", size, 2 * size)[geometry.reflection(2 * size, RADIUS)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,23 +211,6 @@ def apply_kernels(
     pieces = lax.map(compute, jnp.arange(len(top) * across, dtype=jnp.int32))
     whole = rearrange(pieces, "(r c) b y x e -> b (r y) (c x) e", c=across)
     return whole[:, : size[0], : size[1]]
-
-
-def slabs(
-    table: Float[np.ndarray, "positions cells"], size: int, tile: int, side: int
-) -> tuple[Int[np.ndarray, " tiles"], Float[np.ndarray, "tiles slab span"]]:
-    """Cut an axis of `size` positions into tiles; return each one's first cell and the cells' weights in its slab.
-
-    `table` has the weights of all cells, of the positions and a border of `side` - 1 more.
-    """
-    first = np.arange(0, size, tile)
-    seen = np.minimum(first[:, None] + np.arange(tile + side - 1), len(table) - 1)
-    used: np.ndarray = (table[seen] != 0).any(axis=1)
-    low, high = used.argmax(1), used.shape[1] - used[:, ::-1].argmax(1)
-    span = int((high - low).max())
-    begin = np.minimum(low, table.shape[1] - span)
-    columns = begin[:, None, None] + np.arange(span)
-    return begin.astype(np.int32), np.take_along_axis(table[seen], np.broadcast_to(columns, (*seen.shape, span)), 2)
 
 
 def correlate(padded: Float[Array, "B Yp Xp D"], key: Float[Array, "B Y X D"], side: int) -> Float[Array, "B Y X taps"]:

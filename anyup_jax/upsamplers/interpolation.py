@@ -39,7 +39,7 @@ def resize_axis(x: Float[Array, "B H W C"], side: int, axis: int, kernel: str) -
 
 
 class Interpolation(ConfiguredUpsampler):
-    """Interpolation of the features alone; of the image, only the size counts.
+    """Interpolation of the features alone; of the image, only the size counts, and a chunk size has nothing to bound.
 
     Args:
         config: the settings; the default ones if None.

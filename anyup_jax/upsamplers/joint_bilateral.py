@@ -21,6 +21,8 @@ from anyup_jax.upsamplers.protocol import ConfiguredUpsampler
 class JointBilateral(ConfiguredUpsampler):
     """A position averages the cells around it, by their distance and by how much its colour differs from theirs.
 
+    A chunk size has nothing to bound: one cell of every window is worked on at a time.
+
     Args:
         config: the settings; the default ones if None.
         rngs: ignored, as there are no parameters.

@@ -6,13 +6,12 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from anyup_core.geometry import kernel_window
-from anyup_core.upsamplers.naf import NAFConfig
+from anyup_core.upsamplers.naf import NAFConfig, coordinates, periods
 from anyup_jax.attention import window_attention
 from anyup_jax.blocked import map_rows
 from anyup_jax.layers import Conv, GroupNorm, normed_silu
@@ -61,17 +60,15 @@ class RoPE(nnx.Module):
     """Rotates pairs of channels, in each of several heads, by angles that grow with the row or with the column."""
 
     def __init__(self, dim: int, heads: int):
-        width = dim // heads
-        self.periods = Buffer(jnp.asarray(100 ** (4 * np.arange(width // 4) / width), jnp.float32))
+        self.periods = Buffer(jnp.asarray(periods(dim // heads)))
 
     def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
-        periods = self.periods[...]
-        axes = (jnp.asarray((np.arange(n, dtype=np.float32) + 0.5) / n * 2 - 1) for n in x.shape[1:3])
-        row, col = (2 * math.pi * axis[:, None] / periods for axis in axes)
-        shape = (*x.shape[1:3], len(periods))
+        table = self.periods[...]
+        row, col = (2 * math.pi * jnp.asarray(coordinates(n))[:, None] / table for n in x.shape[1:3])
+        shape = (*x.shape[1:3], len(table))
         angles = jnp.concatenate([jnp.broadcast_to(row[:, None], shape), jnp.broadcast_to(col[None], shape)], -1)
         cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-        pairs = x.reshape(*x.shape[:3], -1, 2, 2 * len(periods))
+        pairs = x.reshape(*x.shape[:3], -1, 2, 2 * len(table))
         first, second = pairs[..., 0, :], pairs[..., 1, :]
         turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], -2)
         return turned.reshape(x.shape).astype(x.dtype)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from anyup_core.checks import check_attention
+from anyup_core.checks import check_attention, check_shares
 from anyup_core.geometry import AxisWindow
 from anyup_torch.attention.dense import dense
 from anyup_torch.attention.natten import natten, require
@@ -85,8 +85,7 @@ def window_attention(
     attend = BACKENDS[resolve(backend, query.device)]
     if not values_per_head:
         return attend(query, key, values, rows, cols, num_heads=num_heads, q_chunk_size=q_chunk_size)
-    if values.shape[-1] % num_heads:
-        raise ValueError(f"{values.shape[-1]} value channels cannot be shared among num_heads={num_heads}.")
+    check_shares(values, num_heads)
     # as many attentions with one head: the heads become part of the batch
     heads = (x.unflatten(-1, (num_heads, -1)).movedim(-2, 1).flatten(0, 1) for x in (query, key, values))
     output = attend(*heads, rows, cols, num_heads=1, q_chunk_size=q_chunk_size)

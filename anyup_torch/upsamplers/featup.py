@@ -8,7 +8,6 @@ that are the same everywhere; so the averages are taken of the filters, not of t
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -17,13 +16,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from anyup_core.geometry import reflection
-from anyup_core.resample import axis_weights
-from anyup_core.upsamplers.featup import KEY_DIM, RADIUS, STAGES, TAPS, FeatUpConfig
+from anyup_core.upsamplers.featup import FIXUP, KEY_DIM, RADIUS, STAGES, TAPS, FeatUpConfig, doubled_slabs
 from anyup_torch.image_code import Size
 from anyup_torch.model import grid_of
 from anyup_torch.upsamplers.interpolation import resize
@@ -32,7 +29,6 @@ from anyup_torch.upsamplers.protocol import ConfiguredUpsampler, differentiated
 TILE = 8  # side of a tile of pixels
 GROUP = 32  # tiles worked on at once
 GROUP_PARALLEL = 4096  # the same on accelerators, which want few large operations
-FIXUP = 0.1  # weight of the corrections, of the filters and of the output
 
 
 class Tiles:
@@ -160,7 +156,8 @@ class Doubled:
 
     def __init__(self, source: Float[Tensor, "B C h w"], tiles: Tiles):
         self.pixels, self.width = source.permute(0, 2, 3, 1).flatten(1, 2), int(source.shape[3])
-        (self.tops, rows), (self.lefts, cols) = (doubling(n, side) for n, side in zip(grid_of(source), tiles.sides))
+        axes = [doubled_slabs(n, side) for n, side in zip(grid_of(source), tiles.sides)]
+        (self.tops, rows), (self.lefts, cols) = ((first, by_tap(weights)) for first, weights in axes)
         self.rows, self.cols = (torch.from_numpy(weights).to(source) for weights in (rows, cols))
         self.changes = 1 + np.flatnonzero((cols[1:] != cols[:-1]).any((1, 2, 3)))  # only the borders' tiles differ
 
@@ -183,20 +180,10 @@ class Doubled:
         return (averaged @ seen).unflatten(0, filters.shape[:2])
 
 
-@functools.lru_cache(maxsize=64)
-def doubling(cells: int, side: int) -> tuple[Int[np.ndarray, " runs"], Float[np.ndarray, "runs side taps span"]]:
-    """Return how the pixels that the filters of a run of `side` pixels see are averages of an axis of half the size.
-
-    Returns the first cell of each run, and for each pixel and tap of its filter the weights of the cells from there on.
-    """
-    matrix = axis_weights("bicubic", cells, 2 * cells)[reflection(2 * cells, RADIUS)]
-    runs = np.arange(0, 2 * cells, side)[:, None] + np.arange(side + 2 * RADIUS)
-    used = (matrix[runs] != 0).any(1)
-    first, stop = used.argmax(1), cells - used[:, ::-1].argmax(1)
-    span = int((stop - first).max())
-    first = np.minimum(first, cells - span)
-    weights = np.take_along_axis(matrix[runs], (first[:, None] + np.arange(span))[:, None], 2)
-    return first, weights[:, np.arange(side)[:, None] + np.arange(2 * RADIUS + 1)]
+def by_tap(weights: Float[np.ndarray, "runs slab span"]) -> Float[np.ndarray, "runs side taps span"]:
+    """Return the weights of slabs for each pixel of a run and each tap of its filter."""
+    side = weights.shape[1] - 2 * RADIUS
+    return weights[:, np.arange(side)[:, None] + np.arange(2 * RADIUS + 1)]
 
 
 def pointwise(inputs: int, hidden: int, dropout: float = 0.1) -> nn.Sequential:

@@ -6,14 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from anyup_core.geometry import kernel_window, reflection
-from anyup_core.upsamplers.naf import NAFConfig
+from anyup_core.upsamplers.naf import NAFConfig, coordinates, periods
 from anyup_torch import streaming
 from anyup_torch.anatomy import anatomy
 from anyup_torch.image_code import Size
@@ -83,7 +82,7 @@ class Rotation(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads, self.quarter = heads, dim // heads // 4
-        self.register_buffer("periods", 100 ** (torch.arange(self.quarter) / self.quarter))
+        self.register_buffer("periods", torch.from_numpy(periods(dim // heads)))
 
     def forward(self, x: Float[Tensor, "B H W D"], overwrite: bool = False) -> Float[Tensor, "B H W D"]:
         """Return the rotated map, in its own memory if asked to."""
@@ -110,11 +109,11 @@ class Rotation(nn.Module):
     @torch.compiler.disable  # coordinates are made by numpy, not traced
     def angles(self, height: int, width: int) -> list[Float[Tensor, "_ T"]]:
         """Return the angles of the rows and of the columns, float32."""
-        periods, factor = self.periods.float(), 1.0
+        table, factor = self.periods.float(), 1.0
         if self.training:
-            factor = periods.new_empty(()).uniform_(-math.log(2), math.log(2)).exp()
-        axes = (((np.arange(n) + 0.5) / n * 2 - 1).astype(np.float32) for n in (height, width))
-        return [2 * math.pi * factor * torch.from_numpy(axis).to(periods)[:, None] / periods for axis in axes]
+            factor = table.new_empty(()).uniform_(-math.log(2), math.log(2)).exp()
+        axes = (torch.from_numpy(coordinates(n)).to(table)[:, None] for n in (height, width))
+        return [2 * math.pi * factor * axis / table for axis in axes]
 
 
 class ImageEncoder(nn.Module):
