@@ -18,7 +18,7 @@ from anyup_core.checkpoints import formats
 from anyup_core.encoders.rows import Row
 from anyup_core.preprocessing import IMAGENET
 from anyup_core.upsamplers import catalogue
-from anyup_core.upsamplers.featup import TAPS
+from anyup_core.upsamplers.featup import doubled_slabs
 from anyup_torch import upsamplers
 from anyup_torch.upsamplers import featup, loftup
 
@@ -295,18 +295,18 @@ def test_adaptive_convolution(kernel: int, cells: tuple[int, int], chunk: int | 
         featup.adaptive_conv(padded[:, :, 1:], filters)
 
 
-@pytest.mark.parametrize(("cells", "side"), [(2, 4), (3, 2), (9, 2), (16, 8)])
-def test_doubling(cells: int, side: int) -> None:
+@pytest.mark.parametrize(("cells", "tile"), [(2, 4), (3, 2), (9, 5), (16, 8)])
+def test_doubled_slabs(cells: int, tile: int) -> None:
     source = torch.randn(1, 1, cells, 1, dtype=torch.float64)
     doubled = F.interpolate(source, (2 * cells, 1), mode="bicubic", align_corners=False)
     padded = F.pad(doubled, (0, 0, 3, 3), mode="reflect").flatten()
-    first, weights = featup.doubling(cells, side)
-    assert weights.shape[:3] == (2 * cells // side, side, 7)
-    for run, pixel, tap in np.ndindex(weights.shape[:3]):
-        seen = source.flatten()[first[run] : first[run] + weights.shape[3]]
-        average = (seen * torch.from_numpy(weights[run, pixel, tap])).sum()
-        assert abs(average - padded[run * side + pixel + tap]) <= 1e-6
-    assert weights.shape[1] * weights.shape[2] >= TAPS or side < 7
+    first, weights = doubled_slabs(cells, tile)
+    assert weights.shape[:2] == (-(-2 * cells // tile), tile + 6)
+    for run, position in np.ndindex(weights.shape[:2]):
+        if run * tile + position < len(padded):
+            seen = source.flatten()[first[run] : first[run] + weights.shape[2]]
+            average = (seen * torch.from_numpy(weights[run, position])).sum()
+            assert abs(average - padded[run * tile + position]) <= 1e-6
 
 
 @pytest.mark.parametrize(
