@@ -142,11 +142,11 @@ def naf(model: NAF, image: Tensor, features: Tensor, size: Size, chunk: int) -> 
     down, across = cells(size[0], height), cells(size[1], width)
     index = (down[:, None, :, None] * width + across[None, :, None]).flatten(0, 1).flatten(1)
     query, key, values = (x.flatten(2).transpose(1, 2).unflatten(2, (heads, -1)) for x in (query, key, features))
-    parts = []
-    for part, seen in zip(query.split(chunk, 1), index.split(chunk)):
+    output = values.new_empty(len(values), index.shape[0], *values.shape[2:])  # parts kept one by one leave holes
+    for part, seen, out in zip(query.split(chunk, 1), index.split(chunk), output.split(chunk, 1)):
         scores = torch.einsum("bqhd,bqkhd->bqhk", part, key[:, seen]) * part.shape[-1] ** -0.5
-        parts.append(torch.einsum("bqhk,bqkhc->bqhc", scores.softmax(-1), values[:, seen]))
-    return torch.cat(parts, 1).flatten(2).transpose(1, 2).unflatten(2, size)
+        out.copy_(torch.einsum("bqhk,bqkhc->bqhc", scores.softmax(-1), values[:, seen]))
+    return output.flatten(2).transpose(1, 2).unflatten(2, size)
 
 
 PLAIN: dict[str, Callable[..., Tensor]] = {"jafar": jafar, "featup": featup, "loftup": loftup, "naf": naf}
