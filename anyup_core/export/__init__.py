@@ -1,0 +1,1 @@
+"""Exported models: the ONNX graph and what feeds it."""

@@ -1,0 +1,143 @@
+"""A graph in the Open Neural Network Exchange format, written node by node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+OPSET, IR_VERSION = 18, 10
+
+
+class Graph:
+    """Nodes and constants; a method call adds a node and returns the name of its output.
+
+    Args:
+        half: whether weights are stored as float16 and cast when the file is loaded.
+        loops: whether `over_blocks` is a loop; otherwise there is one block.
+        outer: the graph that this one is the body of.
+    """
+
+    def __init__(self, half: bool = False, loops: bool = True, outer: Graph | None = None):
+        self.half, self.loops = half, loops
+        self.root: Graph = self if outer is None else outer.root
+        self.nodes: list[Any] = []
+        if outer is None:
+            self.constants: dict[tuple, tuple[str, np.ndarray]] = {}
+            self.inputs: dict[str, Any] = {}
+            self.count = 0
+
+    def op(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
+        """Add a node; return its output's name, or the names of several."""
+        names = [self.name() for _ in range(outputs)]
+        self._add(kind, inputs, names, attributes)
+        return names[0] if outputs == 1 else names
+
+    def _add(self, kind: str, inputs: Sequence[str], outputs: Sequence[str], attributes: Mapping[str, Any]) -> None:
+        from onnx import helper
+
+        self.nodes.append(helper.make_node(kind, list(inputs), list(outputs), **attributes))
+
+    def name(self) -> str:
+        self.root.count += 1
+        return f"t{self.root.count}"
+
+    def constant(self, array: np.ndarray) -> str:
+        """Return the name of a constant; equal ones are stored once."""
+        array = np.ascontiguousarray(array).reshape(np.shape(array))
+        key = (array.dtype.str, array.shape, array.tobytes())
+        constants = self.root.constants
+        if key not in constants:
+            constants[key] = (f"c{len(constants)}", array)
+        return constants[key][0]
+
+    def weight(self, array: np.ndarray) -> str:
+        """Return the name of a float32 tensor that is stored as the file's type."""
+        if not self.half:
+            return self.constant(array.astype(np.float32))
+        stored = self.constant(array.astype(np.float16))
+        cast = f"{stored}_float32"
+        if all(cast not in node.output for node in self.root.nodes):
+            self.root._add("Cast", [stored], [cast], {"to": 1})
+        return cast
+
+    def ints(self, *numbers: int) -> str:
+        return self.constant(np.array(numbers, np.int64))
+
+    def number(self, number: float) -> str:
+        return self.constant(np.float32(number))
+
+    def input(self, name: str, kind: type, shape: Sequence[str | int]) -> str:
+        from onnx import helper
+
+        self.inputs[name] = helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(kind)), shape)
+        return name
+
+    def over_blocks(self, body: Callable[..., Sequence[str]], tables: Sequence[tuple[str, type]]) -> list[str]:
+        """Apply `body` to the slices of some tensors along their first axis; return its outputs, stacked there.
+
+        Args:
+            body: called with a graph and the slices' names, returns names.
+            tables: names and element types of what is sliced; anything else is captured.
+        """
+        from onnx import helper
+
+        if not self.loops:
+            slices = [self.op("Squeeze", name, self.ints(0)) for name, _ in tables]
+            return [self.op("Unsqueeze", name, self.ints(0)) for name in body(self, *slices)]
+        inner = Graph(self.half, self.loops, self)
+        kinds = [helper.np_dtype_to_tensor_dtype(np.dtype(kind)) for _, kind in tables]
+        slices = [helper.make_tensor_value_info(self.name(), kind, None) for kind in kinds]
+        results = list(body(inner, *(info.name for info in slices)))
+        graph = helper.make_graph(inner.nodes, self.name(), slices, [_float(name) for name in results])
+        names = [self.name() for _ in results]
+        inputs = [name for name, _ in tables]
+        self._add("Scan", inputs, names, dict(body=graph, num_scan_inputs=len(inputs)))
+        return names
+
+    def choose(self, condition: str, then: Callable[[Graph], str], otherwise: Callable[[Graph], str]) -> str:
+        """Return what one of two branches computes, as a truth value says when the file runs."""
+        from onnx import helper
+
+        branches = {}
+        for key, branch in (("then_branch", then), ("else_branch", otherwise)):
+            inner = Graph(self.half, self.loops, self)
+            result = branch(inner)
+            branches[key] = helper.make_graph(inner.nodes, self.name(), [], [_float(result)])
+        return self.op("If", condition, **branches)
+
+    def conv(self, x: str, weight: np.ndarray, pad: int = 0) -> str:
+        """Convolve without bias; every attribute is written out, as the browser's older backend wants them."""
+        attributes = dict(kernel_shape=list(weight.shape[2:]), strides=[1, 1], dilations=[1, 1], pads=[pad] * 4, group=1)
+        return self.op("Conv", x, self.weight(weight), **attributes)
+
+    def model(self, output: str, shape: Sequence[str], metadata: Mapping[str, str]) -> Any:
+        """Return the checked model, whose output is called `hr`."""
+        import onnx
+        from onnx import TensorProto, helper, numpy_helper
+
+        for node in self.nodes:
+            node.output[:] = ["hr" if name == output else name for name in node.output]
+        constants = [numpy_helper.from_array(array, name) for name, array in self.constants.values()]
+        info = helper.make_tensor_value_info("hr", TensorProto.FLOAT, shape)
+        nodes = [node for node in self.nodes if node.op_type == "Cast" and node.input[0].startswith("c")]
+        nodes += [node for node in self.nodes if node not in nodes]
+        graph = helper.make_graph(nodes, "anyup", list(self.inputs.values()), [info], constants)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+        model.producer_name = "anyup"
+        helper.set_model_props(model, dict(metadata))
+        onnx.checker.check_model(model, full_check=False)
+        return model
+
+
+def _float(name: str) -> Any:
+    from onnx import TensorProto, helper
+
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+
+
+def count_nodes(graph: Any) -> int:
+    """Return the number of nodes of a graph, those of its loops and branches among them."""
+    inner = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
+    return len(graph.node) + sum(map(count_nodes, inner))
