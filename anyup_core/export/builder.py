@@ -13,6 +13,9 @@ OPSET, IR_VERSION = 18, 10
 class Graph:
     """Nodes and constants; a method call adds a node and returns the name of its output.
 
+    Attributes:
+        known: tables by name, where they are no inputs of the file.
+
     Args:
         half: whether weights are stored as float16 and cast when the file is loaded.
         loops: whether `over_blocks` is a loop; otherwise there is one block.
@@ -26,6 +29,7 @@ class Graph:
         if outer is None:
             self.constants: dict[tuple, tuple[str, np.ndarray]] = {}
             self.inputs: dict[str, Any] = {}
+            self.known: dict[str, np.ndarray] = {}
             self.count = 0
 
     def op(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
@@ -100,6 +104,8 @@ class Graph:
         """Return what one of two branches computes, as a truth value says when the file runs."""
         from onnx import helper
 
+        if condition in self.root.known:
+            return (then if self.root.known[condition] else otherwise)(self)
         branches = {}
         for key, branch in (("then_branch", then), ("else_branch", otherwise)):
             inner = Graph(self.half, self.loops, self)
@@ -109,7 +115,9 @@ class Graph:
 
     def conv(self, x: str, weight: np.ndarray, pad: int = 0) -> str:
         """Convolve without bias; every attribute is written out, as the browser's older backend wants them."""
-        attributes = dict(kernel_shape=list(weight.shape[2:]), strides=[1, 1], dilations=[1, 1], pads=[pad] * 4, group=1)
+        attributes = dict(
+            kernel_shape=list(weight.shape[2:]), strides=[1, 1], dilations=[1, 1], pads=[pad] * 4, group=1
+        )
         return self.op("Conv", x, self.weight(weight), **attributes)
 
     def model(self, output: str, shape: Sequence[str], metadata: Mapping[str, str]) -> Any:
@@ -119,7 +127,9 @@ class Graph:
 
         for node in self.nodes:
             node.output[:] = ["hr" if name == output else name for name in node.output]
-        constants = [numpy_helper.from_array(array, name) for name, array in self.constants.values()]
+        used = {name for node in self.nodes for name in node.input}
+        tables = [(name, table) for name, table in self.known.items() if name in used]
+        constants = [numpy_helper.from_array(array, name) for name, array in (*self.constants.values(), *tables)]
         info = helper.make_tensor_value_info("hr", TensorProto.FLOAT, shape)
         nodes = [node for node in self.nodes if node.op_type == "Cast" and node.input[0].startswith("c")]
         nodes += [node for node in self.nodes if node not in nodes]

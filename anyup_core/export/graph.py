@@ -1,7 +1,7 @@
 """AnyUp as an ONNX graph: dynamic in every size, with the tables of `inputs.py` as inputs.
 
-Every pass over the image's pixels is a loop over blocks of rows, and the attention one over rows of tiles, so that little
-more is held at once than the maps that one pass hands to the next:
+Every pass over the image's pixels is a loop over blocks of rows, and the attention one over rows of tiles, so that
+little more is held at once than the maps that one pass hands to the next:
 
     image -> blocks -> image encoder -> rotation -> key encoder -> averages over cells -> keys
                                                  -> query encoder -> rows -> tiles of queries -> attention -> output
@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from anyup_core.config import NORM_GROUPS, AnyUpConfig
 from anyup_core.export.builder import Graph
-from anyup_core.export.inputs import METADATA
+from anyup_core.export.inputs import METADATA, onnx_tables
 
 GROUP_NORM_EPS = 1e-5
 RMS_NORM_EPS = float(np.finfo(np.float32).eps)
@@ -71,7 +71,24 @@ TABLES: dict[str, tuple[type, tuple[str | int, ...]]] = {
 Block = tuple[str, str]  # names of a map in blocks of rows (blocks, B, D, pixels) and of its moments (blocks, B, D, 2)
 
 
-def build(config: AnyUpConfig, tensors: Mapping[str, np.ndarray], *, half: bool = False, loops: bool = True) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The sizes of a closed file: heights and widths of image, features and output, and the features' channels."""
+
+    image: tuple[int, int]
+    cells: tuple[int, int]
+    channels: int
+    output: tuple[int, int]
+
+
+def build(
+    config: AnyUpConfig,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    half: bool = False,
+    loops: bool = True,
+    sizes: Sizes | None = None,
+) -> Any:
     """Return the model as an `onnx.ModelProto`.
 
     Args:
@@ -79,31 +96,63 @@ def build(config: AnyUpConfig, tensors: Mapping[str, np.ndarray], *, half: bool 
         tensors: its parameters under their published names.
         half: store the weights as float16; the graph computes in float32.
         loops: work in blocks; without, every map is whole, the memory several times as large, and no node a loop.
+        sizes: those of a file without tables among its inputs; it has no loops.
+
+    Raises:
+        ValueError: for a window that holds no key.
     """
-    return Writer(config, tensors, half, loops).model()
+    return Writer(config, tensors, half, loops and sizes is None, sizes).model()
 
 
 class Writer:
     """Writes the graph; the methods return names of tensors."""
 
-    def __init__(self, config: AnyUpConfig, tensors: Mapping[str, np.ndarray], half: bool, loops: bool):
+    def __init__(
+        self,
+        config: AnyUpConfig,
+        tensors: Mapping[str, np.ndarray],
+        half: bool,
+        loops: bool,
+        sizes: Sizes | None = None,
+    ):
         self.config, self.tensors = config, {name: np.asarray(x, np.float32) for name, x in tensors.items()}
-        self.g, self.shapes = Graph(half, loops), {}
+        self.g, self.sizes = Graph(half, loops), sizes
+        self.shapes: dict[int, str] = {}
 
     def model(self) -> Any:
         g, dim = self.g, self.config.qk_dim
-        image = g.input("image", np.float32, ("B", self.config.input_dim, "H", "W"))
-        features = g.input("features", np.float32, ("B", "C", "h", "w"))
-        values = g.input("values", np.float32, ("B", "E", "h", "w"))
-        for name, (kind, shape) in TABLES.items():
-            g.input(name, kind, tuple(dim if axis == "D" else axis for axis in shape))
+        shapes = self.input_shapes()
+        image, features, values = (g.input(name, np.float32, shapes[name]) for name in ("image", "features", "values"))
+        if self.sizes is None:
+            for name, (kind, shape) in TABLES.items():
+                g.input(name, kind, tuple(dim if axis == "D" else axis for axis in shape))
+        else:
+            del g.inputs["values"]
+            values, channels = features, self.sizes.channels
+            given = (shapes["image"], shapes["features"], self.sizes.output, channels)
+            g.known.update(onnx_tables(self.settings(), *given))
         described = self.describe(features)
         key, query = self.encode(image)
         joined = g.op("Concat", key, described, axis=1)
         keys = self.small_encoder(joined, "aggregation")
         output = self.attend(query, self.project(keys), values)
         metadata = {METADATA: json.dumps(self.settings())}
-        return g.model(output, ("B", "E", "Ho", "Wo"), metadata)
+        return g.model(output, shapes["hr"], metadata)
+
+    def input_shapes(self) -> dict[str, tuple[Any, ...]]:
+        """Return the shapes of image, features, values and output; letters where they are not fixed."""
+        depth = self.config.input_dim
+        if self.sizes is None:
+            image, cells, output, channels, more, batch = ("H", "W"), ("h", "w"), ("Ho", "Wo"), "C", "E", "B"
+        else:
+            image, cells, output = self.sizes.image, self.sizes.cells, self.sizes.output
+            channels, more, batch = self.sizes.channels, self.sizes.channels, 1
+        return {
+            "image": (batch, depth, *image),
+            "features": (batch, channels, *cells),
+            "values": (batch, more, *cells),
+            "hr": (batch, more, *output),
+        }
 
     def settings(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self.config)
@@ -216,9 +265,7 @@ class Writer:
         size = len(gamma) // NORM_GROUPS
         groups = np.kron(np.eye(NORM_GROUPS), np.full((size, size), 1 / size)).astype(np.float32)
         whole = g.op("ReduceSum", moments, g.ints(0), keepdims=0)
-        mean, square = g.op(
-            "Split", g.op("MatMul", g.constant(groups), whole), outputs=2, axis=2, num_outputs=2
-        )
+        mean, square = g.op("Split", g.op("MatMul", g.constant(groups), whole), outputs=2, axis=2, num_outputs=2)
         variance = g.op("Max", g.op("Sub", square, g.op("Mul", mean, mean)), g.number(0))
         deviation = g.op("Sqrt", g.op("Add", variance, g.number(GROUP_NORM_EPS)))
         scale = g.op("Div", g.constant(gamma), deviation)
@@ -297,8 +344,8 @@ class Writer:
     def project(self, keys: str) -> str:
         """Return what a query is multiplied by for its scores (cells, B, N (D + 1)).
 
-        The score of head h is (Wq x / rms + bq) (Wk y + bk) / sqrt(K). The queries' projection goes to the keys: a query
-        x / rms, followed by a 1, meets for each head D numbers and one more.
+        The score of head h is (Wq x / rms + bq) (Wk y + bk) / sqrt(K). The queries' projection goes to the keys: a
+        query x / rms, followed by a 1, meets for each head D numbers and one more.
         """
         g, dim, heads = self.g, self.config.qk_dim, self.config.num_heads
         name, width = "cross_decode.cross_attn", self.config.head_dim

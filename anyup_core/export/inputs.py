@@ -14,7 +14,16 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from anyup_core.geometry import AxisWindow, axis_window, coordinates, plan_tiles, pool_bins, reflection, taps_in_bounds, tile_axis
+from anyup_core.geometry import (
+    AxisWindow,
+    axis_window,
+    coordinates,
+    plan_tiles,
+    pool_bins,
+    reflection,
+    taps_in_bounds,
+    tile_axis,
+)
 
 METADATA = "anyup"  # the entry of a file's metadata that holds the settings, as JSON
 BLOCK = 4096  # pixels of the image worked on at once

@@ -1,0 +1,160 @@
+"""Writes ONNX files: one for every size, or a closed one for fixed sizes; and, beside the former, what feeds it."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from anyup_core import geometry
+from anyup_core.config import AnyUpConfig
+from anyup_core.export import graph, inputs
+from anyup_core.replacement import replacing
+
+DTYPES = ("float32", "float16")  # of the stored weights; the graph computes in float32
+GEOMETRY = (
+    geometry.AxisWindow,
+    geometry.paper_bounds,
+    geometry.Neighbourhood,
+    geometry.neighbourhood,
+    geometry._dilated,
+    geometry._windowed,
+    geometry.axis_window.__wrapped__,
+    geometry.AxisTiles,
+    geometry.tile_axis,
+    geometry.plan_tiles.__wrapped__,
+    geometry._sizes,
+    geometry.coordinates,
+    geometry.pool_bins.__wrapped__,
+    geometry.reflection,
+    geometry.taps_in_bounds,
+)
+"""What `inputs.py` uses, and what this uses."""
+
+
+def write_onnx(
+    config: AnyUpConfig,
+    tensors: Mapping[str, np.ndarray],
+    path: str | os.PathLike,
+    *,
+    image_size: tuple[int, int] | None = None,
+    features: tuple[int, int, int] | None = None,
+    output_size: tuple[int, int] | None = None,
+    dtype: str | None = None,
+) -> Path:
+    """Write a model as an ONNX file, opset 18.
+
+    Without sizes the file takes images, features and outputs of every size, in batches of any size, with the tables
+    that `onnx_inputs` makes; that function is written beside it, as `F_inputs.py`, which needs numpy alone. With sizes
+    the file takes `image` (1, input_dim, H, W) and `features` (1, C, h, w) alone, and has neither loops nor branches.
+
+    Args:
+        config: the model's.
+        tensors: its parameters under their published names.
+        path: of the file, .onnx.
+        image_size: height and width of the image.
+        features: height and width of the features, and their number of channels.
+        output_size: height and width of the output (default: the image's).
+        dtype: type of the stored weights: float32, or float16, which halves the file; the graph computes in float32.
+
+    Raises:
+        ImportError: if the package onnx is not installed.
+        ValueError: for another suffix, one size without the other, sizes that are impossible, or another dtype.
+        OSError: if the file cannot be written.
+    """
+    path = check_path(path)
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype={dtype!r}: weights are stored as one of {', '.join(DTYPES)}.")
+    sizes = check_sizes(image_size, features, output_size)
+    need_onnx()
+    half = dtype == "float16"
+    if sizes is None:
+        data = graph.build(config, tensors, half=half).SerializeToString()
+    else:
+        data = graph.build(config, tensors, half=half, sizes=sizes).SerializeToString()
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+    if sizes is None:
+        with replacing(inputs_path(path)) as temporary:
+            temporary.write_text(standalone_inputs())
+    return path
+
+
+def check_path(path: str | os.PathLike) -> Path:
+    """Return the path of an ONNX file to write. Raises ValueError for another suffix or a folder that is not there."""
+    path = Path(path)
+    if path.suffix != ".onnx":
+        raise ValueError(f"{path} is no name of an ONNX file; let it end with .onnx.")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path.parent} is no folder; make it first.")
+    return path
+
+
+def inputs_path(path: Path) -> Path:
+    """Return the path of the tables' function beside a file."""
+    return path.with_name(f"{path.stem}_inputs.py")
+
+
+def check_sizes(
+    image_size: tuple[int, int] | None, features: tuple[int, int, int] | None, output_size: tuple[int, int] | None
+) -> graph.Sizes | None:
+    """Return the sizes of a closed file; None if there are none.
+
+    Raises:
+        ValueError: for one size without the other, and for sizes that are no positive whole numbers.
+    """
+    if image_size is None and features is None and output_size is None:
+        return None
+    if image_size is None or features is None:
+        raise ValueError(
+            "a file of fixed sizes needs image_size=(H, W) and features=(h, w, C); without either it takes every size."
+        )
+    for name, sizes, length in (
+        ("image_size", image_size, 2),
+        ("features", features, 3),
+        ("output_size", output_size, 2),
+    ):
+        if sizes is not None and (len(sizes) != length or any(int(n) != n or n < 1 for n in sizes)):
+            raise ValueError(f"{name}={sizes!r}: give {length} whole numbers of at least 1.")
+    (height, width), (down, across, channels) = (tuple(map(int, sizes)) for sizes in (image_size, features))
+    size = (height, width) if output_size is None else (int(output_size[0]), int(output_size[1]))
+    return graph.Sizes((height, width), (down, across), channels, size)
+
+
+def need_onnx() -> None:
+    """Raise ImportError if the package onnx is not installed."""
+    try:
+        import onnx  # noqa: F401
+    except ImportError as error:
+        raise ImportError('Writing ONNX files needs onnx: pip install "anyup-jax[onnx]".') from error
+
+
+def standalone_inputs() -> str:
+    """Return `onnx_inputs` and all it needs as the text of one module, which imports numpy alone."""
+    constants = ("TILE_OVERHEAD", "MAX_TILE", "MAX_PAIRS")
+    own = (
+        inputs.onnx_inputs,
+        inputs.onnx_tables,
+        inputs.image_tables,
+        inputs.attention_tables,
+        inputs.lengthened,
+        inputs.pooling,
+        inputs.onnx_settings,
+        inputs.read_metadata,
+        inputs._entry,
+        inputs._varint,
+    )
+    sources = [inspect.getsource(part) for part in (*own, *GEOMETRY)]
+    sources = ["\n".join(line for line in text.splitlines() if "lru_cache" not in line) for text in sources]
+    values = [f"{name} = {getattr(geometry, name)}" for name in constants]
+    values += [f"{name} = {getattr(inputs, name)!r}" for name in ("METADATA", "BLOCK", "RESPONSES", "NEVER")]
+    head = (
+        '"""The inputs of an ONNX file of AnyUp: `session.run(None, onnx_inputs("F.onnx", image, features))`.\n\n'
+        'Written by `anyup export`; it needs numpy alone. Licence: Apache-2.0.\n"""\n\n'
+        "from __future__ import annotations\n\nimport dataclasses\nimport json\nimport os\n"
+        "from collections.abc import Mapping\n\nimport numpy as np\n"
+    )
+    return "\n\n".join((head + "\n" + "\n".join(values), *sources)).rstrip() + "\n"
