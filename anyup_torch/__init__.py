@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from anyup_torch.bands import upsample_bands
     from anyup_torch.image_code import ImageCode
     from anyup_torch.model import AnyUp, upsample_many
+    from anyup_torch.onnx import export_onnx
     from anyup_torch.pretrained import from_pretrained
     from anyup_torch.tokens import tokens_to_map
 
@@ -24,6 +25,7 @@ _HOME = {
     "AnyUp": "anyup_torch.model",
     "AnyUpConfig": "anyup_core.config",
     "ImageCode": "anyup_torch.image_code",
+    "export_onnx": "anyup_torch.onnx",
     "from_pretrained": "anyup_torch.pretrained",
     "tokens_to_map": "anyup_torch.tokens",
     "upsample_bands": "anyup_torch.bands",
@@ -47,6 +49,7 @@ __all__ = [
     "ImageCode",
     "__version__",
     "encoders",
+    "export_onnx",
     "from_pretrained",
     "tokens_to_map",
     "upsample_bands",

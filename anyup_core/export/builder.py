@@ -20,11 +20,13 @@ class Graph:
         half: whether weights are stored as float16 and cast when the file is loaded.
         loops: whether `over_blocks` is a loop; otherwise there is one block.
         outer: the graph that this one is the body of.
+        prefix: of every name but those of inputs.
     """
 
-    def __init__(self, half: bool = False, loops: bool = True, outer: Graph | None = None):
+    def __init__(self, half: bool = False, loops: bool = True, outer: Graph | None = None, prefix: str = ""):
         self.half, self.loops = half, loops
         self.root: Graph = self if outer is None else outer.root
+        self.prefix = self.root.prefix if outer is not None else prefix
         self.nodes: list[Any] = []
         if outer is None:
             self.constants: dict[tuple, tuple[str, np.ndarray]] = {}
@@ -45,7 +47,7 @@ class Graph:
 
     def name(self) -> str:
         self.root.count += 1
-        return f"t{self.root.count}"
+        return f"{self.prefix}t{self.root.count}"
 
     def constant(self, array: np.ndarray) -> str:
         """Return the name of a constant; equal ones are stored once."""
@@ -53,7 +55,7 @@ class Graph:
         key = (array.dtype.str, array.shape, array.tobytes())
         constants = self.root.constants
         if key not in constants:
-            constants[key] = (f"c{len(constants)}", array)
+            constants[key] = (f"{self.prefix}c{len(constants)}", array)
         return constants[key][0]
 
     def weight(self, array: np.ndarray) -> str:
@@ -120,6 +122,12 @@ class Graph:
         )
         return self.op("Conv", x, self.weight(weight), **attributes)
 
+    def sorted_nodes(self) -> list[Any]:
+        """Return the nodes, casts of weights first: the bodies of loops and branches may have asked for them."""
+        stored = {name for name, _ in self.constants.values()}
+        casts = [node for node in self.nodes if node.op_type == "Cast" and node.input[0] in stored]
+        return casts + [node for node in self.nodes if not (node.op_type == "Cast" and node.input[0] in stored)]
+
     def model(self, output: str, shape: Sequence[str], metadata: Mapping[str, str]) -> Any:
         """Return the checked model, whose output is called `hr`."""
         import onnx
@@ -131,9 +139,7 @@ class Graph:
         tables = [(name, table) for name, table in self.known.items() if name in used]
         constants = [numpy_helper.from_array(array, name) for name, array in (*self.constants.values(), *tables)]
         info = helper.make_tensor_value_info("hr", TensorProto.FLOAT, shape)
-        nodes = [node for node in self.nodes if node.op_type == "Cast" and node.input[0].startswith("c")]
-        nodes += [node for node in self.nodes if node not in nodes]
-        graph = helper.make_graph(nodes, "anyup", list(self.inputs.values()), [info], constants)
+        graph = helper.make_graph(self.sorted_nodes(), "anyup", list(self.inputs.values()), [info], constants)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
         model.producer_name = "anyup"
         helper.set_model_props(model, dict(metadata))

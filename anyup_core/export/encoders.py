@@ -24,7 +24,7 @@ EPSILON = 1e-3  # of every norm
 STRIDES = (16, 32)
 
 
-def build_encoder(name: str, tensors: Mapping[str, np.ndarray] | None = None, *, half: bool = False) -> Any:
+def build_encoder(name: str, tensors: Mapping[str, np.ndarray] | None = None, *, half: bool = False, prefix: str = "") -> Any:
     """Return an EfficientNet-Lite as an `onnx.ModelProto`.
 
     Its input is `image` (B, 3, H, W), normalised with the mean and the standard deviation in its metadata; its outputs
@@ -34,6 +34,7 @@ def build_encoder(name: str, tensors: Mapping[str, np.ndarray] | None = None, *,
         name: of the catalogue, such as `efficientnet_lite0`.
         tensors: its parameters under timm's names; by default those of the package that holds them.
         half: store the weights as float16; the graph computes in float32.
+        prefix: of every name.
 
     Raises:
         ValueError: if the encoder is of another family.
@@ -44,22 +45,22 @@ def build_encoder(name: str, tensors: Mapping[str, np.ndarray] | None = None, *,
         raise ValueError(f"{name} is no EfficientNet-Lite, the only encoders that are written as ONNX files.")
     tensors = packaged.read(name) if tensors is None else tensors
     metadata = dict(name=name, mean=published.mean, std=published.std, strides=STRIDES)
-    return Writer(published.config, tensors, half).model({METADATA: json.dumps(metadata)})
+    return Writer(published.config, tensors, half, prefix).model({METADATA: json.dumps(metadata)})
 
 
 class Writer:
     """Writes the graph; the methods return names of tensors."""
 
-    def __init__(self, config: EfficientNet, tensors: Mapping[str, np.ndarray], half: bool):
+    def __init__(self, config: EfficientNet, tensors: Mapping[str, np.ndarray], half: bool, prefix: str = ""):
         self.config, self.tensors = config, tensors
-        self.g = Graph(half, loops=False)
+        self.g = Graph(half, loops=False, prefix=prefix)
 
     def model(self, metadata: Mapping[str, str]) -> Any:
         import onnx
         from onnx import TensorProto, helper, numpy_helper
 
         g, (fine, coarse) = self.g, STRIDES
-        image = g.input("image", np.float32, ("B", 3, "H", "W"))
+        image = g.input(f"{g.prefix}image", np.float32, ("B", 3, "H", "W"))
         size = g.op("Slice", g.op("Shape", image), g.ints(2), g.ints(4))
         apart = g.op("Sub", self.padded(g, size, coarse), self.padded(g, size, fine))
         split = self.config.taps[STRIDES.index(fine) - len(STRIDES)] + 1
@@ -75,14 +76,12 @@ class Writer:
         self.crop(shallow, size, fine)
         self.crop(deep, size, coarse)
 
-        casts = [node for node in g.nodes if node.op_type == "Cast" and node.input[0].startswith("c")]
-        nodes = casts + [node for node in g.nodes if node not in casts]
         outputs = [
-            helper.make_tensor_value_info(f"stride{s}", TensorProto.FLOAT, ("B", width, f"H // {s}", f"W // {s}"))
+            helper.make_tensor_value_info(f"{g.prefix}stride{s}", TensorProto.FLOAT, ("B", width, f"H // {s}", f"W // {s}"))
             for s, width in zip(STRIDES, self.config.widths[-len(STRIDES) :])
         ]
         constants = [numpy_helper.from_array(array, name) for name, array in g.constants.values()]
-        graph = helper.make_graph(nodes, "encoder", list(g.inputs.values()), outputs, constants)
+        graph = helper.make_graph(g.sorted_nodes(), "encoder", list(g.inputs.values()), outputs, constants)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
         model.producer_name = "anyup"
         helper.set_model_props(model, dict(metadata))
@@ -102,7 +101,7 @@ class Writer:
     def crop(self, x: str, size: str, stride: int) -> None:
         """Name the cells that lie wholly on the image as an output."""
         cells = self.g.op("Div", size, self.g.ints(stride))
-        self.g._add("Slice", [x, self.g.ints(0, 0), cells, self.g.ints(2, 3)], [f"stride{stride}"], {})
+        self.g._add("Slice", [x, self.g.ints(0, 0), cells, self.g.ints(2, 3)], [f"{self.g.prefix}stride{stride}"], {})
 
     def stem(self, g: Graph, image: str) -> str:
         return self.relu6(g, self.conv_norm(g, image, "conv_stem", "bn1", stride=2))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -33,41 +33,65 @@ NEVER = -1e4  # added to the score of a key that is not seen
 
 def onnx_inputs(
     model: str | os.PathLike | Mapping[str, str],
-    image: Float[np.ndarray, "B input_dim H W"],
-    features: Float[np.ndarray, "B C h w"],
-    output_size: int | tuple[int, int] | None = None,
-    values: Float[np.ndarray, "B E h w"] | None = None,
+    image: np.ndarray,
+    features: np.ndarray | None = None,
+    output_size: int | Sequence[int] | None = None,
+    values: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Return everything that an exported file takes: `session.run(None, onnx_inputs("F.onnx", image, features))`.
 
     Args:
         model: path of the file, or its metadata (`session.get_modelmeta().custom_metadata_map`).
-        image: guidance, normalised with the ImageNet mean and standard deviation.
-        features: any encoder's feature map of the same view.
+        image: guidance (B, input_dim, H, W), normalised with the ImageNet mean and standard deviation.
+        features: any encoder's feature map of the same view (B, C, h, w); None for a file that holds an encoder.
         output_size: height and width of the output (default: the image's), or one number for both.
-        values: what is averaged instead of the features.
+        values: what is averaged instead of the features (B, E, h, w).
 
     Raises:
         ValueError: for a file that was not exported by this package, and for shapes that do not fit.
     """
     settings = onnx_settings(model)
-    values = features if values is None else values
-    for name, array in (("image", image), ("features", features), ("values", values)):
-        if np.ndim(array) != 4 or 0 in np.shape(array):
-            raise ValueError(f"{name} has shape {np.shape(array)}; it must have four axes, NCHW, none of them empty.")
-    if image.shape[1] != settings["input_dim"]:
-        raise ValueError(f"image has shape {image.shape}; the model is for {settings['input_dim']} channels, NCHW.")
-    if image.shape[0] != features.shape[0]:
-        raise ValueError(f"image {image.shape}, features {features.shape} differ in the batch size.")
-    if values.shape[0] != features.shape[0] or values.shape[2:] != features.shape[2:]:
-        raise ValueError(f"values {values.shape} must share batch, height and width with features {features.shape}.")
+    check_image(settings, image)
     given = image.shape[2:] if output_size is None else output_size
     size = (given, given) if np.ndim(given) == 0 else tuple(given)
     if len(size) != 2 or any(int(side) != side or side < 1 for side in size):
         raise ValueError(f"output_size={output_size!r}: give a height and a width of at least 1, or one number.")
-    arrays = dict(image=image, features=features, values=values)
-    tables = onnx_tables(settings, image.shape, features.shape, (int(size[0]), int(size[1])), values.shape[1])
+    size = int(size[0]), int(size[1])
+    if "encoder" in settings:
+        if features is not None or values is not None:
+            raise ValueError(f"the file holds an encoder, {settings['encoder']}; give the image alone.")
+        cells = [side // settings["stride"] for side in image.shape[2:]]
+        if min(cells) < 1:
+            raise ValueError(f"image {image.shape} is smaller than a cell of {settings['stride']} pixels.")
+        shape, arrays = (image.shape[0], settings["channels"], *cells), dict(image=image)
+        channels = shape[1]
+    else:
+        if features is None:
+            raise ValueError("features are missing; the file holds no encoder.")
+        values = features if values is None else values
+        check_maps(image, features, values)
+        shape, arrays, channels = features.shape, dict(image=image, features=features, values=values), values.shape[1]
+    tables = onnx_tables(settings, image.shape, shape, size, channels)
     return {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()} | tables
+
+
+def check_image(settings: Mapping[str, Any], image: np.ndarray) -> None:
+    """Raise ValueError for an image that the file does not take."""
+    if np.ndim(image) != 4 or 0 in np.shape(image):
+        raise ValueError(f"image has shape {np.shape(image)}; it must have four axes, NCHW, none of them empty.")
+    if image.shape[1] != settings["input_dim"]:
+        raise ValueError(f"image has shape {image.shape}; the model is for {settings['input_dim']} channels, NCHW.")
+
+
+def check_maps(image: np.ndarray, features: np.ndarray, values: np.ndarray) -> None:
+    """Raise ValueError for features or values that do not fit the image or each other."""
+    for name, array in (("features", features), ("values", values)):
+        if np.ndim(array) != 4 or 0 in np.shape(array):
+            raise ValueError(f"{name} has shape {np.shape(array)}; it must have four axes, NCHW, none of them empty.")
+    if image.shape[0] != features.shape[0]:
+        raise ValueError(f"image {image.shape}, features {features.shape} differ in the batch size.")
+    if values.shape[0] != features.shape[0] or values.shape[2:] != features.shape[2:]:
+        raise ValueError(f"values {values.shape} must share batch, height and width with features {features.shape}.")
 
 
 def onnx_tables(

@@ -12,6 +12,8 @@ import numpy as np
 from anyup_core import geometry
 from anyup_core.config import AnyUpConfig
 from anyup_core.export import graph, inputs
+from anyup_core.export.combined import build_combined
+from anyup_core.export.encoders import build_encoder
 from anyup_core.replacement import replacing
 
 DTYPES = ("float32", "float16")  # of the stored weights; the graph computes in float32
@@ -44,6 +46,8 @@ def write_onnx(
     features: tuple[int, int, int] | None = None,
     output_size: tuple[int, int] | None = None,
     dtype: str | None = None,
+    encoder: str | None = None,
+    stride: int = 16,
 ) -> Path:
     """Write a model as an ONNX file, opset 18.
 
@@ -59,10 +63,13 @@ def write_onnx(
         features: height and width of the features, and their number of channels.
         output_size: height and width of the output (default: the image's).
         dtype: type of the stored weights: float32, or float16, which halves the file; the graph computes in float32.
+        encoder: an EfficientNet-Lite that the file holds too: it then takes images of every size, without features.
+        stride: of that encoder's features, 16 or 32.
 
     Raises:
         ImportError: if the package onnx is not installed.
-        ValueError: for another suffix, one size without the other, sizes that are impossible, or another dtype.
+        ValueError: for another suffix, one size without the other, sizes that are impossible, another dtype, or an
+            encoder or stride that cannot be exported, or not with sizes.
         OSError: if the file cannot be written.
     """
     path = check_path(path)
@@ -71,15 +78,37 @@ def write_onnx(
     sizes = check_sizes(image_size, features, output_size)
     need_onnx()
     half = dtype == "float16"
-    if sizes is None:
-        data = graph.build(config, tensors, half=half).SerializeToString()
+    if encoder is None:
+        model = graph.build(config, tensors, half=half, sizes=sizes)
     else:
-        data = graph.build(config, tensors, half=half, sizes=sizes).SerializeToString()
+        if sizes is not None:
+            raise ValueError(
+                f"encoder={encoder!r}: a file that holds an encoder takes every size; leave the sizes out."
+            )
+        model = build_combined(config, tensors, encoder, stride, half=half)
     with replacing(path) as temporary:
-        temporary.write_bytes(data)
+        temporary.write_bytes(model.SerializeToString())
     if sizes is None:
         with replacing(inputs_path(path)) as temporary:
             temporary.write_text(standalone_inputs())
+    return path
+
+
+def write_encoder(name: str, path: str | os.PathLike, *, dtype: str | None = None) -> Path:
+    """Write an EfficientNet-Lite as an ONNX file for images of every size.
+
+    Its input is `image` (B, 3, H, W), normalised as its metadata says, its outputs `stride16` and `stride32`.
+
+    Raises:
+        ImportError, ValueError, OSError: as `write_onnx`, and ImportError if the encoder's weights are not installed.
+    """
+    path = check_path(path)
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype={dtype!r}: weights are stored as one of {', '.join(DTYPES)}.")
+    need_onnx()
+    data = build_encoder(name, half=dtype == "float16").SerializeToString()
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
     return path
 
 
@@ -137,6 +166,8 @@ def standalone_inputs() -> str:
     constants = ("TILE_OVERHEAD", "MAX_TILE", "MAX_PAIRS")
     own = (
         inputs.onnx_inputs,
+        inputs.check_image,
+        inputs.check_maps,
         inputs.onnx_tables,
         inputs.image_tables,
         inputs.attention_tables,
