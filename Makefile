@@ -9,7 +9,7 @@ ifeq ($(wildcard /dev/accel* /dev/vfio/* /dev/nvidia*),)
 demo: export JAX_PLATFORMS ?= cpu
 endif
 
-.PHONY: help demo test slow check bench
+.PHONY: help demo test slow check bench page browser
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
 
@@ -30,6 +30,13 @@ check: $(STAMP)  ## lint, format and type check, and build the API reference in 
 
 bench: $(STAMP)  ## print the benchmarks' tables
 	$(PY) -m benchmarks.run
+
+page: $(STAMP)  ## write the browser page to web/ and serve it on http://127.0.0.1:8000/
+	$(PY) -m tools.page
+
+browser:  ## install Chromium from Debian's packages, with which the page is tested
+	apt-get update
+	apt-get install --yes --no-install-recommends chromium chromium-driver
 
 # Where constraints.txt was made, it names everything that is needed: it is installed as it stands, and pip resolves nothing.
 HERE := $(shell $(PYTHON) -c 'import platform, sys; print(*sys.version_info[:2], platform.system(), platform.machine())')

@@ -234,7 +234,7 @@ function reflection(size) {
 const ints = (dims, numbers) => ({ type: "int64", dims, data: BigInt64Array.from(numbers, BigInt) });
 const vector = (...numbers) => ints([numbers.length], numbers);
 const floats = (dims, data) => ({ type: "float32", dims, data });
-const flag = (value) => ({ type: "bool", dims: [], data: Uint8Array.of(value ? 1 : 0) });
+const flag = (value) => ({ type: "bool", dims: [1], data: Uint8Array.of(value ? 1 : 0) });
 
 /**
  * Return the tables for an image and features of these shapes, NCHW.
