@@ -72,7 +72,7 @@ class Graph:
         return self.constant(np.array(numbers, np.int64))
 
     def number(self, number: float) -> str:
-        return self.constant(np.float32(number))
+        return self.constant(np.array(number, np.float32))
 
     def input(self, name: str, kind: type, shape: Sequence[str | int]) -> str:
         from onnx import helper
@@ -128,7 +128,7 @@ class Graph:
         casts = [node for node in self.nodes if node.op_type == "Cast" and node.input[0] in stored]
         return casts + [node for node in self.nodes if not (node.op_type == "Cast" and node.input[0] in stored)]
 
-    def model(self, output: str, shape: Sequence[str], metadata: Mapping[str, str]) -> Any:
+    def model(self, output: str, shape: Sequence[str | int], metadata: Mapping[str, str]) -> Any:
         """Return the checked model, whose output is called `hr`."""
         import onnx
         from onnx import TensorProto, helper, numpy_helper

@@ -24,7 +24,9 @@ EPSILON = 1e-3  # of every norm
 STRIDES = (16, 32)
 
 
-def build_encoder(name: str, tensors: Mapping[str, np.ndarray] | None = None, *, half: bool = False, prefix: str = "") -> Any:
+def build_encoder(
+    name: str, tensors: Mapping[str, np.ndarray] | None = None, *, half: bool = False, prefix: str = ""
+) -> Any:
     """Return an EfficientNet-Lite as an `onnx.ModelProto`.
 
     Its input is `image` (B, 3, H, W), normalised with the mean and the standard deviation in its metadata; its outputs
@@ -77,7 +79,9 @@ class Writer:
         self.crop(deep, size, coarse)
 
         outputs = [
-            helper.make_tensor_value_info(f"{g.prefix}stride{s}", TensorProto.FLOAT, ("B", width, f"H // {s}", f"W // {s}"))
+            helper.make_tensor_value_info(
+                f"{g.prefix}stride{s}", TensorProto.FLOAT, ("B", width, f"H // {s}", f"W // {s}")
+            )
             for s, width in zip(STRIDES, self.config.widths[-len(STRIDES) :])
         ]
         constants = [numpy_helper.from_array(array, name) for name, array in g.constants.values()]

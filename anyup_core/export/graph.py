@@ -45,7 +45,7 @@ TABLES: dict[str, tuple[type, tuple[str | int, ...]]] = {
     "reflected_cols": (np.int64, ("reflected_w",)),
     "query_rows": (np.int64, ("steps", "strips", "strip_rows", "row_taps")),
     "query_row_shares": (np.float32, ("steps", "strips", "strip_rows", "row_taps", 1, 1, 1)),
-    "resize_cols": (np.bool_, ()),
+    "resize_cols": (np.bool_, (1,)),
     "query_cols": (np.float32, ("query_W", "query_Wo")),
     "query_shape": (np.int64, (4,)),
     "query_pads": (np.int64, (8,)),
@@ -62,7 +62,7 @@ TABLES: dict[str, tuple[type, tuple[str | int, ...]]] = {
     "output_tiles": (np.int64, (6,)),
     "strip_shape": (np.int64, (4,)),
     "output_shape": (np.int64, (4,)),
-    "crop_rows": (np.bool_, ()),
+    "crop_rows": (np.bool_, (1,)),
     "output_height": (np.int64, (1,)),
     "output_width": (np.int64, (1,)),
 }

@@ -6,10 +6,11 @@ that one file serves images, features and outputs of every size.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Shaped
@@ -190,7 +191,7 @@ def attention_tables(
     return {
         "query_rows": index[wanted].reshape(split),
         "query_row_shares": (weights[wanted] * inside[..., None]).reshape(*split, 1, 1, 1),
-        "resize_cols": np.array(sides[1] != size[1]),
+        "resize_cols": np.array([sides[1] != size[1]]),
         "query_cols": pooling(sides[1], size[1]).T if sides[1] != size[1] else np.zeros((1, 1), np.float32),
         "query_shape": np.array([-1, dim, tall.size + 2, size[1]]),
         "query_pads": np.array([0, 0, 0, 0, 0, 0, 0, wide.runs * wide.size - size[1]]),
@@ -207,7 +208,7 @@ def attention_tables(
         "output_tiles": np.array([strips, batch, wide.runs, channels, tall.size, wide.size]),
         "strip_shape": np.array([batch, channels, strips * tall.size, wide.runs * wide.size]),
         "output_shape": np.array([batch, channels, tall.runs * tall.size, size[1]]),
-        "crop_rows": np.array(tall.runs * tall.size != size[0]),
+        "crop_rows": np.array([tall.runs * tall.size != size[0]]),
         "output_height": np.array(size[:1]),
         "output_width": np.array(size[1:]),
     }
@@ -243,7 +244,7 @@ def onnx_settings(model: str | os.PathLike | Mapping[str, str]) -> dict[str, Any
     return json.loads(metadata[METADATA])
 
 
-def read_metadata(file: BinaryIO) -> Iterator[tuple[str, str]]:
+def read_metadata(file: io.BufferedIOBase) -> Iterator[tuple[str, str]]:
     """Yield the metadata of an ONNX file, field 14 of its protocol buffer; everything else is skipped.
 
     Raises:
@@ -266,8 +267,6 @@ def read_metadata(file: BinaryIO) -> Iterator[tuple[str, str]]:
 
 def _entry(data: bytes) -> tuple[str, str]:
     """Return key and value of a StringStringEntryProto."""
-    import io
-
     file, texts = io.BytesIO(data), {}
     while file.tell() < len(data):
         field = _varint(file) // 8
@@ -275,7 +274,7 @@ def _entry(data: bytes) -> tuple[str, str]:
     return texts.get(1, ""), texts.get(2, "")
 
 
-def _varint(file: BinaryIO) -> int:
+def _varint(file: io.BufferedIOBase) -> int:
     value, shift = 0, 0
     while True:
         byte = file.read(1)

@@ -185,7 +185,7 @@ def standalone_inputs() -> str:
     head = (
         '"""The inputs of an ONNX file of AnyUp: `session.run(None, onnx_inputs("F.onnx", image, features))`.\n\n'
         'Written by `anyup export`; it needs numpy alone. Licence: Apache-2.0.\n"""\n\n'
-        "from __future__ import annotations\n\nimport dataclasses\nimport json\nimport os\n"
+        "from __future__ import annotations\n\nimport dataclasses\nimport io\nimport json\nimport os\n"
         "from collections.abc import Mapping\n\nimport numpy as np\n"
     )
     return "\n\n".join((head + "\n" + "\n".join(values), *sources)).rstrip() + "\n"
