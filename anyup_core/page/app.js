@@ -52,15 +52,22 @@ function complain(error) {
   $("#error").hidden = false;
 }
 
+const underway = new Set();
+
 /** Do something; where it fails, say so in one sentence. */
 async function trying(work) {
   $("#error").hidden = true;
-  try {
-    return await work();
-  } catch (error) {
-    complain(error);
-    return undefined;
-  }
+  const promise = work().catch(complain);
+  underway.add(promise);
+  const result = await promise;
+  underway.delete(promise);
+  return result;
+}
+
+/** Wait until nothing is underway. */
+async function idle() {
+  await window.anyup.ready;
+  while (underway.size) await Promise.all(underway);
 }
 
 // ---- settings, which the address keeps
@@ -482,6 +489,6 @@ async function start() {
   return undefined;
 }
 
-/** For tests and consoles: `await anyup.ready`, `await anyup.open(file)`; `pixels` are what the models saw. */
-window.anyup = { open, ask, loading: [], times: {}, pixels: null, threads: 0 };
+/** For tests and consoles: `await anyup.open(file)`, `await anyup.idle()`; `pixels` are what the models saw. */
+window.anyup = { open, ask, idle, loading: [], times: {}, pixels: null, threads: 0 };
 window.anyup.ready = start();

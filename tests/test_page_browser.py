@@ -1,0 +1,300 @@
+"""The page in Chromium: outputs are those of the same files in Python; it is isolated, works offline, names errors."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import io
+import json
+import shutil
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from anyup_core.export.encoders import METADATA
+from anyup_core.export.inputs import onnx_inputs
+from anyup_core.preprocessing import IMAGENET
+from tools import page as tool
+
+CHROMIUM = shutil.which("chromium")
+RUNTIME = tool.ROOT / "web/runtime"
+MISSING = [
+    *(["chromium (make browser)"] if CHROMIUM is None else []),
+    *(f"the package {name}" for name in ("playwright", "onnxruntime", "onnx") if not importlib.util.find_spec(name)),
+    *([] if RUNTIME.is_dir() else ["web/runtime (make page)"]),
+]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+
+SECONDS = 180_000  # in milliseconds, for a busy machine
+Open = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("web")
+    shutil.copytree(RUNTIME, folder / "runtime")
+    tool.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    here, stop = serving(folder)
+    yield here
+    stop()
+
+
+def serving(folder: Path) -> tuple[str, Callable[[], None]]:
+    server = tool.server(folder)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+
+    def stop() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    return f"http://127.0.0.1:{server.server_port}/", stop
+
+
+@pytest.fixture(scope="module")
+def opened(browser: Any, address: str) -> Iterator[Any]:
+    """A page that shows its example, and whose console is silent to the end."""
+    page, spoken = visit(browser, address)
+    yield page
+    page.context.close()
+    assert spoken == []
+
+
+def visit(browser: Any, address: str, **options: Any) -> tuple[Any, list[str]]:
+    page, spoken = browser.new_context(**options).new_page(), []
+    page.set_default_timeout(SECONDS)
+    page.on("console", lambda message: spoken.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: spoken.append(str(error)))
+    began = time.monotonic()
+    page.goto(address)
+    page.wait_for_function("window.anyup && anyup.times.AnyUp > 0")
+    print(f"first picture after {time.monotonic() - began:.1f} s, {page.evaluate('anyup.threads')} threads")
+    return page, spoken
+
+
+def give(page: Any, name: str, content: bytes) -> None:
+    """Choose a file, and wait until the page has done with it."""
+    page.set_input_files("#file", dict(name=name, mimeType="", buffer=content))
+    page.evaluate("anyup.idle()")
+
+
+def photograph(width: int, height: int) -> bytes:
+    """Return a smooth picture with some edges, as a PNG file."""
+    y, x = np.mgrid[:height, :width] / max(width, height)
+    waves = [np.sin(17 * x + 5 * y), np.cos(23 * y * (1 + x)), np.sign(np.sin(9 * (x - y)))]
+    pixels = (127.5 + 100 * np.stack(waves, -1)).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def chosen(page: Any, **settings: object) -> None:
+    for field, value in settings.items():
+        page.check(f'input[name="{field}"][value="{value}"]')
+        page.evaluate("anyup.idle()")
+
+
+def seen_by(page: Any, which: str) -> np.ndarray:
+    """Return the pixels that a model saw, in [0, 1], NCHW."""
+    script = """which => {
+        const { data, width, height } = anyup.pixels[which];
+        let text = "";
+        for (const byte of data) text += String.fromCharCode(byte);
+        return [btoa(text), height, width];
+    }"""
+    text, height, width = page.evaluate(script, which)
+    pixels = np.frombuffer(base64.b64decode(text), np.uint8).reshape(height, width, 4)[..., :3]
+    return pixels.transpose(2, 0, 1)[None].astype(np.float32) / 255
+
+
+def downloaded(page: Any, button: str) -> bytes:
+    with page.expect_download() as download:
+        page.click(button)
+    return Path(download.value.path()).read_bytes()
+
+
+def normalised(image: np.ndarray, mean: Any, std: Any) -> np.ndarray:
+    return ((image - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("stride", "side", "picture", "size"),
+    [(16, 112, (300, 200), (80, 112)), (32, 224, (180, 240), (224, 160)), (16, 224, (500, 500), (224, 224))],
+)
+def test_the_output_is_that_of_the_files(
+    stride: int, side: int, picture: tuple[int, int], size: tuple[int, int], opened: Any, folder: Path
+) -> None:
+    import onnxruntime
+
+    chosen(opened, stride=stride, side=side)
+    give(opened, "waves.png", photograph(*picture))
+    found = np.load(io.BytesIO(downloaded(opened, "#npy")))
+    encoder, model = (
+        onnxruntime.InferenceSession(folder / f"models/{name}.onnx", providers=["CPUExecutionProvider"])
+        for name in ("lite0", "anyup")
+    )
+    settings = json.loads(encoder.get_modelmeta().custom_metadata_map[METADATA])
+    image = normalised(seen_by(opened, "seen"), settings["mean"], settings["std"])
+    (features,) = encoder.run([f"stride{stride}"], {"image": image})
+    guide = normalised(seen_by(opened, "guide"), *IMAGENET)
+    assert guide.shape[2:] == size
+    metadata = model.get_modelmeta().custom_metadata_map
+    (expected,) = model.run(["hr"], onnx_inputs(metadata, guide, features))
+    print(f"largest difference {abs(found - expected).max():.1e} of values up to {abs(expected).max():.1f}")
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
+    drawn = Image.open(io.BytesIO(downloaded(opened, "#png")))
+    assert drawn.size == size[::-1]
+    assert len(drawn.getcolors(1 << 20) or ()) > 100
+
+
+def header_only(width: int, height: int) -> bytes:
+    """Return a PNG file of a size, whose pixels are not worth decoding."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def test_a_picture_after_a_mistake(opened: Any) -> None:
+    chosen(opened, side=112)
+    give(opened, "empty.png", b"")
+    assert opened.is_visible("#error")
+    give(opened, "waves.png", photograph(64, 48))
+    assert opened.is_hidden("#error")
+
+
+WRONG = {
+    "cut off.png": lambda: photograph(64, 64)[:900],
+    "noise.jpg": lambda: np.random.default_rng(0).bytes(4000),
+    "begins well.jpg": lambda: b"\xff\xd8\xff\xe0\x00\x10JFIF",
+    "no pixels.png": lambda: header_only(64, 64),
+    "large.png": lambda: header_only(10_000, 10_000),
+    "narrow.png": lambda: photograph(600, 3),
+    "empty.png": bytes,
+    "letter.txt": lambda: b"Dear reader",
+    "noise.onnx": lambda: np.random.default_rng(0).bytes(4000),
+    "another.onnx": lambda: b"",
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_file_of_no_use_is_one_sentence(name: str, opened: Any) -> None:
+    times = opened.evaluate("anyup.times")
+    assert times["AnyUp"] > 0
+    give(opened, name, WRONG[name]())
+    sentence = opened.inner_text("#error")
+    assert sentence.startswith(name)
+    assert sentence.endswith(".")
+    assert sentence.count(". ") == 0
+    assert opened.evaluate("anyup.times") == times  # the picture before it still stands
+    if name == "large.png":
+        assert "100 million" in sentence
+
+
+def test_it_is_isolated_so_it_has_threads(opened: Any) -> None:
+    assert opened.evaluate("crossOriginIsolated") is True
+    assert opened.evaluate("anyup.threads") == min(8, opened.evaluate("navigator.hardwareConcurrency"))
+
+
+def canvas(page: Any, panel: str) -> bytes:
+    return page.evaluate("panel => document.querySelector(`.panels canvas[data-map=${panel}]`).toDataURL()", panel)
+
+
+def test_pointing_compares_and_leaving_restores(opened: Any) -> None:
+    chosen(opened, stride=16, side=112, mode="compare")
+    before = canvas(opened, "anyup")
+    opened.hover("#stage", position=dict(x=80, y=60))
+    opened.wait_for_function("!document.querySelector('#stage .window').hidden")
+    opened.evaluate("anyup.idle()")
+    assert canvas(opened, "anyup") != before
+    box, frame = opened.locator("#stage .window").bounding_box(), opened.locator("#stage").bounding_box()
+    assert box["x"] <= frame["x"] + 80 <= box["x"] + box["width"]
+    assert box["y"] <= frame["y"] + 60 <= box["y"] + box["height"]
+    opened.hover("h1")
+    opened.wait_for_function("document.querySelector('#stage .window').hidden")
+    assert canvas(opened, "anyup") == before
+
+
+def test_the_keyboard_suffices(opened: Any) -> None:
+    chosen(opened, stride=16, side=112, mode="compare")
+    before = canvas(opened, "anyup")
+    opened.focus("#stage")
+    opened.keyboard.press("Shift+ArrowRight")
+    opened.wait_for_function("!document.querySelector('#stage .window').hidden")
+    for count in (1, 2):
+        opened.keyboard.press("Enter")
+        opened.wait_for_function(f"document.querySelectorAll('#stage .seeds b').length === {count}")
+        opened.keyboard.press("Shift+ArrowLeft")
+        opened.keyboard.press("Shift+ArrowUp")
+    assert opened.is_checked('input[name="mode"][value="segment"]')
+    drawn = Image.open(io.BytesIO(base64.b64decode(canvas(opened, "low").partition(",")[2])))
+    assert len(drawn.convert("RGB").getcolors() or ()) == 2
+    opened.keyboard.press("Escape")
+    opened.wait_for_function("document.querySelectorAll('.seeds b').length === 0")
+    assert canvas(opened, "anyup") == before
+
+
+def test_weights_of_ones_own(opened: Any, folder: Path) -> None:
+    chosen(opened, stride=16, side=112)
+    before = canvas(opened, "anyup")
+    import onnx
+
+    model = onnx.load(folder / "models/anyup.onnx")
+    (entry,) = model.metadata_props
+    entry.value = json.dumps(json.loads(entry.value) | dict(window_ratio=0.0))
+    give(opened, "whole.onnx", model.SerializeToString())
+    assert canvas(opened, "anyup") != before
+    give(opened, "anyup.onnx", (folder / "models/anyup.onnx").read_bytes())
+    assert canvas(opened, "anyup") == before
+
+
+def test_the_address_keeps_the_settings_and_the_page_works_offline(browser: Any, folder: Path) -> None:
+    here, stop = serving(folder)
+    page, spoken = visit(browser, f"{here}#stride=32&side=112&mode=segment&split=25")
+    assert [page.is_checked(f'input[value="{value}"]') for value in ("32", "112", "segment")] == [True] * 3
+    assert page.input_value("#split") == "25"
+    chosen(page, stride=16)
+    assert page.url.partition("#")[2] == "stride=16&side=112&mode=segment&split=25"
+    stop()
+    page.reload()
+    page.wait_for_function("window.anyup && anyup.times.AnyUp > 0")
+    assert page.is_hidden("#error")
+    assert [line for line in spoken if "ERR_CONNECTION_REFUSED" not in line] == []
+    page.context.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (768, "dark"), (1280, "light")])
+def test_every_width_holds_the_page(
+    width: int, scheme: str, browser: Any, address: str, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    options = dict(viewport=dict(width=width, height=800), color_scheme=scheme)
+    page, spoken = visit(browser, f"{address}#side=112", **options)
+    page.screenshot(path=tmp_path / f"{width}.png", full_page=True)
+    print(tmp_path / f"{width}.png")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.context.close()
+    assert spoken == []
