@@ -11,6 +11,7 @@ from benchmarks.attention import attention
 from benchmarks.bands import bands
 from benchmarks.data import data
 from benchmarks.encoders import encoders, encoders_tpu
+from benchmarks.export import export
 from benchmarks.forward import forward, large, memory, scaling
 from benchmarks.gpu import gpu
 from benchmarks.knobs import knobs
@@ -33,6 +34,7 @@ TABLES = {
         large,
         bands,
         many,
+        export,
         knobs,
         attention,
         windows,

@@ -18,6 +18,7 @@ from benchmarks import (
     bands,
     data,
     encoders,
+    export,
     many,
     plain_upsamplers,
     pod,
@@ -211,6 +212,16 @@ def test_data_pipelines_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert columns[2][0] == "1.00 x"
     assert min(float(cell) for cell in columns[1] + columns[3]) > 0
     assert torch.get_num_threads() == threads
+
+
+def test_the_onnx_file_is_timed_against_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(export, "measure", export.run)
+    monkeypatch.setattr(export, "SIZES", ((32, 4, 8),))
+    columns = {column.header: list(column.cells) for column in export.export(1).columns}
+    assert len(columns["error"]) == 2
+    assert float(columns["error"][0]) <= 2e-4 <= float(columns["error"][1]) <= 1e-2
+    assert float(columns["MB"][1]) < 0.55 * float(columns["MB"][0])
 
 
 def test_upsamplers_are_timed_against_the_plain_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
