@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from anyup_core.export.onnx_file import write_onnx
+from anyup_torch import pretrained, upsamplers
 from anyup_torch.model import AnyUp
-from anyup_torch.pretrained import checkpoint
+from anyup_torch.upsamplers.jafar import JAFAR
 
 
 def export_onnx(
-    model: AnyUp,
+    model: Any,
     path: str | os.PathLike,
     *,
     image_size: tuple[int, int] | None = None,
@@ -27,7 +29,7 @@ def export_onnx(
     what it needs, and is written beside it as `F_inputs.py`. With sizes it takes `image` and `features` of these alone.
 
     Args:
-        model: whose parameters and settings are written; submodules that were replaced are not.
+        model: AnyUp, or JAFAR of `upsamplers`, as it was made; a model with replaced submodules is refused.
         path: of the file, .onnx.
         image_size: height and width of the image of a closed file.
         features: height and width of its features, and their number of channels.
@@ -39,11 +41,18 @@ def export_onnx(
     Raises:
         ImportError: if the package onnx is not installed.
         ValueError: for settings, sizes or paths that are impossible, and for a model with changed submodules.
+        TypeError: for another upsampler.
         OSError: if the file cannot be written.
     """
-    if changed := model.changed:
-        raise ValueError(f"{', '.join(changed)} differ from AnyUp's own; an ONNX file holds the published model alone.")
-    saved = checkpoint(model)
+    if not isinstance(model, AnyUp | JAFAR):
+        name = type(model).__name__
+        raise TypeError(
+            f"{name} cannot be written as ONNX, AnyUp and JAFAR can; anyup_torch.export writes {name} as .pt2."
+        )
+    if model.changed:
+        names = ", ".join(model.changed) if isinstance(model, AnyUp) else "submodules"
+        raise ValueError(f"{names} differ from the model's own; an ONNX file holds the published model alone.")
+    saved = pretrained.checkpoint(model) if isinstance(model, AnyUp) else upsamplers.checkpoint(model)
     return write_onnx(
         model.config,
         saved.tensors,

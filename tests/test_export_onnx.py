@@ -14,10 +14,13 @@ import torch
 
 import anyup_core
 import anyup_torch
+import anyup_torch.upsamplers.jafar
+import anyup_torch.upsamplers.naf
 from anyup_core.export import graph, inputs, onnx_file
 from anyup_core.export.builder import count_nodes
 from anyup_core.preprocessing import IMAGENET, normalize
 from anyup_jax import cli
+from anyup_torch import upsamplers
 from tests import hidden
 
 onnx = pytest.importorskip("onnx")
@@ -195,7 +198,7 @@ np.savez({str(path.parent / "feeds.npz")!r}, **feeds)
 
 
 def test_tables_are_those_of_the_graph(path: Path) -> None:
-    settings = inputs.onnx_settings(path)
+    settings = inputs.onnx_settings(path) | dict(tables=list(graph.TABLES))
     tables = inputs.onnx_tables(settings, (2, 3, 50, 60), (2, 7, 5, 6), (51, 61), 4)
     assert set(tables) == set(graph.TABLES)
     for name, (kind, shape) in graph.TABLES.items():
@@ -253,6 +256,29 @@ def test_files_that_cannot_be_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("channels", [20, 128])
+def test_jafar(channels: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = upsamplers.jafar.JAFAR(channels=channels).eval()
+    path = anyup_torch.export_onnx(model, tmp_path / "jafar.onnx")
+    for batch, sizes, size in ((1, ((48, 64), (3, 4)), None), (2, ((37, 41), (5, 6)), (50, 61))):
+        image, features = noise(batch, *sizes, channels)
+        close(
+            run(path, anyup_core.onnx_inputs(path, image, features, size)), expected(model, image, features, size), 2e-5
+        )
+    with pytest.raises(ValueError, match=f"for {channels} channels"):
+        anyup_core.onnx_inputs(path, image, features[:, :5])
+    closed = anyup_torch.export_onnx(model, tmp_path / "closed.onnx", image_size=(16, 32), features=(2, 4, channels))
+    image, features = noise(1, (16, 32), (2, 4), channels)
+    output = runtime.InferenceSession(str(closed)).run(None, dict(image=image, features=features))[0]
+    close(output, expected(model, image, features), 2e-5)
+
+
+def test_other_upsamplers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="NAF cannot be written as ONNX"):
+        anyup_torch.export_onnx(upsamplers.naf.NAF(), tmp_path / "naf.onnx")
+
+
 def test_a_model_with_other_submodules_is_refused(tmp_path: Path) -> None:
     model = anyup_torch.AnyUp(qk_dim=32)
     model.query_encoder[1] = torch.nn.Identity()
@@ -271,9 +297,19 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (tmp_path / "encoder.onnx").stat().st_size < 7e6
 
 
+def test_the_command_for_jafar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    state = upsamplers.jafar.JAFAR(channels=8).state_dict()
+    torch.save({"jafar": state}, tmp_path / "weights.pth")
+    arguments = ["export", str(tmp_path / "weights.pth"), str(tmp_path / "jafar.onnx"), "--upsampler", "jafar"]
+    assert cli.main([*arguments, "--image", "32", "48", "--features", "2", "3", "8", "--verify"]) == 0
+    assert "largest difference" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([WEIGHTS, "model.onnx", "--upsampler", "naf"], "AnyUp and jafar are"),
         ([WEIGHTS, "model.xyz"], "says no format"),
         ([WEIGHTS, "model.pt2"], "give --image"),
         ([WEIGHTS, "model.stablehlo", "--image", "8", "8"], "give --image"),

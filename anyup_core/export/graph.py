@@ -45,6 +45,7 @@ TABLES: dict[str, tuple[type, tuple[str | int, ...]]] = {
     "reflected_cols": (np.int64, ("reflected_w",)),
     "query_rows": (np.int64, ("steps", "strips", "strip_rows", "row_taps")),
     "query_row_shares": (np.float32, ("steps", "strips", "strip_rows", "row_taps", 1, 1, 1)),
+    "strip_shares": (np.float32, ("steps", "strips", "strip_rows", 1, 1, 1)),
     "resize_cols": (np.bool_, (1,)),
     "query_cols": (np.float32, ("query_W", "query_Wo")),
     "query_shape": (np.int64, (4,)),
@@ -107,6 +108,8 @@ def build(
 class Writer:
     """Writes the graph; the methods return names of tensors."""
 
+    tables: tuple[str, ...] = tuple(name for name in TABLES if name != "strip_shares")
+
     def __init__(
         self,
         config: AnyUpConfig,
@@ -124,7 +127,8 @@ class Writer:
         shapes = self.input_shapes()
         image, features, values = (g.input(name, np.float32, shapes[name]) for name in ("image", "features", "values"))
         if self.sizes is None:
-            for name, (kind, shape) in TABLES.items():
+            for name in self.tables:
+                kind, shape = TABLES[name]
                 g.input(name, kind, tuple(dim if axis == "D" else axis for axis in shape))
         else:
             del g.inputs["values"]
@@ -133,9 +137,7 @@ class Writer:
             g.known.update(onnx_tables(self.settings(), *given))
         described = self.describe(features)
         key, query = self.encode(image)
-        joined = g.op("Concat", key, described, axis=1)
-        keys = self.small_encoder(joined, "aggregation")
-        output = self.attend(query, self.project(keys), values)
+        output = self.attend(query, self.project(self.keys(key, described)), values)
         metadata = {METADATA: json.dumps(self.settings())}
         return g.model(output, shapes["hr"], metadata)
 
@@ -160,6 +162,10 @@ class Writer:
         frequencies = [[float(f"{x:.9g}") for x in row] for row in self.tensors["rope.freqs"]]
         settings = {name: fields[name] for name in names}
         return settings | dict(filters=self.config.filters, loops=self.g.loops, frequencies=frequencies)
+
+    def keys(self, key: str, described: str) -> str:
+        """Return the keys of the cells, from the image's and the features'."""
+        return self.small_encoder(self.g.op("Concat", key, described, axis=1), "aggregation")
 
     # the pixels of the image, in blocks of rows
 
@@ -259,9 +265,15 @@ class Writer:
         (rows,) = g.over_blocks(body, [(hidden[0], np.float32), (x[0], np.float32)])
         return g.op("Reshape", rows, "rows_shape")
 
-    def affine(self, moments: str, norm: str) -> tuple[str, str]:
-        """Return scale and shift (B, D, 1) that apply a GroupNorm, given each block's share of mean and mean square."""
-        g, gamma, beta = self.g, self.tensors[f"{norm}.weight"][:, None], self.tensors[f"{norm}.bias"][:, None]
+    def affine(self, moments: str, norm: str | None) -> tuple[str, str]:
+        """Return scale and shift (B, D, 1) that apply a GroupNorm, given each block's share of mean and mean square.
+
+        `norm` is None for one without weights.
+        """
+        g = self.g
+        gamma, beta = np.ones((self.config.qk_dim, 1), np.float32), np.zeros((self.config.qk_dim, 1), np.float32)
+        if norm is not None:
+            gamma, beta = self.tensors[f"{norm}.weight"][:, None], self.tensors[f"{norm}.bias"][:, None]
         size = len(gamma) // NORM_GROUPS
         groups = np.kron(np.eye(NORM_GROUPS), np.full((size, size), 1 / size)).astype(np.float32)
         whole = g.op("ReduceSum", moments, g.ints(0), keepdims=0)
@@ -312,9 +324,10 @@ class Writer:
         return self.small_residual(unified, "key_features_encoder.2")
 
     def small_encoder(self, x: str, name: str) -> str:
-        g = self.g
-        x = g.op("Gather", g.op("Gather", x, "reflected_rows", axis=2), "reflected_cols", axis=3)
-        x = g.conv(x, self.tensors[f"{name}.0.weight"])
+        g, weight = self.g, self.tensors[f"{name}.0.weight"]
+        if weight.shape[2] > 1:
+            x = g.op("Gather", g.op("Gather", x, "reflected_rows", axis=2), "reflected_cols", axis=3)
+        x = g.conv(x, weight)
         return self.small_residual(self.small_residual(x, f"{name}.1"), f"{name}.2")
 
     def small_residual(self, x: str, name: str) -> str:
@@ -371,18 +384,12 @@ class Writer:
 
     def attend(self, query: str, keys: str, values: str) -> str:
         """Return the output (B, E, Ho, Wo)."""
-        g = self.g
+        g, query = self.g, self.normed_query(query)
         seen = g.op("Transpose", g.op("Reshape", values, g.ints(0, 0, -1)), perm=[2, 0, 1])  # (cells, B, E)
         conv = self.tensors["cross_decode.conv2d.weight"]
 
         def body(g: Graph, rows: str, shares: str, key_rows: str, row_bias: str) -> list[str]:
-            q = g.op("Mul", g.op("Gather", query, rows, axis=0), shares)  # (strips, rows, taps, B, D, W)
-            q = g.op("ReduceSum", q, g.ints(2), keepdims=0)
-            q = g.choose(
-                "resize_cols",
-                lambda g: g.op("MatMul", q, "query_cols"),
-                lambda g: g.op("Identity", q),
-            )
+            q = self.strip(g, query, rows, shares)
             q = g.op("Reshape", g.op("Transpose", q, perm=[0, 2, 3, 1, 4]), "query_shape")
             attributes = dict(kernel_shape=[3, 3], strides=[1, 1], dilations=[1, 1], pads=[0, 1, 0, 1], group=1)
             q = g.op("Conv", q, g.weight(conv), **attributes)  # (strips B, D, rows, Wo)
@@ -418,3 +425,13 @@ class Writer:
             return g.op("Slice", whole(g), g.ints(0), "output_height", g.ints(2))
 
         return g.choose("crop_rows", cropped, whole)
+
+    def normed_query(self, query: str) -> str:
+        """Prepare the norm of the queries of the output's size, where there is one; return their rows."""
+        return query
+
+    def strip(self, g: Graph, query: str, rows: str, shares: str) -> str:
+        """Return strips of queries at the output's size (strips, rows, B, D, Wo); rows outside of it are zero."""
+        q = g.op("Mul", g.op("Gather", query, rows, axis=0), shares)  # (strips, rows, taps, B, D, W)
+        q = g.op("ReduceSum", q, g.ints(2), keepdims=0)
+        return g.choose("resize_cols", lambda g: g.op("MatMul", q, "query_cols"), lambda g: g.op("Identity", q))

@@ -29,6 +29,7 @@ from anyup_core.geometry import (
 METADATA = "anyup"  # the entry of a file's metadata that holds the settings, as JSON
 BLOCK = 4096  # pixels of the image worked on at once
 RESPONSES = 1 << 20  # responses of the feature unification worked on at once
+PAIRS = 1 << 21  # pairs of positions and cells of a strip, where every position sees every cell
 NEVER = -1e4  # added to the score of a key that is not seen
 
 
@@ -70,7 +71,7 @@ def onnx_inputs(
         if features is None:
             raise ValueError("features are missing; the file holds no encoder.")
         values = features if values is None else values
-        check_maps(image, features, values)
+        check_maps(settings, image, features, values)
         shape, arrays, channels = features.shape, dict(image=image, features=features, values=values), values.shape[1]
     tables = onnx_tables(settings, image.shape, shape, size, channels)
     return {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()} | tables
@@ -84,11 +85,13 @@ def check_image(settings: Mapping[str, Any], image: np.ndarray) -> None:
         raise ValueError(f"image has shape {image.shape}; the model is for {settings['input_dim']} channels, NCHW.")
 
 
-def check_maps(image: np.ndarray, features: np.ndarray, values: np.ndarray) -> None:
+def check_maps(settings: Mapping[str, Any], image: np.ndarray, features: np.ndarray, values: np.ndarray) -> None:
     """Raise ValueError for features or values that do not fit the image or each other."""
     for name, array in (("features", features), ("values", values)):
         if np.ndim(array) != 4 or 0 in np.shape(array):
             raise ValueError(f"{name} has shape {np.shape(array)}; it must have four axes, NCHW, none of them empty.")
+    if settings.get("width", features.shape[1]) != features.shape[1]:
+        raise ValueError(f"features have shape {features.shape}; the model is for {settings['width']} channels, NCHW.")
     if image.shape[0] != features.shape[0]:
         raise ValueError(f"image {image.shape}, features {features.shape} differ in the batch size.")
     if values.shape[0] != features.shape[0] or values.shape[2:] != features.shape[2:]:
@@ -111,6 +114,10 @@ def onnx_tables(
         channels: of the values.
     """
     tables = image_tables(settings, image, features) | attention_tables(settings, image, features, size, channels)
+    if "tables" in settings:
+        tables = {name: tables[name] for name in settings["tables"]}
+    else:
+        del tables["strip_shares"]
     types = {"f": np.float32, "i": np.int64, "b": np.bool_}
     return {name: np.ascontiguousarray(table, types[np.asarray(table).dtype.kind]) for name, table in tables.items()}
 
@@ -177,7 +184,10 @@ def attention_tables(
     (batch, _, *sides), cells = image, features[2:]
     heads, dim = settings["num_heads"], settings["qk_dim"]
     windows = [axis_window(n, m, settings["window_ratio"], settings["window"]) for n, m in zip(size, cells)]
-    sizes = [tiles.size for tiles in plan_tiles(*windows)]
+    if all((window.count == 1).all() and window.span == window.keys for window in windows):  # one tile a strip
+        sizes = [min(size[0], max(1, PAIRS // (size[1] * cells[0] * cells[1]))), size[1]]
+    else:
+        sizes = [tiles.size for tiles in plan_tiles(*windows)]
     tall, wide = (tile_axis(lengthened(window, side), side) for window, side in zip(windows, sizes))
     strips = 1 if settings["loops"] else tall.runs
     steps, seen, tile = tall.runs // strips, tall.span * wide.span, tall.size * wide.size
@@ -186,11 +196,14 @@ def attention_tables(
     wanted = tall.size * np.arange(tall.runs)[:, None] + np.arange(-1, tall.size + 1)
     index, weights = pool_bins(sides[0], size[0])
     inside, wanted = (wanted >= 0) & (wanted < size[0]), wanted.clip(0, size[0] - 1)
+    strip_shares = inside / (size[0] * size[1])
+    strip_shares[:, [0, -1]] = 0
     split = (steps, strips, tall.size + 2, index.shape[1])
     key_rows = cells[1] * (tall.start[:, None] + np.arange(tall.span))
     return {
         "query_rows": index[wanted].reshape(split),
         "query_row_shares": (weights[wanted] * inside[..., None]).reshape(*split, 1, 1, 1),
+        "strip_shares": strip_shares.reshape(steps, strips, -1, 1, 1, 1),
         "resize_cols": np.array([sides[1] != size[1]]),
         "query_cols": pooling(sides[1], size[1]).T if sides[1] != size[1] else np.zeros((1, 1), np.float32),
         "query_shape": np.array([-1, dim, tall.size + 2, size[1]]),

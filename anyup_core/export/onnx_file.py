@@ -14,7 +14,9 @@ from anyup_core.config import AnyUpConfig
 from anyup_core.export import graph, inputs
 from anyup_core.export.combined import build_combined
 from anyup_core.export.encoders import build_encoder
+from anyup_core.export.jafar import build_jafar
 from anyup_core.replacement import replacing
+from anyup_core.upsamplers.jafar import JAFARConfig
 
 DTYPES = ("float32", "float16")  # of the stored weights; the graph computes in float32
 GEOMETRY = (
@@ -38,7 +40,7 @@ GEOMETRY = (
 
 
 def write_onnx(
-    config: AnyUpConfig,
+    config: AnyUpConfig | JAFARConfig,
     tensors: Mapping[str, np.ndarray],
     path: str | os.PathLike,
     *,
@@ -56,7 +58,7 @@ def write_onnx(
     the file takes `image` (1, input_dim, H, W) and `features` (1, C, h, w) alone, and has neither loops nor branches.
 
     Args:
-        config: the model's.
+        config: the model's, AnyUp or JAFAR.
         tensors: its parameters under their published names.
         path: of the file, .onnx.
         image_size: height and width of the image.
@@ -78,7 +80,13 @@ def write_onnx(
     sizes = check_sizes(image_size, features, output_size)
     need_onnx()
     half = dtype == "float16"
-    if encoder is None:
+    if isinstance(config, JAFARConfig):
+        if encoder is not None:
+            raise ValueError(f"encoder={encoder!r}: only AnyUp is written in one file with an encoder.")
+        if sizes is not None and sizes.channels != config.channels:
+            raise ValueError(f"features={features!r}: this JAFAR is for {config.channels} channels.")
+        model = build_jafar(config, tensors, half=half, sizes=sizes)
+    elif encoder is None:
         model = graph.build(config, tensors, half=half, sizes=sizes)
     else:
         if sizes is not None:
@@ -181,7 +189,7 @@ def standalone_inputs() -> str:
     sources = [inspect.getsource(part) for part in (*own, *GEOMETRY)]
     sources = ["\n".join(line for line in text.splitlines() if "lru_cache" not in line) for text in sources]
     values = [f"{name} = {getattr(geometry, name)}" for name in constants]
-    values += [f"{name} = {getattr(inputs, name)!r}" for name in ("METADATA", "BLOCK", "RESPONSES", "NEVER")]
+    values += [f"{name} = {getattr(inputs, name)!r}" for name in ("METADATA", "BLOCK", "RESPONSES", "PAIRS", "NEVER")]
     head = (
         '"""The inputs of an ONNX file of AnyUp: `session.run(None, onnx_inputs("F.onnx", image, features))`.\n\n'
         'Written by `anyup export`; it needs numpy alone. Licence: Apache-2.0.\n"""\n\n'

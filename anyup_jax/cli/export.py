@@ -6,7 +6,7 @@ import argparse
 import functools
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from anyup_core.export import onnx_file
 from anyup_core.files import resize_image
 from anyup_core.paths import expanded
 from anyup_core.preprocessing import normalize
+from anyup_core.upsamplers import sources
+from anyup_core.upsamplers.catalogue import METHODS
 from anyup_jax.cli.models import say, sizes_text
 from anyup_jax.cli.parser import ENCODER, positive
 
@@ -44,6 +46,9 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help=dtype)
     parser.add_argument("--encoder", metavar="NAME", help="an EfficientNet-Lite that an ONNX file holds too")
     parser.add_argument("--stride", type=positive, default=16, metavar="N", help="of its features, 16 (default) or 32")
+    methods = [name for name, method in METHODS.items() if not method.weightless]
+    other = "whose weights WEIGHTS, a path or a published name, holds (ONNX: jafar alone)"
+    parser.add_argument("--upsampler", choices=methods, help=other)
     parser.add_argument("--window", choices=("paper", "natten"), help="which keys a query sees")
     parser.add_argument("--verify", action="store_true", help="run the file and the model; print error and time")
 
@@ -60,6 +65,12 @@ def export(args: argparse.Namespace) -> None:
         raise ValueError("--encoder goes into ONNX files alone.")
     if suffix == ".onnx" and args.dtype == "bfloat16":
         raise ValueError("--dtype bfloat16: the weights of an ONNX file are float32 or float16.")
+    if args.upsampler and (args.window or args.encoder):
+        raise ValueError("--window and --encoder are AnyUp's; leave out --upsampler, or these.")
+    if args.upsampler and suffix == ".onnx" and args.upsampler != "jafar":
+        raise ValueError(
+            f"--upsampler {args.upsampler} is written as .pt2 or .stablehlo; as .onnx AnyUp and jafar are."
+        )
     if args.weights.startswith("efficientnet_lite"):
         path = _export_encoder(args)
     else:
@@ -82,14 +93,13 @@ def _export_anyup(args: argparse.Namespace, suffix: str) -> Path:
         onnx_file.check_path(args.path)
         onnx_file.check_sizes(**options)
         onnx_file.need_onnx()
-        checkpoint = names.load(args.weights)
-        config = AnyUpConfig().replace(**checkpoint.configured(**overrides))
+        config, tensors = _weights(args, overrides)
         extra = dict(dtype=args.dtype, encoder=args.encoder, stride=args.stride)
         start = time.perf_counter()
-        path = onnx_file.write_onnx(config, checkpoint.tensors, args.path, **options, **extra)
+        path = onnx_file.write_onnx(config, tensors, args.path, **options, **extra)
     else:
         module = _import(suffix)
-        model = module.from_pretrained(args.weights, **overrides)
+        model = _model(module, args, overrides)
         start = time.perf_counter()
         dtype = None if args.dtype == "float32" else args.dtype
         path = Path(module.export(model, args.path, **options, dtype=dtype))
@@ -97,6 +107,22 @@ def _export_anyup(args: argparse.Namespace, suffix: str) -> Path:
     if args.verify:
         _verify(args, path, overrides)
     return path
+
+
+def _weights(args: argparse.Namespace, overrides: dict[str, Any]) -> tuple[Any, Mapping[str, np.ndarray]]:
+    """Return the settings and the tensors, without a framework."""
+    if args.upsampler:
+        loaded = sources.load(args.upsampler, args.weights)
+        return loaded.settings, loaded.tensors
+    checkpoint = names.load(args.weights)
+    return AnyUpConfig().replace(**checkpoint.configured(**overrides)), checkpoint.tensors
+
+
+def _model(package: Any, args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
+    """Return the model in a framework."""
+    if args.upsampler:
+        return importlib.import_module(f"{package.__name__}.upsamplers").from_pretrained(args.upsampler, args.weights)
+    return package.from_pretrained(args.weights, **overrides)
 
 
 def _pair(sizes: list[int] | None) -> Any:
@@ -121,7 +147,7 @@ def _verify(args: argparse.Namespace, path: Path, overrides: dict[str, Any]) -> 
     """
     import anyup_jax
 
-    model = anyup_jax.from_pretrained(args.weights, **overrides)
+    model = _model(anyup_jax, args, overrides)
     size = _pair(args.output_size)
     run = _runner(path, size)
     for name, (image, features) in _cases(args).items():
@@ -141,9 +167,9 @@ def _verify(args: argparse.Namespace, path: Path, overrides: dict[str, Any]) -> 
 
 def _model_output(model: Any, image: np.ndarray, features: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return the model's output, NCHW, for NHWC inputs."""
-    import anyup_jax
+    from anyup_jax import upsamplers
 
-    return np.asarray(anyup_jax.upsample(model, image, features, size), np.float32).transpose(0, 3, 1, 2)
+    return np.asarray(upsamplers.upsample(model, image, features, size), np.float32).transpose(0, 3, 1, 2)
 
 
 def _timed(call: Callable[[], np.ndarray]) -> tuple[np.ndarray, float]:
