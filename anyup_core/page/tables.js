@@ -6,6 +6,7 @@
 const f = Math.fround;
 const BLOCK = 4096; // pixels of the image worked on at once
 const RESPONSES = 1 << 20; // responses of the feature unification worked on at once
+const PAIRS = 1 << 21; // pairs of positions and cells of a strip, where every position sees every cell
 const NEVER = -1e4; // added to the score of a key that is not seen
 const TILE_OVERHEAD = 16000; // query-key pairs that take as long as starting a tile
 const MAX_TILE = 4096; // queries a tile
@@ -312,7 +313,10 @@ export function imageTables(settings, [batch, , height, width], [, channels, ...
 export function attentionTables(settings, [batch, , ...sides], [, , ...cells], size, channels) {
   const { num_heads: heads, qk_dim: dim, window_ratio: ratio, window, loops } = settings;
   const windows = [0, 1].map((axis) => axisWindow(size[axis], cells[axis], ratio, window));
-  const lengths = planTiles(...windows);
+  const whole = windows.every((one) => one.span === one.keys && one.count.every((n) => n === 1)); // one tile a strip
+  const lengths = whole
+    ? [Math.min(size[0], Math.max(1, Math.floor(PAIRS / (size[1] * cells[0] * cells[1])))), size[1]]
+    : planTiles(...windows);
   const [tall, wide] = windows.map((one, axis) => tileAxis(lengthened(one, lengths[axis]), lengths[axis]));
   const strips = loops ? 1 : tall.runs, steps = tall.runs / strips;
   const visible = tall.span * wide.span, tile = tall.size * wide.size;
