@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anyup_core import geometry
+from anyup_core import geometry, visualize
 from anyup_core.export.inputs import onnx_tables
 
 PAGE = Path(__file__).resolve().parents[1] / "anyup_core/page"
@@ -32,8 +33,9 @@ needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node is no
 
 
 def node(script: str, *arguments: str) -> str:
-    """Return what a module that imports everything of tables.js as `t` prints."""
-    source = f"import * as t from {json.dumps((PAGE / 'tables.js').as_uri())};\n{script}"
+    """Return what a module prints that has all of tables.js as `t` and of maths.js as `m`."""
+    files = {name: json.dumps((PAGE / f"{name}.js").as_uri()) for name in ("tables", "maths")}
+    source = f"import * as t from {files['tables']};\nimport * as m from {files['maths']};\n{script}"
     command = ["node", "--input-type=module", "--eval", source, "--", *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
@@ -116,6 +118,36 @@ def test_tables_are_those_of_numpy(window: str, loops: bool) -> None:
             tolerance = 1e-6 if table.dtype == np.float32 else 0
             data = np.array(ours["data"]).reshape(table.shape)
             np.testing.assert_allclose(data, table, rtol=0, atol=tolerance, err_msg=name)
+
+
+@needs_node
+@pytest.mark.parametrize(("channels", "height", "width"), [(24, 3, 4), (5, 6, 7), (2, 4, 4)])
+def test_pictures_are_those_of_numpy(channels: int, height: int, width: int) -> None:
+    random, size = np.random.default_rng(0), (11, 13)
+    map_ = (random.standard_normal((channels, height, width)) * np.arange(1, channels + 1)[:, None, None]).astype("f4")
+    script = """
+    const [channels, height, width, data] = JSON.parse(process.argv.at(-1));
+    const map = { data: Float32Array.from(data), channels, height, width };
+    const query = m.feature(map, 1, 2), size = [11, 13];
+    const { components } = m.principal(map), fine = m.bilinear(map, size);
+    const [start] = m.npy(fine.data, [1, channels, ...size]);
+    console.log(JSON.stringify([
+      components.map((x) => [...x]), [...fine.data], [...m.similarity(map, query, m.norms(map))],
+      [...m.bilinearSimilarity(map, query, m.bilinearNorms(map, size), size)], [...start],
+    ]));
+    """
+    argument = json.dumps([channels, height, width, map_.ravel().tolist()])
+    components, fine, similar, between, start = json.loads(node(script, argument))
+    last = np.moveaxis(map_, 0, -1)
+    np.testing.assert_allclose(components, visualize.pca_basis([last]).components, rtol=0, atol=1e-5)
+    expected = np.moveaxis(visualize.bilinear(last, size), -1, 0)
+    np.testing.assert_allclose(np.reshape(fine, expected.shape), expected, rtol=0, atol=1e-5)
+    for found, features in ((similar, map_), (between, expected)):
+        products = np.tensordot(map_[:, 1, 2], features, 1)
+        cosines = products / (np.linalg.norm(map_[:, 1, 2]) * np.linalg.norm(features, axis=0))
+        np.testing.assert_allclose(found, cosines.ravel(), rtol=0, atol=1e-5)
+    file = io.BytesIO(bytes(start) + np.array(fine, "<f4").tobytes())
+    np.testing.assert_array_equal(np.load(file), np.array(fine, "f4").reshape(1, channels, *size))
 
 
 @needs_node

@@ -33,6 +33,7 @@ MISSING = [
 ]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
 
+CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
 SECONDS = 180_000  # in milliseconds, for a busy machine
 Open = Callable[..., Any]
 
@@ -50,7 +51,7 @@ def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *CAMERA])
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def serving(folder: Path) -> tuple[str, Callable[[], None]]:
 @pytest.fixture(scope="module")
 def opened(browser: Any, address: str) -> Iterator[Any]:
     """A page that shows its example, and whose console is silent to the end."""
-    page, spoken = visit(browser, address)
+    page, spoken = visit(browser, f"{address}#threads=2&side=112")
     yield page
     page.context.close()
     assert spoken == []
@@ -179,6 +180,32 @@ def header_only(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
+@pytest.mark.parametrize("event", ["drop", "paste"])
+def test_a_picture_is_dropped_or_pasted(event: str, opened: Any) -> None:
+    chosen(opened, side=112)
+    script = """([kind, text]) => {
+        const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0)), carried = new DataTransfer();
+        carried.items.add(new File([bytes], `${kind}.png`, { type: "image/png" }));
+        const event = kind === "drop"
+            ? new DragEvent("drop", { dataTransfer: carried, bubbles: true, cancelable: true })
+            : new ClipboardEvent("paste", { clipboardData: carried, bubbles: true });
+        document.body.dispatchEvent(event);
+        return anyup.idle();
+    }"""
+    opened.evaluate(script, [event, base64.b64encode(photograph(64, 48)).decode()])
+    assert opened.inner_text("#status").startswith(f"{event}.png: 112 channels")
+
+
+def test_a_picture_of_the_camera(opened: Any) -> None:
+    chosen(opened, side=112)
+    opened.click("#camera")
+    opened.wait_for_function("document.querySelector('#video').videoWidth > 0")
+    opened.click("#take")
+    opened.evaluate("anyup.idle()")
+    assert opened.inner_text("#status").startswith("camera: 112 channels")
+    assert opened.evaluate("document.querySelector('#video').srcObject.getTracks()[0].readyState") == "ended"
+
+
 def test_a_picture_after_a_mistake(opened: Any) -> None:
     chosen(opened, side=112)
     give(opened, "empty.png", b"")
@@ -217,7 +244,7 @@ def test_a_file_of_no_use_is_one_sentence(name: str, opened: Any) -> None:
 
 def test_it_is_isolated_so_it_has_threads(opened: Any) -> None:
     assert opened.evaluate("crossOriginIsolated") is True
-    assert opened.evaluate("anyup.threads") == min(8, opened.evaluate("navigator.hardwareConcurrency"))
+    assert opened.evaluate("anyup.threads") == min(2, opened.evaluate("navigator.hardwareConcurrency"))
 
 
 def canvas(page: Any, panel: str) -> bytes:

@@ -74,8 +74,10 @@ async function idle() {
 
 const chosen = (field) => $(`input[name="${field}"]:checked`).value;
 
+const addressed = () => ({ ...DEFAULTS, ...Object.fromEntries(new URLSearchParams(location.hash.slice(1))) });
+
 function readAddress() {
-  const given = { ...DEFAULTS, ...Object.fromEntries(new URLSearchParams(location.hash.slice(1))) };
+  const given = addressed();
   for (const field of ["stride", "side", "mode"]) {
     const input = all(`input[name="${field}"]`).find((one) => one.value === given[field]);
     if (input) input.checked = true;
@@ -87,6 +89,8 @@ function readAddress() {
 
 function writeAddress() {
   const settings = { stride: chosen("stride"), side: chosen("side"), mode: chosen("mode"), split: $("#split").value };
+  const { threads } = addressed();
+  if (threads) settings.threads = threads;
   history.replaceState(null, "", `#${new URLSearchParams(settings)}`);
 }
 
@@ -473,7 +477,7 @@ async function start() {
   say("Loading encoder and AnyUp …");
   $("#progress").hidden = false;
   try {
-    const { threads, fetching, opening } = await ask("load");
+    const { threads, fetching, opening } = await ask("load", { threads: Number(addressed().threads) || 0 });
     window.anyup.threads = threads;
     window.anyup.loading = [["Download", fetching], ["Start", opening]];
     say(`Ready, with ${threads} ${threads === 1 ? "thread" : "threads"}.`);

@@ -26,12 +26,14 @@ function describe(error) {
 
 // ---- models
 
-async function load() {
+/** Fetch and start both models; `threads` is a wish, 0 for half of the processors, which a busy machine has to spare. */
+async function load({ threads: wish }) {
   const began = performance.now();
   files = await (await fetch("files.json")).json();
   const runtime = new URL(`runtime/${files.runtime}/`, self.location.href).href;
   ort = await import(`${runtime}ort.wasm.bundle.min.mjs`);
-  const threads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency || 1, 8) : 1;
+  const processors = navigator.hardwareConcurrency || 1;
+  const threads = self.crossOriginIsolated ? Math.min(wish || Math.ceil(processors / 2), processors, 8) : 1;
   ort.env.wasm.numThreads = threads;
   ort.env.wasm.wasmPaths = runtime;
   ort.env.logLevel = "error";
