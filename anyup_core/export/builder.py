@@ -108,7 +108,7 @@ class Graph:
 
         if condition in self.root.known:
             return (then if self.root.known[condition] else otherwise)(self)
-        branches = {}
+        branches: dict[str, Any] = {}
         for key, branch in (("then_branch", then), ("else_branch", otherwise)):
             inner = Graph(self.half, self.loops, self)
             result = branch(inner)
@@ -117,7 +117,7 @@ class Graph:
 
     def conv(self, x: str, weight: np.ndarray, pad: int = 0) -> str:
         """Convolve without bias; every attribute is written out, as the browser's older backend wants them."""
-        attributes = dict(
+        attributes: dict[str, Any] = dict(
             kernel_shape=list(weight.shape[2:]), strides=[1, 1], dilations=[1, 1], pads=[pad] * 4, group=1
         )
         return self.op("Conv", x, self.weight(weight), **attributes)

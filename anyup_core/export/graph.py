@@ -391,7 +391,9 @@ class Writer:
         def body(g: Graph, rows: str, shares: str, key_rows: str, row_bias: str) -> list[str]:
             q = self.strip(g, query, rows, shares)
             q = g.op("Reshape", g.op("Transpose", q, perm=[0, 2, 3, 1, 4]), "query_shape")
-            attributes = dict(kernel_shape=[3, 3], strides=[1, 1], dilations=[1, 1], pads=[0, 1, 0, 1], group=1)
+            attributes: dict[str, Any] = dict(
+                kernel_shape=[3, 3], strides=[1, 1], dilations=[1, 1], pads=[0, 1, 0, 1], group=1
+            )
             q = g.op("Conv", q, g.weight(conv), **attributes)  # (strips B, D, rows, Wo)
             norm = self.norm(g, q, 1)
             q = g.op("Pad", g.op("Div", g.op("Concat", q, norm, axis=1), norm), "query_pads")

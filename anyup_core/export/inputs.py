@@ -54,7 +54,7 @@ def onnx_inputs(
     """
     settings = onnx_settings(model)
     check_image(settings, image)
-    given = image.shape[2:] if output_size is None else output_size
+    given: Any = image.shape[2:] if output_size is None else output_size
     size = (given, given) if np.ndim(given) == 0 else tuple(given)
     if len(size) != 2 or any(int(side) != side or side < 1 for side in size):
         raise ValueError(f"output_size={output_size!r}: give a height and a width of at least 1, or one number.")

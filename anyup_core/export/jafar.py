@@ -40,7 +40,9 @@ class JAFARWriter(Writer):
         if not config.fused:
             parts = [renamed[f"{attention}.{part}_proj_weight"] for part in "qk"]
             renamed[f"{attention}.in_proj_weight"] = np.concatenate(parts)
-        settings = dict(qk_dim=config.qk_dim, num_heads=config.num_heads, kernel_size=config.kernel_size)
+        settings: dict[str, Any] = dict(
+            qk_dim=config.qk_dim, num_heads=config.num_heads, kernel_size=config.kernel_size
+        )
         super().__init__(
             AnyUpConfig(window_ratio=0.0, kernel_size_lfu=1, **settings), renamed, half, sizes is None, sizes
         )
