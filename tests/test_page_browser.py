@@ -300,8 +300,8 @@ def test_weights_of_ones_own(opened: Any, folder: Path) -> None:
 
 
 def test_the_address_keeps_the_settings_and_the_page_works_offline(browser: Any, folder: Path) -> None:
-    here, stop = serving(folder)
-    page, spoken = visit(browser, f"{here}#stride=32&side=112&mode=segment&split=25")
+    here, stop = serving(folder.parent)  # as a host may have it: below another folder
+    page, spoken = visit(browser, f"{here}{folder.name}/#stride=32&side=112&mode=segment&split=25")
     assert [page.is_checked(f'input[value="{value}"]') for value in ("32", "112", "segment")] == [True] * 3
     assert page.input_value("#split") == "25"
     chosen(page, stride=16)
@@ -312,6 +312,16 @@ def test_the_address_keeps_the_settings_and_the_page_works_offline(browser: Any,
     assert page.is_hidden("#error")
     assert [line for line in spoken if "ERR_CONNECTION_REFUSED" not in line] == []
     page.context.close()
+
+
+def test_a_phone_without_service_worker(browser: Any, address: str) -> None:
+    options = dict(viewport=dict(width=390, height=800), has_touch=True, is_mobile=True, service_workers="block")
+    page, spoken = visit(browser, f"{address}#side=112&threads=2", **options)
+    assert page.evaluate("[crossOriginIsolated, anyup.threads]") == [False, 1]
+    page.tap("#stage", position=dict(x=200, y=100))
+    page.wait_for_function("!document.querySelector('#stage .window').hidden")
+    page.context.close()
+    assert [line for line in spoken if "Service Worker registration blocked" not in line] == []
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (768, "dark"), (1280, "light")])

@@ -460,7 +460,8 @@ async function isolate() {
       sessionStorage.removeItem("isolating");
       return false;
     }
-    await navigator.serviceWorker.ready;
+    const late = new Promise((resolve) => setTimeout(resolve, 5000));
+    if (!(await Promise.race([navigator.serviceWorker.ready, late]))) return false;
     sessionStorage.setItem("isolating", "yes");
   } catch {
     return false; // private windows may have neither; then there is one thread

@@ -9,14 +9,20 @@ const NO_WEIGHTS = "was not written by `anyup export` for every size; give such 
 let ort, files, encoder, model, last = null;
 const answers = { load, weights, run, compare, pick, clear, npy };
 
-self.onmessage = async ({ data: { id, kind, argument } }) => {
+let queue = Promise.resolve(); // one question after the other: a session must not be replaced while it runs
+
+self.onmessage = ({ data }) => {
+  queue = queue.then(() => answer(data));
+};
+
+async function answer({ id, kind, argument }) {
   try {
     const { result, moved = [] } = (await answers[kind](argument)) ?? {};
     self.postMessage({ id, result }, moved);
   } catch (error) {
     self.postMessage({ id, error: describe(error) });
   }
-};
+}
 
 function describe(error) {
   const text = typeof error === "number" ? "" : String(error?.message ?? error);
