@@ -245,7 +245,9 @@ def is_whole(number: Any) -> bool:
 
 def _looks_transposed(shape: tuple[Any, ...], image: tuple[Any, Any], layout: str) -> bool:
     """Whether a map is far from the image's height / width, but close to it when read in the other axis order."""
-    if not all(map(is_whole, (*shape[1:], *image))):  # sizes without a number, of a program for any size
+    if not all(
+        isinstance(side, int) for side in (*shape[1:], *image)
+    ):  # sizes without a number, of a program for any size
         return False
     aspect = image[0] / image[1]
     first, last = (max(ratio / aspect, aspect / ratio) for ratio in (shape[1] / shape[2], shape[2] / shape[3]))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from anyup_core.config import AnyUpConfig
     from anyup_jax import encoders
     from anyup_jax.bands import upsample_bands
+    from anyup_jax.exporting import export, load_exported
     from anyup_jax.model import AnyUp, upsample, upsample_many
     from anyup_jax.pretrained import from_pretrained
     from anyup_jax.tokens import tokens_to_map
@@ -22,13 +23,16 @@ if TYPE_CHECKING:
 _HOME = {
     "AnyUp": "anyup_jax.model",
     "AnyUpConfig": "anyup_core.config",
+    "export": "anyup_jax.exporting",
     "from_pretrained": "anyup_jax.pretrained",
+    "load_exported": "anyup_jax.exporting",
     "tokens_to_map": "anyup_jax.tokens",
     "upsample": "anyup_jax.model",
     "upsample_bands": "anyup_jax.bands",
     "upsample_many": "anyup_jax.model",
     "attention": "anyup_jax.attention",
     "bands": "anyup_jax.bands",
+    "exporting": "anyup_jax.exporting",
     "layers": "anyup_jax.layers",
     "model": "anyup_jax.model",
     "pretrained": "anyup_jax.pretrained",
@@ -43,7 +47,9 @@ __all__ = [
     "AnyUpConfig",
     "__version__",
     "encoders",
+    "export",
     "from_pretrained",
+    "load_exported",
     "tokens_to_map",
     "upsample",
     "upsample_bands",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from anyup_core.config import AnyUpConfig
     from anyup_torch import encoders, upsamplers
     from anyup_torch.bands import upsample_bands
+    from anyup_torch.exporting import export
     from anyup_torch.image_code import ImageCode
     from anyup_torch.model import AnyUp, upsample_many
     from anyup_torch.onnx import export_onnx
@@ -25,6 +26,7 @@ _HOME = {
     "AnyUp": "anyup_torch.model",
     "AnyUpConfig": "anyup_core.config",
     "ImageCode": "anyup_torch.image_code",
+    "export": "anyup_torch.exporting",
     "export_onnx": "anyup_torch.onnx",
     "from_pretrained": "anyup_torch.pretrained",
     "tokens_to_map": "anyup_torch.tokens",
@@ -32,6 +34,7 @@ _HOME = {
     "upsample_many": "anyup_torch.model",
     "attention": "anyup_torch.attention",
     "bands": "anyup_torch.bands",
+    "exporting": "anyup_torch.exporting",
     "image_code": "anyup_torch.image_code",
     "layers": "anyup_torch.layers",
     "model": "anyup_torch.model",
@@ -49,6 +52,7 @@ __all__ = [
     "ImageCode",
     "__version__",
     "encoders",
+    "export",
     "export_onnx",
     "from_pretrained",
     "tokens_to_map",

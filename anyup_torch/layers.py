@@ -100,6 +100,8 @@ class FeatureUnification(nn.Module):
 
     @torch.compiler.disable  # a loop over blocks, which tracing would unroll
     def forward(self, features: Float[Tensor, "B C h w"]) -> Float[Tensor, "B M h w"]:
+        if torch.compiler.is_exporting():
+            return self._exported(features)
         filters, _, kernel, _ = map(int, self.basis.shape)  # `torch.jit.trace` has tensors as sizes
         batch, channels, height, width = map(int, features.shape)
         positions, half = batch * height * width, kernel // 2
@@ -130,7 +132,23 @@ class FeatureUnification(nn.Module):
                 result.copy_(describe(index))
         return unified.to(features.dtype).reshape(batch, height, width, filters).permute(0, 3, 1, 2)
 
+    def _exported(self, features: Float[Tensor, "B C h w"]) -> Float[Tensor, "B M h w"]:
+        """Compute the same for any number of images and channels, in at most `EXPORTED_STRIPS` strips of rows."""
+        (filters, _, kernel, _), (channels, height, width) = self.basis.shape, features.shape[1:]
+        rows, cols = (geometry.taps_in_bounds(size, kernel) for size in (height, width))
+        shares = torch.from_numpy(1 / np.outer(rows, cols)).to(features)
+        padded, taps = F.pad(features, (kernel // 2,) * 4).permute(0, 2, 3, 1), self.basis.reshape(filters, -1).t()
+        step, strips = -(-height // EXPORTED_STRIPS), []
+        for begin in range(0, height, step):
+            end = min(begin + step, height)
+            patch = padded[:, begin : end + kernel - 1].unfold(1, kernel, 1).unfold(2, kernel, 1).flatten(4)
+            response = (patch * shares[begin:end, :, None, None] @ taps).float()
+            misread = response.flatten(3).unflatten(3, (filters, channels))  # written (C, M), read (M, C): the quirk
+            strips.append(misread.softmax(3).mean(4))
+        return torch.cat(strips, 1).to(features.dtype).permute(0, 3, 1, 2)
 
+
+EXPORTED_STRIPS = 8  # strips of rows that the feature unification works on one by one in programs of `torch.export`
 UNIFICATION_BLOCK = 1 << 19  # responses held at once by the feature unification: what stays in the cache
 UNIFICATION_BLOCK_PARALLEL = 1 << 22  # the same on accelerators, which want few large operations
 

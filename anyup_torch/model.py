@@ -359,7 +359,7 @@ class AnyUp(nn.Module):
             ValueError: if the image was not encoded for the size, or keys and values differ in batch or grid.
         """
         for key, values in maps:
-            if key.shape[2:] != values.shape[2:] or len(key) != len(values):
+            if key.shape[2:] != values.shape[2:] or key.shape[0] != values.shape[0]:
                 raise ValueError(
                     f"keys {tuple(key.shape)} and values {tuple(values.shape)} differ in the batch size or the grid."
                 )

@@ -54,6 +54,7 @@ class JAFAR(ConfiguredUpsampler):
     """
 
     settings = JAFARConfig
+    one_by_one = True
 
     def __init__(
         self, config: JAFARConfig | None = None, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, **fields: Any

@@ -57,7 +57,7 @@ def joint_bilateral(
 ) -> Float[Array, "B Ho Wo E"]:
     """Upsample values by the colours of an image in [0, 1], or with a constant added to it."""
     cells = values.shape[1], values.shape[2]
-    shapes = ((len(image), *side, 3) for side in (size, cells))
+    shapes = ((image.shape[0], *side, 3) for side in (size, cells))
     guide, coarse = (jax.image.resize(image, shape, "bilinear", antialias=True) for shape in shapes)
     rows, cols = ((np.arange(n) + 0.5) * m / n - 0.5 for n, m in zip(size, cells))
 
@@ -95,7 +95,7 @@ def average(
         total, weights = sums
         return (total + weight[..., None] * values[:, i][:, :, j], weights + weight), None
 
-    total = jnp.zeros((len(values), len(tall.start), len(wide.start), values.shape[-1]), values.dtype)
+    total = jnp.zeros((values.shape[0], len(tall.start), len(wide.start), values.shape[-1]), values.dtype)
     sums = total, jnp.full(total.shape[:3], least)
     (total, weights), _ = jax.lax.scan(add, sums, jnp.arange(tall.count.shape[1] * span))
     return total / weights[..., None]

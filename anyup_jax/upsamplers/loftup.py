@@ -28,7 +28,7 @@ from anyup_jax.layers import Conv, Linear
 from anyup_jax.model import grid_of
 from anyup_jax.row_shards import Size
 from anyup_jax.upsamplers.interpolation import resize
-from anyup_jax.upsamplers.protocol import ConfiguredUpsampler
+from anyup_jax.upsamplers.protocol import ConfiguredUpsampler, image_by_image
 
 POSITIONS = 4096  # pixels that go through the transformer at once
 FINITE = 3e38  # clipping at it keeps XLA from fusing a product with the sum after it, which would round once less
@@ -168,12 +168,18 @@ class LoftUp(ConfiguredUpsampler):
         self, image: Float[Array, "B H W 3"], features: Float[Array, "B h w C"], size: Size, q_chunk_size: int | None
     ) -> Float[Array, "B Ho Wo C"]:
         image = resize(image.astype(jnp.float32), size, "bilinear")
+        colours = scale_colours(image, self.config.per_image)  # of the batch together
+        return image_by_image(lambda x, y: self._upsample(x, y, size, q_chunk_size), colours, features)
+
+    def _upsample(
+        self, colours: Float[Array, "B H W 3"], features: Float[Array, "B h w C"], size: Size, q_chunk_size: int | None
+    ) -> Float[Array, "B H W C"]:
         normed, grid = self.norm(features.astype(self.dtype)), grid_of(features)
         code = jnp.broadcast_to(self.cell_code(grid), (*normed.shape[:3], 4 * CELL_FREQUENCIES))
         cells = jnp.concatenate([normed, code.astype(self.dtype)], -1)
         layers = [getattr(self, f"layer{layer}") for layer in range(1, LAYERS + 1)]
         cells = [layer.cells(cells) for layer in layers]
-        queries = self.queries(self.image_code(size, scale_colours(image, self.config.per_image)).astype(self.dtype))
+        queries = self.queries(self.image_code(size, colours).astype(self.dtype))
 
         def transform(x):
             for layer, seen in zip(layers, cells):

@@ -89,6 +89,7 @@ class NAF(ConfiguredUpsampler):
     """
 
     settings = NAFConfig
+    one_by_one = True
 
     def __init__(
         self, config: NAFConfig | None = None, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, **fields: Any

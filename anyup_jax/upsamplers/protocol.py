@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -65,6 +66,7 @@ class ConfiguredUpsampler(nnx.Module):
     """
 
     settings: ClassVar[type[UpsamplerConfig]]
+    one_by_one: ClassVar[bool] = False  # whether a program for any number of images upsamples one after the other
 
     def __init__(self, config: UpsamplerConfig | None = None, dtype: DTypeLike = jnp.float32, **fields: Any):
         self.config: Any = (self.settings() if config is None else config).replace(**fields)
@@ -106,7 +108,11 @@ class ConfiguredUpsampler(nnx.Module):
         """
         size = checks.check_upsampler(self.config, "NHWC", image, features, output_size, q_chunk_size)
         image, features = native((image, features))
-        output = self.upsample(jnp.asarray(image), jnp.asarray(features), size, q_chunk_size)
+        image, features = jnp.asarray(image), jnp.asarray(features)
+        if self.one_by_one:
+            output = image_by_image(lambda x, y: self.upsample(x, y, size, q_chunk_size), image, features)
+        else:
+            output = self.upsample(image, features, size, q_chunk_size)
         return output.astype(features.dtype)
 
     def upsample(
@@ -114,6 +120,13 @@ class ConfiguredUpsampler(nnx.Module):
     ) -> Float[Array, "B Ho Wo C"]:
         """Compute `__call__` for inputs that have been checked."""
         raise NotImplementedError
+
+
+def image_by_image(function: Callable[..., Array], *arrays: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+    """Call a function of batches; in a program for any number of images, with one image after the other."""
+    if isinstance(arrays[0].shape[0], int):
+        return function(*arrays)
+    return jax.lax.map(lambda one: function(*(x[None] for x in one))[0], arrays)
 
 
 def upsample(

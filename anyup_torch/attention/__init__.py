@@ -9,6 +9,7 @@ from torch import Tensor
 from anyup_core.checks import check_attention, check_shares
 from anyup_core.geometry import AxisWindow
 from anyup_torch.attention.dense import dense
+from anyup_torch.attention.exported import exported
 from anyup_torch.attention.natten import natten, require
 from anyup_torch.attention.tiled import tiled
 from anyup_torch.attention.triton import available, triton
@@ -65,7 +66,8 @@ def window_attention(
 
     Channels come last here, as inside the attention they do in both frameworks. Per head, the weights are
     softmax(query . key / sqrt(D / num_heads)) over the window; a key that `rows` and `cols` count m times enters m
-    times (log m is added to its logit). Every backend gives the same result.
+    times (log m is added to its logit). Every backend gives the same result. In `torch.export` a formulation for any
+    number of images takes the place of all of them.
 
     Args:
         query, key: projected queries and keys, the heads one after the other in the last axis.
@@ -82,7 +84,7 @@ def window_attention(
             that cannot be shared among the heads.
     """
     q_chunk_size = check_attention(query, key, values, rows, cols, q_chunk_size)
-    attend = BACKENDS[resolve(backend, query.device)]
+    attend = exported if torch.compiler.is_exporting() else BACKENDS[resolve(backend, query.device)]
     if not values_per_head:
         return attend(query, key, values, rows, cols, num_heads=num_heads, q_chunk_size=q_chunk_size)
     check_shares(values, num_heads)

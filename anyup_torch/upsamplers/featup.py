@@ -216,9 +216,11 @@ class JointBilateral(nn.Module):
         code = self.range_proj(guidance).permute(0, 2, 3, 1)
         bordered = F.pad(code.permute(0, 3, 1, 2), (RADIUS,) * 4, mode="reflect").permute(0, 2, 3, 1)
         size, colours = grid_of(guidance), guidance.permute(0, 2, 3, 1)
+        spatial, temperature = self.spatial(), self.range_temp.exp().clamp(1e-4, 1e4)
+        if torch.compiler.is_exporting():
+            return self._exported(source, code, bordered, colours, spatial, temperature)
         tiles = Tiles(size, 2 * RADIUS + 1, q_chunk_size, source.device)
         doubled = Doubled(source, tiles)
-        spatial, temperature = self.spatial(), self.range_temp.exp().clamp(1e-4, 1e4)
         kept = self.fixup_proj[2](code.new_ones(len(code), TAPS, 1, 1)).flatten(1) if self.training else None
 
         def upsample(group: tuple[slice, slice]) -> Float[Tensor, "B _ _ C"]:
@@ -232,6 +234,31 @@ class JointBilateral(nn.Module):
         output = assemble(tiles, upsample, differentiable=differentiated(self, source, guidance))
         return output.permute(0, 3, 1, 2)
 
+    def _exported(
+        self,
+        source: Float[Tensor, "B C h w"],
+        code: Float[Tensor, "B Y X D"],
+        bordered: Float[Tensor, "B Yp Xp D"],
+        colours: Float[Tensor, "B Y X 3"],
+        spatial: Float[Tensor, "49"],
+        temperature: Float[Tensor, ""],
+    ) -> Float[Tensor, "B C Y X"]:
+        """Compute `forward` tap by tap on whole maps: a program of few operations, which holds three such maps."""
+        (height, width), side, border = code.shape[1:3], 2 * RADIUS + 1, (RADIUS,) * 4
+        rows = [bordered[:, i : i + height].unfold(2, side, 1) for i in range(side)]
+        scores = torch.cat([(code[..., None] * row).sum(3) for row in rows], -1)
+        filters = (scores * temperature).softmax(-1) * spatial
+        filters = filters / filters.sum(-1, keepdim=True).clamp(min=1e-7)
+        filters = torch.add(filters, self.correct(filters, colours, None), alpha=FIXUP)
+        doubled = F.pad(resize(source, (height, width), "bicubic"), border, mode="reflect")
+        maps = [
+            row.narrow(3, j, width) for row in (doubled.narrow(2, i, height) for i in range(side)) for j in range(side)
+        ]
+        output = torch.zeros_like(maps[0])
+        for weights, seen in zip(filters[:, None].unbind(-1), maps):
+            output = torch.addcmul(output, weights, seen)
+        return output
+
     def spatial(self) -> Float[Tensor, "49"]:
         """Return the weights of the taps by their distance, a Gaussian."""
         axis = torch.linspace(-1, 1, 2 * RADIUS + 1, device=self.sigma_spatial.device, dtype=self.sigma_spatial.dtype)
@@ -239,8 +266,8 @@ class JointBilateral(nn.Module):
         return (-squares / (2 * self.sigma_spatial.square())).exp().flatten()
 
     def correct(
-        self, filters: Float[Tensor, "G P 49"], colours: Float[Tensor, "G P 3"], kept: Float[Tensor, "B 49"] | None
-    ) -> Float[Tensor, "G P 49"]:
+        self, filters: Float[Tensor, "*G P 49"], colours: Float[Tensor, "*G P 3"], kept: Float[Tensor, "B 49"] | None
+    ) -> Float[Tensor, "*G P 49"]:
         first, activation, _, last = self.fixup_proj
         hidden = activation(linear(first, torch.cat([filters, colours], -1)))
         if kept is not None:  # one draw for the whole of an image

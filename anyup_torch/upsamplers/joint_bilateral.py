@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -65,7 +67,7 @@ def joint_bilateral(
                 weights = weights + weight
         return total / weights[..., None]
 
-    chunk = q_chunk_size or CHUNK
+    chunk = q_chunk_size or (math.prod(size) if torch.compiler.is_exporting() else CHUNK)  # loops are unrolled there
     width = min(chunk, size[1])
     height = max(1, chunk // width)
     strips = [

@@ -156,7 +156,7 @@ class Network(nn.Module):
     ) -> Float[Tensor, "B C H W"]:
         """Return the output, given scaled colours (float32) and normed features."""
         height, width = grid_of(colours)
-        code = self.lr_pe(grid_of(features), slice(None)).to(features.dtype).expand(len(features), -1, -1, -1)
+        code = self.lr_pe(grid_of(features), slice(None)).to(features.dtype).expand(features.shape[0], -1, -1, -1)
         cells = self.ca_transformer.cells(torch.cat([features.permute(0, 2, 3, 1), code], -1))
         last, norm = self.final_conv
         # statistics of a batch are of all pixels: only with running ones the convolutions can go strip by strip
@@ -167,11 +167,14 @@ class Network(nn.Module):
             x = self.ca_transformer(x.permute(0, 2, 3, 1), cells)
             return norm(linear(last, x))
 
-        limit = STRIP if colours.device.type == "cpu" else STRIP_PARALLEL
+        exporting = torch.compiler.is_exporting()  # which unrolls the loop
+        limit = STRIP if colours.device.type == "cpu" and not exporting else STRIP_PARALLEL
         step = max(1, (q_chunk_size or limit) // width)
         ends = [(begin, min(begin + step, height)) for begin in range(0, height, step)]
         if differentiated(self, colours, features):
             return torch.cat([checkpoint(strip, *each, use_reentrant=False) for each in ends], 1).permute(0, 3, 1, 2)
+        if exporting:
+            return torch.cat([strip(*each) for each in ends], 1).permute(0, 3, 1, 2)
         output = features.new_empty(len(features), height, width, features.shape[1])
         for begin, end in ends:
             output[:, begin:end] = strip(begin, end)

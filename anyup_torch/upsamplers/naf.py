@@ -169,7 +169,8 @@ class NAF(ConfiguredUpsampler):
         code = encoder.stream(image) if streaming.possible(self, image) else encoder(image)
         if grid_of(code) != size:
             code = F.adaptive_avg_pool2d(code, size)
-        query = encoder.rope(code.permute(0, 2, 3, 1), overwrite=not differentiated(self, image))
+        overwrite = not (differentiated(self, image) or torch.compiler.is_exporting())
+        query = encoder.rope(code.permute(0, 2, 3, 1), overwrite=overwrite)
         key = F.adaptive_avg_pool2d(query.permute(0, 3, 1, 2), cells).permute(0, 2, 3, 1)
         windows = (host_window(n, m, self.config.kernel_size) for n, m in zip(size, cells))
         options = dict(num_heads=self.config.num_heads, q_chunk_size=q_chunk_size, values_per_head=True)
