@@ -13,7 +13,7 @@ from anyup_core import __version__
 if TYPE_CHECKING:
     from anyup_core import visualize
     from anyup_core.config import AnyUpConfig
-    from anyup_jax import encoders
+    from anyup_jax import encoders, upsamplers
     from anyup_jax.bands import upsample_bands
     from anyup_jax.exporting import export, load_exported
     from anyup_jax.model import AnyUp, upsample, upsample_many
@@ -39,6 +39,7 @@ _HOME = {
     "sharding": "anyup_jax.sharding",
     "tokens": "anyup_jax.tokens",
     "encoders": "anyup_jax.encoders",
+    "upsamplers": "anyup_jax.upsamplers",
     "visualize": "anyup_core.visualize",
 }
 
@@ -54,6 +55,7 @@ __all__ = [
     "upsample",
     "upsample_bands",
     "upsample_many",
+    "upsamplers",
     "visualize",
 ]
 

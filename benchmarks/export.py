@@ -80,9 +80,7 @@ def export(rounds: int) -> Table:
             error = f"{both.error:.1e}", f"{both.largest:.1f}"
             name = f"{image}², {cells}² cells, C = {channels}, {dtype}"
             table.add_row(name, *facts, *seconds, spread, *error, f"{alone.peak:.0f}")
-    table.caption = (
-        "ratio: ONNX Runtime's seconds / PyTorch's; peak: of a process that runs the file once, and no more"
-    )
+    table.caption = "ratio: ONNX Runtime's seconds / PyTorch's; peak: of a process that runs the file once, and no more"
     return table
 
 

@@ -121,7 +121,7 @@ def _weights(args: argparse.Namespace, overrides: dict[str, Any]) -> tuple[Any, 
 def _model(package: Any, args: argparse.Namespace, overrides: dict[str, Any]) -> Any:
     """Return the model in a framework."""
     if args.upsampler:
-        return importlib.import_module(f"{package.__name__}.upsamplers").from_pretrained(args.upsampler, args.weights)
+        return package.upsamplers.from_pretrained(args.upsampler, args.weights)
     return package.from_pretrained(args.weights, **overrides)
 
 
