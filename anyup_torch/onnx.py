@@ -21,7 +21,8 @@ def export_onnx(
     output_size: tuple[int, int] | None = None,
     dtype: str | None = None,
     encoder: str | None = None,
-    stride: int = 16,
+    stride: int | None = None,
+    encoder_weights: str | os.PathLike | None = None,
 ) -> Path:
     """Write the model as an ONNX file, opset 18, and return its path.
 
@@ -35,8 +36,9 @@ def export_onnx(
         features: height and width of its features, and their number of channels.
         output_size: height and width of its output (default: the image's).
         dtype: type of the stored weights: "float32", or "float16", which halves the file; it computes in float32.
-        encoder: an EfficientNet-Lite that the file holds too; it then takes images alone.
-        stride: of that encoder's features, 16 or 32.
+        encoder: an EfficientNet-Lite or a vision transformer that the file holds too; it then takes images alone.
+        stride: of that encoder's features, 16 or 32, or the patch size; None for the finest.
+        encoder_weights: a file with its weights; None for the published ones.
 
     Raises:
         ImportError: if the package onnx is not installed.
@@ -63,4 +65,5 @@ def export_onnx(
         dtype=dtype,
         encoder=encoder,
         stride=stride,
+        encoder_weights=encoder_weights,
     )

@@ -128,22 +128,31 @@ class Graph:
         casts = [node for node in self.nodes if node.op_type == "Cast" and node.input[0] in stored]
         return casts + [node for node in self.nodes if not (node.op_type == "Cast" and node.input[0] in stored)]
 
-    def model(self, output: str, shape: Sequence[str | int], metadata: Mapping[str, str]) -> Any:
-        """Return the checked model, whose output is called `hr`."""
+    def finish(
+        self, title: str, outputs: Mapping[str, tuple[str, Sequence[str | int]]], metadata: Mapping[str, str]
+    ) -> Any:
+        """Return the checked model.
+
+        Args:
+            title: of the graph.
+            outputs: names of the file's outputs -> the tensors that are to have them, and their shapes.
+            metadata: of the file.
+        """
         import onnx
         from onnx import TensorProto, helper, numpy_helper
 
+        names = {tensor: name for name, (tensor, _) in outputs.items()}
         for node in self.nodes:
-            node.output[:] = ["hr" if name == output else name for name in node.output]
+            node.output[:] = [names.get(name, name) for name in node.output]
+        infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, (_, shape) in outputs.items()]
         used = {name for node in self.nodes for name in node.input}
         tables = [(name, table) for name, table in self.known.items() if name in used]
         constants = [numpy_helper.from_array(array, name) for name, array in (*self.constants.values(), *tables)]
-        info = helper.make_tensor_value_info("hr", TensorProto.FLOAT, shape)
-        graph = helper.make_graph(self.sorted_nodes(), "anyup", list(self.inputs.values()), [info], constants)
+        graph = helper.make_graph(self.sorted_nodes(), title, list(self.inputs.values()), infos, constants)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
         model.producer_name = "anyup"
         helper.set_model_props(model, dict(metadata))
-        onnx.checker.check_model(model, full_check=False)
+        onnx.checker.check_model(model)
         return model
 
 

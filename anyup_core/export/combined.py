@@ -18,7 +18,13 @@ FEATURES = ("features", "values")  # inputs of AnyUp that the encoder's output t
 
 
 def build_combined(
-    config: AnyUpConfig, tensors: Mapping[str, np.ndarray], encoder: str, stride: int, *, half: bool = False
+    config: AnyUpConfig,
+    tensors: Mapping[str, np.ndarray],
+    encoder: str,
+    stride: int | None,
+    *,
+    weights: Mapping[str, np.ndarray] | None = None,
+    half: bool = False,
 ) -> Any:
     """Return an encoder and the upsampler of its features as one `onnx.ModelProto`.
 
@@ -26,8 +32,9 @@ def build_combined(
 
     Args:
         config, tensors, half: as for `graph.build`.
-        encoder: name of an EfficientNet-Lite.
-        stride: of the features, 16 or 32.
+        encoder: name of an EfficientNet-Lite or of a vision transformer.
+        stride: of the features, 16 or 32, or the patch size; None for the finest.
+        weights: the encoder's; None for the published ones.
 
     Raises:
         ValueError: for another encoder or stride, and for a model whose guidance is no RGB image.
@@ -35,14 +42,16 @@ def build_combined(
     import onnx
     from onnx import helper, numpy_helper
 
-    if stride not in encoders.STRIDES:
-        raise ValueError(f"stride {stride}: {encoder} gives features of strides {encoders.STRIDES}.")
     if config.input_dim != 3:
         raise ValueError(f"input_dim={config.input_dim}: an encoder and AnyUp share an image only if it is RGB.")
-    upsampler = graph.build(config, tensors, half=half)
-    first = encoders.build_encoder(encoder, half=half, prefix="encoder_")
+    first = encoders.build_encoder(encoder, weights, half=half, prefix="encoder_")
+    strides = json.loads(first.metadata_props[0].value)["strides"]
+    stride = strides[0] if stride is None else stride
     source = f"encoder_stride{stride}"
+    if stride not in strides:
+        raise ValueError(f"stride {stride}: the features of {encoder} have stride {' or '.join(map(str, strides))}.")
 
+    upsampler = graph.build(config, tensors, half=half)
     published = catalogue.find(encoder)
     scale, shift = (np.array(x, np.float32)[:, None, None] for x in _between(published.mean, published.std))
     constants = [numpy_helper.from_array(x, name) for x, name in ((scale, "encoder_scale"), (shift, "encoder_shift"))]
@@ -54,8 +63,8 @@ def build_combined(
     for node in upsampler.graph.node:
         node.input[:] = [source if name in FEATURES else name for name in node.input]
     inputs = [info for info in upsampler.graph.input if info.name not in FEATURES]
-    weights = [*constants, *first.graph.initializer, *upsampler.graph.initializer]
-    whole = helper.make_graph(nodes, "encoder_and_anyup", inputs, upsampler.graph.output, weights)
+    initializers = [*constants, *first.graph.initializer, *upsampler.graph.initializer]
+    whole = helper.make_graph(nodes, "encoder_and_anyup", inputs, upsampler.graph.output, initializers)
     model = helper.make_model(whole, opset_imports=upsampler.opset_import, ir_version=upsampler.ir_version)
     model.producer_name = upsampler.producer_name
     (width,) = (info.type.tensor_type.shape.dim[1].dim_value for info in first.graph.output if info.name == source)

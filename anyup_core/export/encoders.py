@@ -14,10 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from anyup_core.checkpoints import packaged
+from anyup_core.checkpoints import encoder_files
 from anyup_core.encoders import catalogue
 from anyup_core.encoders.efficientnet import EfficientNet, Stage
-from anyup_core.export.builder import IR_VERSION, OPSET, Graph
+from anyup_core.encoders.vit import ViT
+from anyup_core.export.builder import Graph
+from anyup_core.export.cropping import crop, pad, padded
+from anyup_core.export.vit import ViTWriter
 
 METADATA = "anyup_encoder"  # the entry of a file's metadata that holds name, normalisation and outputs, as JSON
 EPSILON = 1e-3  # of every norm
@@ -27,14 +30,15 @@ STRIDES = (16, 32)
 def build_encoder(
     name: str, tensors: Mapping[str, np.ndarray] | None = None, *, half: bool = False, prefix: str = ""
 ) -> Any:
-    """Return an EfficientNet-Lite as an `onnx.ModelProto`.
+    """Return an EfficientNet-Lite or a vision transformer as an `onnx.ModelProto`.
 
     Its input is `image` (B, 3, H, W), normalised with the mean and the standard deviation in its metadata; its outputs
-    are `stride16` (B, C, H // 16, W // 16) and `stride32` (B, D, H // 32, W // 32).
+    are `stride16` (B, C, H // 16, W // 16) and `stride32` (B, D, H // 32, W // 32), or, with patches of P pixels,
+    `strideP` alone.
 
     Args:
         name: of the catalogue, such as `efficientnet_lite0`.
-        tensors: its parameters under timm's names; by default those of the package that holds them.
+        tensors: its parameters under timm's names; by default the published ones, which may be fetched.
         half: store the weights as float16; the graph computes in float32.
         prefix: of every name.
 
@@ -43,11 +47,18 @@ def build_encoder(
         ImportError: if the package that holds the weights is not installed.
     """
     published = catalogue.find(name)
-    if not isinstance(published.config, EfficientNet):
-        raise ValueError(f"{name} is no EfficientNet-Lite, the only encoders that are written as ONNX files.")
-    tensors = packaged.read(name) if tensors is None else tensors
-    metadata = dict(name=name, mean=published.mean, std=published.std, strides=STRIDES)
-    return Writer(published.config, tensors, half, prefix).model({METADATA: json.dumps(metadata)})
+    config = published.config
+    if type(config) is not ViT and not isinstance(config, EfficientNet):
+        raise ValueError(
+            f"{name} is neither an EfficientNet-Lite nor a vision transformer with learned position embeddings; only "
+            "these encoders are written as ONNX files."
+        )
+    tensors = encoder_files.load(name).tensors if tensors is None else tensors
+    strides = STRIDES if isinstance(config, EfficientNet) else (config.patch_size,)
+    metadata = {METADATA: json.dumps(dict(name=name, mean=published.mean, std=published.std, strides=strides))}
+    if isinstance(config, EfficientNet):
+        return Writer(config, tensors, half, prefix).model(metadata)
+    return ViTWriter(config, tensors, half, prefix).model(metadata)
 
 
 class Writer:
@@ -58,54 +69,30 @@ class Writer:
         self.g = Graph(half, loops=False, prefix=prefix)
 
     def model(self, metadata: Mapping[str, str]) -> Any:
-        import onnx
-        from onnx import TensorProto, helper, numpy_helper
+        from onnx import TensorProto
 
         g, (fine, coarse) = self.g, STRIDES
         image = g.input(f"{g.prefix}image", np.float32, ("B", 3, "H", "W"))
         size = g.op("Slice", g.op("Shape", image), g.ints(2), g.ints(4))
-        apart = g.op("Sub", self.padded(g, size, coarse), self.padded(g, size, fine))
+        apart = g.op("Sub", padded(g, size, coarse), padded(g, size, fine))
         split = self.config.taps[STRIDES.index(fine) - len(STRIDES)] + 1
 
-        shared = self.stages(g, self.stem(g, self.pad(g, image, size, coarse)), 0, split)
+        shared = self.stages(g, self.stem(g, pad(g, image, size, coarse)), 0, split)
         deep = self.stages(g, shared, split, len(self.config.stages))
 
         def again(g: Graph) -> str:
-            return self.stages(g, self.stem(g, self.pad(g, image, size, fine)), 0, split)
+            return self.stages(g, self.stem(g, pad(g, image, size, fine)), 0, split)
 
         differ = g.op("Cast", g.op("ReduceMax", apart, keepdims=0), to=TensorProto.BOOL)
         shallow = g.choose(differ, again, lambda g: g.op("Identity", shared))
-        self.crop(shallow, size, fine)
-        self.crop(deep, size, coarse)
-
-        outputs = [
-            helper.make_tensor_value_info(
-                f"{g.prefix}stride{s}", TensorProto.FLOAT, ("B", width, f"H // {s}", f"W // {s}")
+        outputs = {
+            f"{g.prefix}stride{stride}": (
+                crop(g, x, size, stride),
+                ("B", width, f"H // {stride}", f"W // {stride}"),
             )
-            for s, width in zip(STRIDES, self.config.widths[-len(STRIDES) :])
-        ]
-        constants = [numpy_helper.from_array(array, name) for name, array in g.constants.values()]
-        graph = helper.make_graph(g.sorted_nodes(), "encoder", list(g.inputs.values()), outputs, constants)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
-        model.producer_name = "anyup"
-        helper.set_model_props(model, dict(metadata))
-        onnx.checker.check_model(model)
-        return model
-
-    def padded(self, g: Graph, size: str, stride: int) -> str:
-        """Return the sides, rounded up to a multiple of the stride."""
-        whole = g.op("Div", g.op("Add", size, g.ints(stride - 1)), g.ints(stride))
-        return g.op("Mul", whole, g.ints(stride))
-
-    def pad(self, g: Graph, image: str, size: str, stride: int) -> str:
-        """Return the image with zeros below and on the right, up to a multiple of the stride."""
-        missing = g.op("Sub", self.padded(g, size, stride), size)
-        return g.op("Pad", image, g.op("Concat", g.ints(0, 0, 0, 0, 0, 0), missing, axis=0))
-
-    def crop(self, x: str, size: str, stride: int) -> None:
-        """Name the cells that lie wholly on the image as an output."""
-        cells = self.g.op("Div", size, self.g.ints(stride))
-        self.g._add("Slice", [x, self.g.ints(0, 0), cells, self.g.ints(2, 3)], [f"{self.g.prefix}stride{stride}"], {})
+            for x, stride, width in zip((shallow, deep), STRIDES, self.config.widths[-len(STRIDES) :])
+        }
+        return g.finish("encoder", outputs, metadata)
 
     def stem(self, g: Graph, image: str) -> str:
         return self.relu6(g, self.conv_norm(g, image, "conv_stem", "bn1", stride=2))

@@ -139,7 +139,7 @@ class Writer:
         key, query = self.encode(image)
         output = self.attend(query, self.project(self.keys(key, described)), values)
         metadata = {METADATA: json.dumps(self.settings())}
-        return g.model(output, shapes["hr"], metadata)
+        return g.finish("anyup", {"hr": (output, shapes["hr"])}, metadata)
 
     def input_shapes(self) -> dict[str, tuple[Any, ...]]:
         """Return the shapes of image, features, values and output; letters where they are not fixed."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from anyup_core import geometry
+from anyup_core.checkpoints import encoder_files
 from anyup_core.config import AnyUpConfig
 from anyup_core.export import graph, inputs
 from anyup_core.export.combined import build_combined
@@ -49,7 +50,8 @@ def write_onnx(
     output_size: tuple[int, int] | None = None,
     dtype: str | None = None,
     encoder: str | None = None,
-    stride: int = 16,
+    stride: int | None = None,
+    encoder_weights: str | os.PathLike | None = None,
 ) -> Path:
     """Write a model as an ONNX file, opset 18.
 
@@ -65,8 +67,10 @@ def write_onnx(
         features: height and width of the features, and their number of channels.
         output_size: height and width of the output (default: the image's).
         dtype: type of the stored weights: float32, or float16, which halves the file; the graph computes in float32.
-        encoder: an EfficientNet-Lite that the file holds too: it then takes images of every size, without features.
-        stride: of that encoder's features, 16 or 32.
+        encoder: an EfficientNet-Lite or a vision transformer that the file holds too: it then takes images of every
+            size, without features.
+        stride: of that encoder's features, 16 or 32, or the patch size; None for the finest.
+        encoder_weights: a file with its weights; None for the published ones.
 
     Raises:
         ImportError: if the package onnx is not installed.
@@ -93,7 +97,8 @@ def write_onnx(
             raise ValueError(
                 f"encoder={encoder!r}: a file that holds an encoder takes every size; leave the sizes out."
             )
-        model = build_combined(config, tensors, encoder, stride, half=half)
+        weights = encoder_files.load(encoder, encoder_weights).tensors
+        model = build_combined(config, tensors, encoder, stride, weights=weights, half=half)
     with replacing(path) as temporary:
         temporary.write_bytes(model.SerializeToString())
     if sizes is None:
@@ -102,10 +107,17 @@ def write_onnx(
     return path
 
 
-def write_encoder(name: str, path: str | os.PathLike, *, dtype: str | None = None) -> Path:
-    """Write an EfficientNet-Lite as an ONNX file for images of every size.
+def write_encoder(
+    name: str,
+    path: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    encoder_weights: str | os.PathLike | None = None,
+) -> Path:
+    """Write an EfficientNet-Lite or a vision transformer as an ONNX file for images of every size.
 
-    Its input is `image` (B, 3, H, W), normalised as its metadata says, its outputs `stride16` and `stride32`.
+    Its input is `image` (B, 3, H, W), normalised as its metadata says, its outputs `stride16` and `stride32`, or, with
+    patches of P pixels, `strideP`. Arguments are as for `write_onnx`.
 
     Raises:
         ImportError, ValueError, OSError: as `write_onnx`, and ImportError if the encoder's weights are not installed.
@@ -114,7 +126,8 @@ def write_encoder(name: str, path: str | os.PathLike, *, dtype: str | None = Non
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r}: weights are stored as one of {', '.join(DTYPES)}.")
     need_onnx()
-    data = build_encoder(name, half=dtype == "float16").SerializeToString()
+    tensors = encoder_files.load(name, encoder_weights).tensors
+    data = build_encoder(name, tensors, half=dtype == "float16").SerializeToString()
     with replacing(path) as temporary:
         temporary.write_bytes(data)
     return path

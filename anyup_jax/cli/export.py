@@ -14,6 +14,7 @@ import numpy as np
 
 from anyup_core.checkpoints import names
 from anyup_core.config import AnyUpConfig
+from anyup_core.encoders import catalogue
 from anyup_core.export import onnx_file
 from anyup_core.files import resize_image
 from anyup_core.paths import expanded
@@ -36,16 +37,17 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     about = "write a file that ONNX Runtime, torch or jax run"
     parser = commands.add_parser("export", help=about, description=export.__doc__, epilog=EPILOG)
     parser.set_defaults(command=export)
-    weights = "a name, a file or a folder, as --weights of `anyup upsample`; or an EfficientNet-Lite, by its name"
+    weights = "a name, a file or a folder, as --weights of `anyup upsample`; or an encoder, by its name"
     parser.add_argument("weights", type=expanded, metavar="WEIGHTS", help=weights)
     parser.add_argument("path", type=expanded, metavar="F", help=f"the file to write: {', '.join(SUFFIXES)}")
     parser.add_argument("--image", type=positive, nargs=2, metavar=("H", "W"), help="size of the image")
     parser.add_argument("--features", type=positive, nargs=3, metavar=("h", "w", "C"), help="size of the features")
     parser.add_argument("--output-size", type=positive, nargs=2, metavar=("H", "W"), help="default: the image's")
-    dtype = "float32 (default); float16: of the weights in an ONNX file, of the computation elsewhere"
+    dtype = "of the weights in an ONNX file (float32, float16), of the computation in a .pt2 and .stablehlo (no float16)"
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help=dtype)
-    parser.add_argument("--encoder", metavar="NAME", help="an EfficientNet-Lite that an ONNX file holds too")
-    parser.add_argument("--stride", type=positive, default=16, metavar="N", help="of its features, 16 (default) or 32")
+    parser.add_argument("--encoder", metavar="NAME", help="an EfficientNet-Lite or ViT that an ONNX file holds too")
+    parser.add_argument("--stride", type=positive, metavar="N", help="of its features; default: the finest")
+    parser.add_argument("--encoder-weights", type=expanded, metavar="FILE", help="default: the published weights")
     methods = [name for name, method in METHODS.items() if not method.weightless]
     other = "whose weights WEIGHTS, a path or a published name, holds (ONNX: jafar alone)"
     parser.add_argument("--upsampler", choices=methods, help=other)
@@ -61,6 +63,8 @@ def export(args: argparse.Namespace) -> None:
     sized = args.image is not None and args.features is not None
     if suffix != ".onnx" and not sized:
         raise ValueError(f"a {suffix} file is for one size; give --image H W and --features h w C.")
+    if args.encoder_weights and not (args.encoder or _is_encoder(args.weights)):
+        raise ValueError("--encoder-weights are those of an encoder; name it with --encoder, or as WEIGHTS.")
     if suffix != ".onnx" and args.encoder:
         raise ValueError("--encoder goes into ONNX files alone.")
     if suffix == ".onnx" and args.dtype == "bfloat16":
@@ -71,19 +75,31 @@ def export(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--upsampler {args.upsampler} is written as .pt2 or .stablehlo; as .onnx AnyUp and jafar are."
         )
-    if args.weights.startswith("efficientnet_lite"):
+    if _is_encoder(args.weights):
         path = _export_encoder(args)
     else:
         path = _export_anyup(args, suffix)
     say("written", f"{path}, {path.stat().st_size / 1e6:.2f} MB")
 
 
+def _is_encoder(name: str) -> bool:
+    """Return whether this is the name of an encoder, and no file's."""
+    try:
+        catalogue.find(name)
+    except ValueError:
+        return False
+    return not Path(name).exists()
+
+
 def _export_encoder(args: argparse.Namespace) -> Path:
     """Write an encoder alone."""
     given = (args.image, args.features, args.output_size, args.encoder, args.window)
     if Path(args.path).suffix != ".onnx" or any(given) or args.verify:
-        raise ValueError(f"{args.weights} is an encoder: it is written as .onnx for every size; give --dtype at most.")
-    return onnx_file.write_encoder(args.weights, args.path, dtype=args.dtype)
+        raise ValueError(
+            f"{args.weights} is an encoder: it is written as .onnx for every size; leave out what is not --dtype or "
+            "--encoder-weights."
+        )
+    return onnx_file.write_encoder(args.weights, args.path, dtype=args.dtype, encoder_weights=args.encoder_weights)
 
 
 def _export_anyup(args: argparse.Namespace, suffix: str) -> Path:
@@ -94,7 +110,7 @@ def _export_anyup(args: argparse.Namespace, suffix: str) -> Path:
         onnx_file.check_sizes(**options)
         onnx_file.need_onnx()
         config, tensors = _weights(args, overrides)
-        extra = dict(dtype=args.dtype, encoder=args.encoder, stride=args.stride)
+        extra = dict(dtype=args.dtype, encoder=args.encoder, stride=args.stride, encoder_weights=args.encoder_weights)
         start = time.perf_counter()
         path = onnx_file.write_onnx(config, tensors, args.path, **options, **extra)
     else:
@@ -189,8 +205,10 @@ def _cases(args: argparse.Namespace) -> dict[str, tuple[np.ndarray, np.ndarray]]
 
     size, (height, width, channels) = _pair(args.image) or IMAGE, _pair(args.features) or CELLS
     photograph = resize_image(_shipped_photograph(), size)
-    layer = -1 if args.encoder and args.stride == 32 else -2  # strides 32 and 16
-    encoder = EncoderConfig(name=args.encoder or ENCODER, layer=(layer,)).load()
+    name = args.encoder or ENCODER
+    strides = catalogue.find(name).config.strides  # of the layers; the file gives the last two of an EfficientNet-Lite
+    layer = -2 if strides[-2] != strides[-1] and args.stride in (None, strides[-2]) else -1
+    encoder = EncoderConfig(name=name, layer=(layer,), weights=args.encoder_weights).load()
     found = encoder.encode_array(photograph / np.float32(255))
     random, guide = np.random.default_rng(0), normalize(photograph).transpose(2, 0, 1)[None]
     if args.encoder:
@@ -227,7 +245,8 @@ def _runner(path: Path, size: tuple[int, int] | None) -> Callable[..., np.ndarra
         return run
     if path.suffix == ".pt2":
         torch = importlib.import_module("torch")
-        program = torch.export.load(path).module()
+        library = path.name.endswith(".aoti.pt2")
+        program = torch._inductor.aoti_load_package(str(path)) if library else torch.export.load(path).module()
 
         def run_torch(image: np.ndarray, features: np.ndarray) -> np.ndarray:
             with torch.inference_mode():
