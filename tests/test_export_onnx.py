@@ -244,7 +244,7 @@ def test_inputs_that_do_not_fit(change: dict[str, Any], message: str, path: Path
         ("model.onnx", dict(dtype="bfloat16"), "float32, float16"),
         ("model.onnx", dict(image_size=(8, 8)), "needs image_size"),
         ("model.onnx", dict(image_size=(8, 8), features=(2, 2)), "3 whole numbers"),
-        ("model.onnx", dict(encoder="resnet50"), "no EfficientNet-Lite"),
+        ("model.onnx", dict(encoder="resnet50"), "neither an EfficientNet-Lite"),
         ("model.onnx", dict(encoder="efficientnet_lite0", stride=8), "stride 8"),
     ],
 )

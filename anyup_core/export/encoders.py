@@ -46,19 +46,24 @@ def build_encoder(
         ValueError: if the encoder is of another family.
         ImportError: if the package that holds the weights is not installed.
     """
-    published = catalogue.find(name)
-    config = published.config
-    if type(config) is not ViT and not isinstance(config, EfficientNet):
-        raise ValueError(
-            f"{name} is neither an EfficientNet-Lite nor a vision transformer with learned position embeddings; only "
-            "these encoders are written as ONNX files."
-        )
+    published, config = catalogue.find(name), config_of(name)
     tensors = encoder_files.load(name).tensors if tensors is None else tensors
     strides = STRIDES if isinstance(config, EfficientNet) else (config.patch_size,)
     metadata = {METADATA: json.dumps(dict(name=name, mean=published.mean, std=published.std, strides=strides))}
     if isinstance(config, EfficientNet):
         return Writer(config, tensors, half, prefix).model(metadata)
     return ViTWriter(config, tensors, half, prefix).model(metadata)
+
+
+def config_of(name: str) -> EfficientNet | ViT:
+    """Return the sizes of an encoder. Raises ValueError for one that is not written as an ONNX file."""
+    config = catalogue.find(name).config
+    if isinstance(config, EfficientNet) or (isinstance(config, ViT) and type(config) is ViT):
+        return config
+    raise ValueError(
+        f"{name} is neither an EfficientNet-Lite nor a vision transformer with learned position embeddings; only "
+        "these encoders are written as ONNX files."
+    )
 
 
 class Writer:

@@ -14,7 +14,7 @@ from anyup_core.checkpoints import encoder_files
 from anyup_core.config import AnyUpConfig
 from anyup_core.export import graph, inputs
 from anyup_core.export.combined import build_combined
-from anyup_core.export.encoders import build_encoder
+from anyup_core.export.encoders import build_encoder, config_of
 from anyup_core.export.jafar import build_jafar
 from anyup_core.replacement import replacing
 from anyup_core.upsamplers.jafar import JAFARConfig
@@ -97,6 +97,7 @@ def write_onnx(
             raise ValueError(
                 f"encoder={encoder!r}: a file that holds an encoder takes every size; leave the sizes out."
             )
+        config_of(encoder)
         weights = encoder_files.load(encoder, encoder_weights).tensors
         model = build_combined(config, tensors, encoder, stride, weights=weights, half=half)
     with replacing(path) as temporary:
@@ -126,6 +127,7 @@ def write_encoder(
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r}: weights are stored as one of {', '.join(DTYPES)}.")
     need_onnx()
+    config_of(name)
     tensors = encoder_files.load(name, encoder_weights).tensors
     data = build_encoder(name, tensors, half=dtype == "float16").SerializeToString()
     with replacing(path) as temporary:

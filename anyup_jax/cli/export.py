@@ -43,7 +43,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--image", type=positive, nargs=2, metavar=("H", "W"), help="size of the image")
     parser.add_argument("--features", type=positive, nargs=3, metavar=("h", "w", "C"), help="size of the features")
     parser.add_argument("--output-size", type=positive, nargs=2, metavar=("H", "W"), help="default: the image's")
-    dtype = "of the weights in an ONNX file (float32, float16), of the computation in a .pt2 and .stablehlo (no float16)"
+    dtype = "of the weights in .onnx (float32, float16), of the computation in .pt2 and .stablehlo (no float16)"
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help=dtype)
     parser.add_argument("--encoder", metavar="NAME", help="an EfficientNet-Lite or ViT that an ONNX file holds too")
     parser.add_argument("--stride", type=positive, metavar="N", help="of its features; default: the finest")
