@@ -10,6 +10,7 @@ from anyup_core.export.onnx_file import write_onnx
 from anyup_torch import pretrained, upsamplers
 from anyup_torch.model import AnyUp
 from anyup_torch.upsamplers.jafar import JAFAR
+from anyup_torch.upsamplers.naf import NAF
 
 
 def export_onnx(
@@ -30,7 +31,7 @@ def export_onnx(
     what it needs, and is written beside it as `F_inputs.py`. With sizes it takes `image` and `features` of these alone.
 
     Args:
-        model: AnyUp, or JAFAR of `upsamplers`, as it was made; a model with replaced submodules is refused.
+        model: AnyUp, or JAFAR or NAF of `upsamplers`, as it was made; a model with replaced submodules is refused.
         path: of the file, .onnx.
         image_size: height and width of the image of a closed file.
         features: height and width of its features, and their number of channels.
@@ -46,10 +47,10 @@ def export_onnx(
         TypeError: for another upsampler.
         OSError: if the file cannot be written.
     """
-    if not isinstance(model, AnyUp | JAFAR):
+    if not isinstance(model, AnyUp | JAFAR | NAF):
         name = type(model).__name__
         raise TypeError(
-            f"{name} cannot be written as ONNX, AnyUp and JAFAR can; anyup_torch.export writes {name} as .pt2."
+            f"{name} cannot be written as ONNX, AnyUp, JAFAR and NAF can; anyup_torch.export writes {name} as .pt2."
         )
     if model.changed:
         names = ", ".join(model.changed) if isinstance(model, AnyUp) else "submodules"

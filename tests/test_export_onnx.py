@@ -14,6 +14,7 @@ import torch
 
 import anyup_core
 import anyup_torch
+import anyup_torch.upsamplers.featup
 import anyup_torch.upsamplers.jafar
 import anyup_torch.upsamplers.naf
 from anyup_core.export import graph, inputs, onnx_file
@@ -198,8 +199,11 @@ np.savez({str(path.parent / "feeds.npz")!r}, **feeds)
 
 
 def test_tables_are_those_of_the_graph(path: Path) -> None:
-    settings = inputs.onnx_settings(path) | dict(tables=list(graph.TABLES))
+    settings = inputs.onnx_settings(path)
     tables = inputs.onnx_tables(settings, (2, 3, 50, 60), (2, 7, 5, 6), (51, 61), 4)
+    assert set(tables) == set(graph.TABLES) - set(graph.OTHERS)
+    naf = settings | dict(tables=list(graph.TABLES), periods=[1.0] * 32, rope_heads=1, neighbourhood=3)
+    tables = inputs.onnx_tables(naf, (2, 3, 50, 60), (2, 7, 5, 6), (51, 61), 4)
     assert set(tables) == set(graph.TABLES)
     for name, (kind, shape) in graph.TABLES.items():
         assert tables[name].dtype == kind, name
@@ -274,9 +278,34 @@ def test_jafar(channels: int, tmp_path: Path) -> None:
     close(output, expected(model, image, features), 2e-5)
 
 
+@pytest.mark.parametrize("settings", [dict(kernel_size=3, dim=32, num_heads=2, rope_heads=2), dict()])
+def test_naf(settings: dict[str, int], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = upsamplers.naf.NAF(**settings).eval()
+    path = anyup_torch.export_onnx(model, tmp_path / "naf.onnx")
+    cases = (
+        (1, (48, 64), (9, 10), None),
+        (2, (37, 41), (9, 12), (50, 61)),
+        (1, (128, 100), (9, 9), (30, 27)),  # an image that is resized first
+    )
+    for batch, image_size, cells, size in cases:
+        image, features = noise(batch, image_size, cells, 8)
+        close(
+            run(path, anyup_core.onnx_inputs(path, image, features, size)), expected(model, image, features, size), 2e-5
+        )
+    with pytest.raises(ValueError, match="multiple of"):
+        anyup_core.onnx_inputs(path, image, features[:, :7])
+    closed = anyup_torch.export_onnx(model, tmp_path / "closed.onnx", image_size=(18, 27), features=(9, 9, 8))
+    image, features = noise(1, (18, 27), (9, 9), 8)
+    output = runtime.InferenceSession(str(closed)).run(None, dict(image=image, features=features))[0]
+    close(output, expected(model, image, features), 2e-5)
+    with pytest.raises(ValueError, match="neighbourhood"):
+        anyup_torch.export_onnx(model, tmp_path / "small.onnx", image_size=(18, 27), features=(2, 2, 8))
+
+
 def test_other_upsamplers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="NAF cannot be written as ONNX"):
-        anyup_torch.export_onnx(upsamplers.naf.NAF(), tmp_path / "naf.onnx")
+    with pytest.raises(TypeError, match="FeatUp cannot be written as ONNX"):
+        anyup_torch.export_onnx(upsamplers.featup.FeatUp(), tmp_path / "featup.onnx")
 
 
 def test_a_model_with_other_submodules_is_refused(tmp_path: Path) -> None:
@@ -309,7 +338,7 @@ def test_the_command_for_jafar(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([WEIGHTS, "model.onnx", "--upsampler", "naf"], "AnyUp and jafar are"),
+        ([WEIGHTS, "model.onnx", "--upsampler", "featup"], "AnyUp, jafar and naf are"),
         ([WEIGHTS, "model.xyz"], "says no format"),
         ([WEIGHTS, "model.pt2"], "give --image"),
         ([WEIGHTS, "model.stablehlo", "--image", "8", "8"], "give --image"),

@@ -48,6 +48,16 @@ TABLES: dict[str, tuple[type, tuple[str | int, ...]]] = {
     "strip_shares": (np.float32, ("steps", "strips", "strip_rows", 1, 1, 1)),
     "resize_cols": (np.bool_, (1,)),
     "query_cols": (np.float32, ("query_W", "query_Wo")),
+    "guide_size": (np.int64, (4,)),
+    "halo_rows": (np.int64, ("blocks", "halo")),
+    "own_rows": (np.int64, ("blocks", "rows")),
+    "turn_rows_cos": (np.float32, ("steps", "strips", "tile_rows", 1, "D", 1)),
+    "turn_rows_sin": (np.float32, ("steps", "strips", "tile_rows", 1, "D", 1)),
+    "turn_cols_cos": (np.float32, ("D", "Wo")),
+    "turn_cols_sin": (np.float32, ("D", "Wo")),
+    "key_pool_rows": (np.float32, ("h", "tile_rows_in_all")),
+    "key_pool_cols": (np.float32, ("Wo", "w")),
+    "key_pool_shape": (np.int64, (4,)),
     "query_shape": (np.int64, (4,)),
     "query_pads": (np.int64, (8,)),
     "tile_shape": (np.int64, (5,)),
@@ -68,6 +78,21 @@ TABLES: dict[str, tuple[type, tuple[str | int, ...]]] = {
     "output_width": (np.int64, (1,)),
 }
 """Element types and axes of the tables."""
+
+OTHERS = (
+    "strip_shares",
+    "guide_size",
+    "halo_rows",
+    "own_rows",
+    "turn_rows_cos",
+    "turn_rows_sin",
+    "turn_cols_cos",
+    "turn_cols_sin",
+    "key_pool_rows",
+    "key_pool_cols",
+    "key_pool_shape",
+)
+"""Tables that AnyUp does not take."""
 
 Block = tuple[str, str]  # names of a map in blocks of rows (blocks, B, D, pixels) and of its moments (blocks, B, D, 2)
 
@@ -108,7 +133,8 @@ def build(
 class Writer:
     """Writes the graph; the methods return names of tensors."""
 
-    tables: tuple[str, ...] = tuple(name for name in TABLES if name != "strip_shares")
+    extra_tables: tuple[str, ...] = ()  # that a strip needs
+    tables: tuple[str, ...] = tuple(name for name in TABLES if name not in OTHERS)
 
     def __init__(
         self,
@@ -122,7 +148,8 @@ class Writer:
         self.g, self.sizes = Graph(half, loops), sizes
         self.shapes: dict[int, str] = {}
 
-    def model(self) -> Any:
+    def inputs(self) -> tuple[str, str, str, tuple[Any, ...]]:
+        """Declare the inputs. Returns the names of image, features and values, and the shape of the output."""
         g, dim = self.g, self.config.qk_dim
         shapes = self.input_shapes()
         image, features, values = (g.input(name, np.float32, shapes[name]) for name in ("image", "features", "values"))
@@ -135,11 +162,16 @@ class Writer:
             values, channels = features, self.sizes.channels
             given = (shapes["image"], shapes["features"], self.sizes.output, channels)
             g.known.update(onnx_tables(self.settings(), *given))
+        return image, features, values, shapes["hr"]
+
+    def model(self) -> Any:
+        g = self.g
+        image, features, values, shape = self.inputs()
         described = self.describe(features)
         key, query = self.encode(image)
         output = self.attend(query, self.project(self.keys(key, described)), values)
         metadata = {METADATA: json.dumps(self.settings())}
-        return g.finish("anyup", {"hr": (output, shapes["hr"])}, metadata)
+        return g.finish("anyup", {"hr": (output, shape)}, metadata)
 
     def input_shapes(self) -> dict[str, tuple[Any, ...]]:
         """Return the shapes of image, features, values and output; letters where they are not fixed."""
@@ -386,17 +418,10 @@ class Writer:
         """Return the output (B, E, Ho, Wo)."""
         g, query = self.g, self.normed_query(query)
         seen = g.op("Transpose", g.op("Reshape", values, g.ints(0, 0, -1)), perm=[2, 0, 1])  # (cells, B, E)
-        conv = self.tensors["cross_decode.conv2d.weight"]
 
-        def body(g: Graph, rows: str, shares: str, key_rows: str, row_bias: str) -> list[str]:
-            q = self.strip(g, query, rows, shares)
-            q = g.op("Reshape", g.op("Transpose", q, perm=[0, 2, 3, 1, 4]), "query_shape")
-            attributes: dict[str, Any] = dict(
-                kernel_shape=[3, 3], strides=[1, 1], dilations=[1, 1], pads=[0, 1, 0, 1], group=1
-            )
-            q = g.op("Conv", q, g.weight(conv), **attributes)  # (strips B, D, rows, Wo)
-            norm = self.norm(g, q, 1)
-            q = g.op("Pad", g.op("Div", g.op("Concat", q, norm, axis=1), norm), "query_pads")
+        def body(g: Graph, rows: str, shares: str, key_rows: str, row_bias: str, *extra: str) -> list[str]:
+            q = self.strip(g, query, rows, shares, *extra)
+            q = g.op("Pad", self.query(g, q), "query_pads")
             tiles = g.op("Transpose", g.op("Reshape", q, "tile_shape"), perm=[0, 3, 1, 2, 4])
             tiles = g.op("Reshape", tiles, g.ints(0, 0, 0, -1))  # (strips B, tiles, D + 1, positions)
 
@@ -407,18 +432,16 @@ class Writer:
             scores = g.op("Reshape", g.op("MatMul", q, k), "score_shape")  # (strips, B, tiles, positions, N, seen)
             bias = g.op("Reshape", g.op("Add", row_bias, "col_bias"), "bias_shape")
             weights = g.op("Softmax", g.op("Add", scores, bias), axis=-1)
-            weights = g.op("ReduceMean", weights, g.ints(4), keepdims=0)  # (strips, B, tiles, positions, seen)
-
             v = g.op("Reshape", g.op("Gather", seen, index, axis=0), "value_shape")
-            v = g.op("Transpose", g.op("Transpose", v, perm=[0, 3, 1, 2, 4]), perm=[0, 1, 2, 4, 3])
-            output = g.op("MatMul", v, g.op("Transpose", weights, perm=[0, 1, 2, 4, 3]))  # (..., E, positions)
+            output = self.average(g, weights, g.op("Transpose", v, perm=[0, 3, 1, 2, 4]))
             output = g.op("Transpose", g.op("Reshape", output, "output_tiles"), perm=[1, 3, 0, 4, 2, 5])
             output = g.op("Reshape", output, "strip_shape")
             return [g.op("Slice", output, g.ints(0), "output_width", g.ints(3))]
 
         kinds = (np.int64, np.float32, np.int64, np.float32)
         tables = zip(("query_rows", "query_row_shares", "key_rows", "row_bias"), kinds)
-        (strips,) = g.over_blocks(body, list(tables))  # (steps, B, E, rows, Wo)
+        more = [(name, np.float32) for name in self.extra_tables]
+        (strips,) = g.over_blocks(body, [*tables, *more])  # (steps, B, E, rows, Wo)
 
         def whole(g: Graph) -> str:
             return g.op("Reshape", g.op("Transpose", strips, perm=[1, 2, 0, 3, 4]), "output_shape")
@@ -428,11 +451,29 @@ class Writer:
 
         return g.choose("crop_rows", cropped, whole)
 
+    def query(self, g: Graph, q: str) -> str:
+        """Return strips of queries (strips B, D + 1, rows, Wo), convolved and normed, with a 1 as the last channel."""
+        q = g.op("Reshape", g.op("Transpose", q, perm=[0, 2, 3, 1, 4]), "query_shape")
+        weight = g.weight(self.tensors["cross_decode.conv2d.weight"])
+        attributes: dict[str, Any] = dict(kernel_shape=[3, 3], strides=[1, 1], dilations=[1, 1])
+        q = g.op("Conv", q, weight, pads=[0, 1, 0, 1], group=1, **attributes)
+        norm = self.norm(g, q, 1)
+        return g.op("Div", g.op("Concat", q, norm, axis=1), norm)
+
+    def average(self, g: Graph, weights: str, values: str) -> str:
+        """Average values (strips, B, tiles, seen, E) by weights (strips, B, tiles, positions, N, seen), and the heads.
+
+        Returns (strips, B, tiles, E, positions).
+        """
+        weights = g.op("ReduceMean", weights, g.ints(4), keepdims=0)
+        values, weights = (g.op("Transpose", x, perm=[0, 1, 2, 4, 3]) for x in (values, weights))
+        return g.op("MatMul", values, weights)
+
     def normed_query(self, query: str) -> str:
         """Prepare the norm of the queries of the output's size, where there is one; return their rows."""
         return query
 
-    def strip(self, g: Graph, query: str, rows: str, shares: str) -> str:
+    def strip(self, g: Graph, query: str, rows: str, shares: str, *extra: str) -> str:
         """Return strips of queries at the output's size (strips, rows, B, D, Wo); rows outside of it are zero."""
         q = g.op("Mul", g.op("Gather", query, rows, axis=0), shares)  # (strips, rows, taps, B, D, W)
         q = g.op("ReduceSum", q, g.ints(2), keepdims=0)

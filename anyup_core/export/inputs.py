@@ -19,12 +19,14 @@ from anyup_core.geometry import (
     AxisWindow,
     axis_window,
     coordinates,
+    kernel_window,
     plan_tiles,
     pool_bins,
     reflection,
     taps_in_bounds,
     tile_axis,
 )
+from anyup_core.upsamplers.naf import reduced
 
 METADATA = "anyup"  # the entry of a file's metadata that holds the settings, as JSON
 BLOCK = 4096  # pixels of the image worked on at once
@@ -92,6 +94,11 @@ def check_maps(settings: Mapping[str, Any], image: np.ndarray, features: np.ndar
             raise ValueError(f"{name} has shape {np.shape(array)}; it must have four axes, NCHW, none of them empty.")
     if settings.get("width", features.shape[1]) != features.shape[1]:
         raise ValueError(f"features have shape {features.shape}; the model is for {settings['width']} channels, NCHW.")
+    for name, array in (("features", features), ("values", values)):
+        if array.shape[1] % settings.get("multiple", 1):
+            raise ValueError(
+                f"{name} have shape {array.shape}; their channels are a multiple of {settings['multiple']}."
+            )
     if image.shape[0] != features.shape[0]:
         raise ValueError(f"image {image.shape}, features {features.shape} differ in the batch size.")
     if values.shape[0] != features.shape[0] or values.shape[2:] != features.shape[2:]:
@@ -113,7 +120,11 @@ def onnx_tables(
         size: height and width of the output.
         channels: of the values.
     """
+    if "periods" in settings:  # of NAF, which resizes a large image first
+        image = (*image[:2], *reduced((image[2], image[3]), size))
     tables = image_tables(settings, image, features) | attention_tables(settings, image, features, size, channels)
+    if "periods" in settings:
+        tables |= naf_tables(settings, image, features, size, tables["query_rows"].shape[1:3])
     if "tables" in settings:
         tables = {name: tables[name] for name in settings["tables"]}
     else:
@@ -132,7 +143,7 @@ def image_tables(settings: Mapping[str, Any], image: tuple[int, ...], features: 
     padded, inside = np.minimum(np.arange(blocks * rows), height - 1), np.arange(blocks * rows) < height
     shares = np.repeat(inside / (height * width), width).reshape(blocks, rows * width, 1)
 
-    row_freqs, col_freqs = np.asarray(settings["frequencies"], np.float32)
+    row_freqs, col_freqs = np.asarray(settings.get("frequencies", np.zeros((2, dim))), np.float32)
     down, across = coordinates(height, width)
     below, beside = (down[padded][:, None] * row_freqs).T, (across[:, None] * col_freqs).T
     sign = np.where(np.arange(dim) < dim // 2, -1, 1)[:, None, None]
@@ -183,7 +194,11 @@ def attention_tables(
     """
     (batch, _, *sides), cells = image, features[2:]
     heads, dim = settings["num_heads"], settings["qk_dim"]
-    windows = [axis_window(n, m, settings["window_ratio"], settings["window"]) for n, m in zip(size, cells)]
+    depth = settings.get("score_width", dim + 1)
+    if "neighbourhood" in settings:
+        windows = [kernel_window(n, m, settings["neighbourhood"]) for n, m in zip(size, cells)]
+    else:
+        windows = [axis_window(n, m, settings["window_ratio"], settings["window"]) for n, m in zip(size, cells)]
     if all((window.count == 1).all() and window.span == window.keys for window in windows):  # one tile a strip
         sizes = [min(size[0], max(1, PAIRS // (size[1] * cells[0] * cells[1]))), size[1]]
     else:
@@ -208,11 +223,11 @@ def attention_tables(
         "query_cols": pooling(sides[1], size[1]).T if sides[1] != size[1] else np.zeros((1, 1), np.float32),
         "query_shape": np.array([-1, dim, tall.size + 2, size[1]]),
         "query_pads": np.array([0, 0, 0, 0, 0, 0, 0, wide.runs * wide.size - size[1]]),
-        "tile_shape": np.array([-1, dim + 1, tall.size, wide.runs, wide.size]),
+        "tile_shape": np.array([-1, depth, tall.size, wide.runs, wide.size]),
         "key_rows": key_rows.reshape(steps, strips, 1, tall.span, 1),
         "key_cols": (wide.start[:, None] + np.arange(wide.span))[:, None],
-        "key_shape": np.array([strips, wide.runs, seen, batch, heads, dim + 1]),
-        "key_tiles": np.array([-1, wide.runs, heads * seen, dim + 1]),
+        "key_shape": np.array([strips, wide.runs, seen, batch, heads, depth]),
+        "key_tiles": np.array([-1, wide.runs, heads * seen, depth]),
         "row_bias": row_bias.reshape(steps, strips, 1, tall.size, 1, tall.span, 1),
         "col_bias": col_bias[:, None, :, None],
         "bias_shape": np.array([strips, 1, wide.runs, tile, 1, seen]),
@@ -224,6 +239,50 @@ def attention_tables(
         "crop_rows": np.array([tall.runs * tall.size != size[0]]),
         "output_height": np.array(size[:1]),
         "output_width": np.array(size[1:]),
+    }
+
+
+def naf_tables(
+    settings: Mapping[str, Any],
+    image: Sequence[int],
+    features: Sequence[int],
+    size: tuple[int, int],
+    strip: Sequence[int],
+) -> dict[str, Any]:
+    """Return the tables that NAF has beside the others: rows with a border, and rotations of the output's positions.
+
+    Args:
+        settings, image, features, size: as for `onnx_tables`; the image has been reduced.
+        strip: how many strips a step works on, and their rows with one more at either end.
+    """
+    (batch, depth, height, width), cells = image, features[2:]
+    blocks = -(-batch * height * width // BLOCK) if settings["loops"] else 1
+    rows = -(-height // min(blocks, height))
+    blocks = -(-height // rows)
+    own = np.minimum(np.arange(blocks * rows), height - 1).reshape(blocks, rows)
+    border = np.minimum(rows * np.arange(blocks)[:, None] + np.arange(rows + 2), height + 1)
+    runs = -(-size[0] // (strip[1] - 2))
+    wanted = np.minimum(np.arange(runs * (strip[1] - 2)), size[0] - 1)
+    periods, heads = np.asarray(settings["periods"], np.float32), settings["rope_heads"]
+    (down, across), turns = ((np.arange(n) + 0.5) / n * 2 - 1 for n in size), {}
+    down, across = down.astype(np.float32), across.astype(np.float32)
+    along = np.tile(np.repeat([True, False], len(periods)), 2 * heads)[:, None]  # channels that rows turn
+    sign = np.tile(np.repeat([-1, 1], 2 * len(periods)), heads)[:, None]
+    for axis, places, seen in (("rows", down[wanted], along), ("cols", across, ~along)):
+        angle = np.tile(2 * np.pi * places / periods[:, None], (4 * heads, 1)).astype(np.float32)
+        turns[f"turn_{axis}_cos"] = np.where(seen, np.cos(angle), 1)
+        turns[f"turn_{axis}_sin"] = np.where(seen, np.sin(angle) * sign, 1)
+    for name in ("turn_rows_cos", "turn_rows_sin"):
+        turns[name] = turns[name].T.reshape(-1, strip[0], strip[1] - 2, 1, len(sign), 1)
+    pool_rows = np.zeros((cells[0], len(wanted)), np.float32)
+    pool_rows[:, : size[0]] = pooling(size[0], cells[0])
+    return turns | {
+        "guide_size": np.array([batch, depth, height, width]),
+        "halo_rows": reflection(height, 1)[border],
+        "own_rows": own,
+        "key_pool_rows": pool_rows,
+        "key_pool_cols": pooling(size[1], cells[1]).T,
+        "key_pool_shape": np.array([-1, batch, len(sign), cells[1]]),
     }
 
 

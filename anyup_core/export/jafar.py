@@ -9,7 +9,7 @@ import numpy as np
 
 from anyup_core.config import NORM_GROUPS, AnyUpConfig
 from anyup_core.export.builder import Graph
-from anyup_core.export.graph import GROUP_NORM_EPS, TABLES, Sizes, Writer
+from anyup_core.export.graph import GROUP_NORM_EPS, Sizes, Writer
 from anyup_core.upsamplers.jafar import JAFARConfig
 
 LAYERS = {".norm1.": ".block.0.", ".conv1.": ".block.2.", ".norm2.": ".block.3.", ".conv2.": ".block.5."}
@@ -28,7 +28,7 @@ def build_jafar(
 class JAFARWriter(Writer):
     """Writes the graph of JAFAR."""
 
-    tables = tuple(name for name in TABLES if name not in UNUSED)
+    tables = (*(name for name in Writer.tables if name not in UNUSED), "strip_shares")
 
     def __init__(self, config: JAFARConfig, tensors: Mapping[str, np.ndarray], half: bool, sizes: Sizes | None = None):
         attention = "cross_decode.cross_attn.attention"
@@ -77,7 +77,7 @@ class JAFARWriter(Writer):
         self.query_affine = self.affine(moments, None)
         return query
 
-    def strip(self, g: Graph, query: str, rows: str, shares: str) -> str:
+    def strip(self, g: Graph, query: str, rows: str, shares: str, *extra: str) -> str:
         q = super().strip(g, query, rows, shares)
         inside = g.op(
             "ReduceSum", shares, g.ints(2), keepdims=0

@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,9 +17,14 @@ from anyup_core.export import graph, inputs
 from anyup_core.export.combined import build_combined
 from anyup_core.export.encoders import build_encoder, config_of
 from anyup_core.export.jafar import build_jafar
+from anyup_core.export.naf import build_naf
 from anyup_core.replacement import replacing
+from anyup_core.upsamplers import naf
+from anyup_core.upsamplers.config import UpsamplerConfig
 from anyup_core.upsamplers.jafar import JAFARConfig
+from anyup_core.upsamplers.naf import NAFConfig
 
+BUILDERS: dict[type, Any] = {JAFARConfig: build_jafar, NAFConfig: build_naf}  # of upsamplers other than AnyUp
 DTYPES = ("float32", "float16")  # of the stored weights; the graph computes in float32
 GEOMETRY = (
     geometry.AxisWindow,
@@ -28,6 +34,7 @@ GEOMETRY = (
     geometry._dilated,
     geometry._windowed,
     geometry.axis_window.__wrapped__,
+    geometry.kernel_window.__wrapped__,
     geometry.AxisTiles,
     geometry.tile_axis,
     geometry.plan_tiles.__wrapped__,
@@ -36,12 +43,13 @@ GEOMETRY = (
     geometry.pool_bins.__wrapped__,
     geometry.reflection,
     geometry.taps_in_bounds,
+    naf.reduced,
 )
 """What `inputs.py` uses, and what this uses."""
 
 
 def write_onnx(
-    config: AnyUpConfig | JAFARConfig,
+    config: AnyUpConfig | UpsamplerConfig,
     tensors: Mapping[str, np.ndarray],
     path: str | os.PathLike,
     *,
@@ -60,7 +68,7 @@ def write_onnx(
     the file takes `image` (1, input_dim, H, W) and `features` (1, C, h, w) alone, and has neither loops nor branches.
 
     Args:
-        config: the model's, AnyUp or JAFAR.
+        config: the model's: of AnyUp, JAFAR or NAF.
         tensors: its parameters under their published names.
         path: of the file, .onnx.
         image_size: height and width of the image.
@@ -84,12 +92,13 @@ def write_onnx(
     sizes = check_sizes(image_size, features, output_size)
     need_onnx()
     half = dtype == "float16"
-    if isinstance(config, JAFARConfig):
+    if isinstance(config, UpsamplerConfig):
         if encoder is not None:
             raise ValueError(f"encoder={encoder!r}: only AnyUp is written in one file with an encoder.")
-        if sizes is not None and sizes.channels != config.channels:
-            raise ValueError(f"features={features!r}: this JAFAR is for {config.channels} channels.")
-        model = build_jafar(config, tensors, half=half, sizes=sizes)
+        if sizes is not None:
+            config.check(sizes.image, sizes.cells, sizes.output)
+            check_channels(config, sizes.channels)
+        model = BUILDERS[type(config)](config, tensors, half=half, sizes=sizes)
     elif encoder is None:
         model = graph.build(config, tensors, half=half, sizes=sizes)
     else:
@@ -133,6 +142,13 @@ def write_encoder(
     with replacing(path) as temporary:
         temporary.write_bytes(data)
     return path
+
+
+def check_channels(config: UpsamplerConfig, channels: int) -> None:
+    """Raise ValueError unless an upsampler takes features of so many channels."""
+    if config.width not in (None, channels) or channels % config.multiple:
+        wanted = f"a multiple of {config.multiple}" if config.width is None else config.width
+        raise ValueError(f"features of {channels} channels do not fit the weights; the channels must be {wanted}.")
 
 
 def check_path(path: str | os.PathLike) -> Path:
@@ -194,6 +210,7 @@ def standalone_inputs() -> str:
         inputs.onnx_tables,
         inputs.image_tables,
         inputs.attention_tables,
+        inputs.naf_tables,
         inputs.lengthened,
         inputs.pooling,
         inputs.onnx_settings,
@@ -204,6 +221,7 @@ def standalone_inputs() -> str:
     sources = [inspect.getsource(part) for part in (*own, *GEOMETRY)]
     sources = ["\n".join(line for line in text.splitlines() if "lru_cache" not in line) for text in sources]
     values = [f"{name} = {getattr(geometry, name)}" for name in constants]
+    values += [f"REDUCTION = {naf.REDUCTION}"]
     values += [f"{name} = {getattr(inputs, name)!r}" for name in ("METADATA", "BLOCK", "RESPONSES", "PAIRS", "NEVER")]
     head = (
         '"""The inputs of an ONNX file of AnyUp: `session.run(None, onnx_inputs("F.onnx", image, features))`.\n\n'

@@ -63,10 +63,7 @@ class NAFConfig(UpsamplerConfig):
 
     def reduced(self, image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
         """Return the size to which an image is resized first: its own unless it is much larger than the output."""
-        limit = REDUCTION * min(size)
-        if image[0] > REDUCTION * size[0] or image[1] > REDUCTION * size[1]:
-            return min(image[0], limit), min(image[1], limit)
-        return image
+        return reduced(image, size)
 
     def rows(self) -> Iterator[Row]:
         half = self.dim // 2
@@ -93,6 +90,14 @@ class NAFConfig(UpsamplerConfig):
     @classmethod
     def published_names(cls) -> tuple[str, ...]:
         return tuple(NAMES)
+
+
+def reduced(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Return the size to which an image is resized first: its own unless it is much larger than the output."""
+    limit = REDUCTION * min(size)
+    if image[0] > REDUCTION * size[0] or image[1] > REDUCTION * size[1]:
+        return min(image[0], limit), min(image[1], limit)
+    return image
 
 
 def periods(width: int) -> Float[np.ndarray, " quarter"]:

@@ -49,7 +49,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--stride", type=positive, metavar="N", help="of its features; default: the finest")
     parser.add_argument("--encoder-weights", type=expanded, metavar="FILE", help="default: the published weights")
     methods = [name for name, method in METHODS.items() if not method.weightless]
-    other = "whose weights WEIGHTS, a path or a published name, holds (ONNX: jafar alone)"
+    other = "whose weights WEIGHTS, a path or a published name, holds (ONNX: jafar, naf)"
     parser.add_argument("--upsampler", choices=methods, help=other)
     parser.add_argument("--window", choices=("paper", "natten"), help="which keys a query sees")
     parser.add_argument("--verify", action="store_true", help="run the file and the model; print error and time")
@@ -71,9 +71,9 @@ def export(args: argparse.Namespace) -> None:
         raise ValueError("--dtype bfloat16: the weights of an ONNX file are float32 or float16.")
     if args.upsampler and (args.window or args.encoder):
         raise ValueError("--window and --encoder are AnyUp's; leave out --upsampler, or these.")
-    if args.upsampler and suffix == ".onnx" and args.upsampler != "jafar":
+    if args.upsampler and suffix == ".onnx" and args.upsampler not in ("jafar", "naf"):
         raise ValueError(
-            f"--upsampler {args.upsampler} is written as .pt2 or .stablehlo; as .onnx AnyUp and jafar are."
+            f"--upsampler {args.upsampler} is written as .pt2 or .stablehlo; as .onnx AnyUp, jafar and naf are."
         )
     if _is_encoder(args.weights):
         path = _export_encoder(args)
