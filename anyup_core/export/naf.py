@@ -16,9 +16,9 @@ from anyup_core.upsamplers.naf import NAFConfig
 
 TAKEN = (
     "guide_size halo_rows own_rows pixel_shares query_rows query_row_shares resize_cols query_cols query_pads",
-    "tile_shape turn_rows_cos turn_rows_sin turn_cols_cos turn_cols_sin key_pool_rows key_pool_cols key_pool_shape",
-    "key_rows key_cols key_shape key_tiles row_bias col_bias bias_shape score_shape value_shape output_tiles strip_shape",
-    "output_shape crop_rows output_height output_width",
+    "tile_shape turn_rows_cos turn_rows_sin turn_cols_cos turn_cols_sin key_pool_rows key_pool_cols",
+    "key_pool_shape key_rows key_cols key_shape key_tiles row_bias col_bias bias_shape score_shape value_shape",
+    "output_tiles strip_shape output_shape crop_rows output_height output_width",
 )
 
 
