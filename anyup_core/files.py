@@ -181,7 +181,7 @@ def check_output(path: str | os.PathLike, suffixes: Collection[str]) -> Path:
         raise OSError(f"{path} is a folder; name a file in it.")
     folder = Path(os.path.realpath(path)).parent  # where `path` is a link, the file behind it is written
     if not folder.is_dir():
-        raise OSError(f"The folder {folder} does not exist; create it first.")
+        raise FileNotFoundError(f"The folder {folder} does not exist; create it first.")
     if not os.access(folder, os.W_OK):
         raise OSError(f"The folder {folder} is not writable; name a file in another one.")
     return path

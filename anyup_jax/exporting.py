@@ -61,7 +61,7 @@ def export(
 
     Raises:
         ValueError, TypeError: for another suffix, and for sizes, a type or platforms that do not fit.
-        FileNotFoundError: if the file's folder does not exist.
+        OSError: if the file cannot be written.
         ImportError: if the package flatbuffers is not installed.
     """
     shapes = check_program(model, path, (SUFFIX,), image_size, features, output_size, batch)

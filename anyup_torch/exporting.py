@@ -57,10 +57,10 @@ def export(
 
     Raises:
         ValueError, TypeError: for another suffix, and for sizes or a type that do not fit.
-        FileNotFoundError: if the file's folder does not exist.
+        OSError: if the file cannot be written.
         RuntimeError: for a library, if there is no C++ compiler.
     """
-    shapes = check_program(model, path, (".pt2", LIBRARY), image_size, features, output_size, batch)
+    shapes = check_program(model, path, (".pt2",), image_size, features, output_size, batch)
     precision = None if dtype is None else getattr(torch, check_precision(dtype))
     library = os.fspath(path).endswith(LIBRARY)
     if library:

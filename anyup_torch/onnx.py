@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
+from anyup_core.checks import OutputSize
 from anyup_core.export.onnx_file import write_onnx
 from anyup_torch import pretrained, upsamplers
 from anyup_torch.model import AnyUp
@@ -17,9 +19,9 @@ def export_onnx(
     model: Any,
     path: str | os.PathLike,
     *,
-    image_size: tuple[int, int] | None = None,
-    features: tuple[int, int, int] | None = None,
-    output_size: tuple[int, int] | None = None,
+    image_size: OutputSize | None = None,
+    features: Sequence[SupportsIndex] | None = None,
+    output_size: OutputSize | None = None,
     dtype: str | None = None,
     encoder: str | None = None,
     stride: int | None = None,
@@ -44,7 +46,7 @@ def export_onnx(
     Raises:
         ImportError: if the package onnx is not installed.
         ValueError: for settings, sizes or paths that are impossible, and for a model with changed submodules.
-        TypeError: for another upsampler.
+        TypeError: for another upsampler, and for sizes that are no whole numbers.
         OSError: if the file cannot be written.
     """
     if not isinstance(model, AnyUp | JAFAR | NAF):

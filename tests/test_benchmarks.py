@@ -215,7 +215,6 @@ def test_data_pipelines_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_onnx_file_is_timed_against_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("onnxruntime")
     monkeypatch.setattr(export, "measure", export.run)
     monkeypatch.setattr(export, "SIZES", ((32, 4, 8),))
     columns = {column.header: list(column.cells) for column in export.export(1).columns}

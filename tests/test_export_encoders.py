@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as runtime
 import pytest
 import safetensors.torch
 import timm
@@ -16,9 +17,6 @@ import anyup_torch
 from anyup_core.export.encoders import METADATA, build_encoder
 from anyup_core.preprocessing import IMAGENET
 from anyup_torch import encoders
-
-runtime = pytest.importorskip("onnxruntime")
-pytest.importorskip("onnx")
 
 SIZES = [(64, 96), (112, 80), (101, 75)]  # whole cells of both strides, of the finer one only, of none
 

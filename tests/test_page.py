@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from anyup_core import geometry, visualize
@@ -111,9 +112,9 @@ def test_tables_are_those_of_numpy(window: str, loops: bool) -> None:
     """
     for call, found in zip(calls, json.loads(node(script, json.dumps(calls))), strict=True):
         expected = onnx_tables(*call)
-        assert list(found) == list(expected)
-        for name, table in expected.items():
-            ours = found[name]
+        assert set(expected) - set(found) == {"strip_shares"}  # of JAFAR
+        for name, ours in found.items():
+            table = expected[name]
             assert (ours["type"], tuple(ours["dims"])) == (str(table.dtype), table.shape), name
             tolerance = 1e-6 if table.dtype == np.float32 else 0
             data = np.array(ours["data"]).reshape(table.shape)
@@ -152,7 +153,6 @@ def test_pictures_are_those_of_numpy(channels: int, height: int, width: int) -> 
 
 @needs_node
 def test_metadata_are_read(tmp_path: Path) -> None:
-    onnx = pytest.importorskip("onnx")
     model = onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], []))
     metadata = {"anyup": '{"window": "paper"}', "ö": "ü" * 200}
     onnx.helper.set_model_props(model, metadata)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,27 +80,26 @@ class Graph:
         self.inputs[name] = helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(kind)), shape)
         return name
 
-    def over_blocks(self, body: Callable[..., Sequence[str]], tables: Sequence[tuple[str, type]]) -> list[str]:
+    def over_blocks(self, body: Callable[..., Sequence[str]], *names: str) -> list[str]:
         """Apply `body` to the slices of some tensors along their first axis; return its outputs, stacked there.
 
         Args:
             body: called with a graph and the slices' names, returns names.
-            tables: names and element types of what is sliced; anything else is captured.
+            names: of what is sliced, inputs or float32; anything else is captured.
         """
-        from onnx import helper
+        from onnx import TensorProto, helper
 
         if not self.loops:
-            slices = [self.op("Squeeze", name, self.ints(0)) for name, _ in tables]
+            slices = [self.op("Squeeze", name, self.ints(0)) for name in names]
             return [self.op("Unsqueeze", name, self.ints(0)) for name in body(self, *slices)]
-        inner = Graph(self.half, self.loops, self)
-        kinds = [helper.np_dtype_to_tensor_dtype(np.dtype(kind)) for _, kind in tables]
+        inner, inputs = Graph(self.half, self.loops, self), self.root.inputs
+        kinds = [inputs[name].type.tensor_type.elem_type if name in inputs else TensorProto.FLOAT for name in names]
         slices = [helper.make_tensor_value_info(self.name(), kind, None) for kind in kinds]
         results = list(body(inner, *(info.name for info in slices)))
         graph = helper.make_graph(inner.nodes, self.name(), slices, [_float(name) for name in results])
-        names = [self.name() for _ in results]
-        inputs = [name for name, _ in tables]
-        self._add("Scan", inputs, names, dict(body=graph, num_scan_inputs=len(inputs)))
-        return names
+        outputs = [self.name() for _ in results]
+        self._add("Scan", names, outputs, dict(body=graph, num_scan_inputs=len(names)))
+        return outputs
 
     def choose(self, condition: str, then: Callable[[Graph], str], otherwise: Callable[[Graph], str]) -> str:
         """Return what one of two branches computes, as a truth value says when the file runs."""
@@ -115,12 +114,26 @@ class Graph:
             branches[key] = helper.make_graph(inner.nodes, self.name(), [], [_float(result)])
         return self.op("If", condition, **branches)
 
-    def conv(self, x: str, weight: np.ndarray, pad: int = 0) -> str:
-        """Convolve without bias; every attribute is written out, as the browser's older backend wants them."""
+    def conv(
+        self,
+        x: str,
+        weight: np.ndarray,
+        bias: np.ndarray | None = None,
+        *,
+        stride: int = 1,
+        pads: Sequence[int] = (0, 0, 0, 0),
+        group: int = 1,
+    ) -> str:
+        """Convolve; every attribute is written out, as the browser's older backend wants them."""
+        inputs = [x, self.weight(weight), *([] if bias is None else [self.constant(bias)])]
         attributes: dict[str, Any] = dict(
-            kernel_shape=list(weight.shape[2:]), strides=[1, 1], dilations=[1, 1], pads=[pad] * 4, group=1
+            kernel_shape=list(weight.shape[2:]), strides=[stride] * 2, dilations=[1, 1], pads=list(pads), group=group
         )
-        return self.op("Conv", x, self.weight(weight), **attributes)
+        return self.op("Conv", *inputs, **attributes)
+
+    def used(self) -> set[str]:
+        """Return the names of all tensors that nodes take, those of loops and branches among them."""
+        return {name for node in all_nodes(self.nodes) for name in node.input}
 
     def sorted_nodes(self) -> list[Any]:
         """Return the nodes, casts of weights first: the bodies of loops and branches may have asked for them."""
@@ -145,7 +158,7 @@ class Graph:
         for node in self.nodes:
             node.output[:] = [names.get(name, name) for name in node.output]
         infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, (_, shape) in outputs.items()]
-        used = {name for node in self.nodes for name in node.input}
+        used = self.used()
         tables = [(name, table) for name, table in self.known.items() if name in used]
         constants = [numpy_helper.from_array(array, name) for name, array in (*self.constants.values(), *tables)]
         graph = helper.make_graph(self.sorted_nodes(), title, list(self.inputs.values()), infos, constants)
@@ -162,7 +175,10 @@ def _float(name: str) -> Any:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
 
 
-def count_nodes(graph: Any) -> int:
-    """Return the number of nodes of a graph, those of its loops and branches among them."""
-    inner = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
-    return len(graph.node) + sum(map(count_nodes, inner))
+def all_nodes(nodes: Iterable[Any]) -> Iterator[Any]:
+    """Yield nodes, and those of their loops and branches."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from all_nodes(attribute.g.node)

@@ -136,7 +136,4 @@ class Writer:
         groups, side = (len(weight) if weight.shape[1] == 1 else 1), weight.shape[2]
         before = (side - stride) // 2  # of an even side; the rest comes after
         pads = [before, before, side - stride - before, side - stride - before]
-        attributes: dict[str, Any] = dict(
-            kernel_shape=[side, side], strides=[stride, stride], dilations=[1, 1], pads=pads, group=groups
-        )
-        return g.op("Conv", x, g.weight(weight), g.constant(bias), **attributes)
+        return g.conv(x, weight, bias, stride=stride, pads=pads, group=groups)

@@ -19,6 +19,7 @@ import numpy as np
 from anyup_core.config import NORM_GROUPS, AnyUpConfig
 from anyup_core.export.builder import Graph
 from anyup_core.export.inputs import METADATA, onnx_tables
+from anyup_core.export.program import Shapes
 
 GROUP_NORM_EPS = 1e-5
 RMS_NORM_EPS = float(np.finfo(np.float32).eps)
@@ -79,32 +80,7 @@ TABLES: dict[str, tuple[type, tuple[str | int, ...]]] = {
 }
 """Element types and axes of the tables."""
 
-OTHERS = (
-    "strip_shares",
-    "guide_size",
-    "halo_rows",
-    "own_rows",
-    "turn_rows_cos",
-    "turn_rows_sin",
-    "turn_cols_cos",
-    "turn_cols_sin",
-    "key_pool_rows",
-    "key_pool_cols",
-    "key_pool_shape",
-)
-"""Tables that AnyUp does not take."""
-
 Block = tuple[str, str]  # names of a map in blocks of rows (blocks, B, D, pixels) and of its moments (blocks, B, D, 2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """The sizes of a closed file: heights and widths of image, features and output, and the features' channels."""
-
-    image: tuple[int, int]
-    cells: tuple[int, int]
-    channels: int
-    output: tuple[int, int]
 
 
 def build(
@@ -112,8 +88,7 @@ def build(
     tensors: Mapping[str, np.ndarray],
     *,
     half: bool = False,
-    loops: bool = True,
-    sizes: Sizes | None = None,
+    sizes: Shapes | None = None,
 ) -> Any:
     """Return the model as an `onnx.ModelProto`.
 
@@ -121,57 +96,49 @@ def build(
         config: the model's.
         tensors: its parameters under their published names.
         half: store the weights as float16; the graph computes in float32.
-        loops: work in blocks; without, every map is whole, the memory several times as large, and no node a loop.
-        sizes: those of a file without tables among its inputs; it has no loops.
+        sizes: those of a file without tables among its inputs. It has no loops: every map is whole, and the memory
+            several times as large.
 
     Raises:
         ValueError: for a window that holds no key.
     """
-    return Writer(config, tensors, half, loops and sizes is None, sizes).model()
+    return Writer(config, tensors, half, sizes).model()
 
 
 class Writer:
     """Writes the graph; the methods return names of tensors."""
 
     extra_tables: tuple[str, ...] = ()  # that a strip needs
-    tables: tuple[str, ...] = tuple(name for name in TABLES if name not in OTHERS)
 
-    def __init__(
-        self,
-        config: AnyUpConfig,
-        tensors: Mapping[str, np.ndarray],
-        half: bool,
-        loops: bool,
-        sizes: Sizes | None = None,
-    ):
+    def __init__(self, config: AnyUpConfig, tensors: Mapping[str, np.ndarray], half: bool, sizes: Shapes | None = None):
         self.config, self.tensors = config, {name: np.asarray(x, np.float32) for name, x in tensors.items()}
-        self.g, self.sizes = Graph(half, loops), sizes
+        self.g, self.sizes = Graph(half, loops=sizes is None), sizes
         self.shapes: dict[int, str] = {}
 
-    def inputs(self) -> tuple[str, str, str, tuple[Any, ...]]:
-        """Declare the inputs. Returns the names of image, features and values, and the shape of the output."""
-        g, dim = self.g, self.config.qk_dim
-        shapes = self.input_shapes()
+    def model(self) -> Any:
+        g, shapes, dim = self.g, self.input_shapes(), self.config.qk_dim
         image, features, values = (g.input(name, np.float32, shapes[name]) for name in ("image", "features", "values"))
         if self.sizes is None:
-            for name in self.tables:
-                kind, shape = TABLES[name]
+            for name, (kind, shape) in TABLES.items():
                 g.input(name, kind, tuple(dim if axis == "D" else axis for axis in shape))
         else:
             del g.inputs["values"]
-            values, channels = features, self.sizes.channels
-            given = (shapes["image"], shapes["features"], self.sizes.output, channels)
+            values, channels = features, shapes["hr"][1]
+            given = (shapes["image"], shapes["features"], shapes["hr"][2:], channels)
             g.known.update(onnx_tables(self.settings(), *given))
-        return image, features, values, shapes["hr"]
+        output = self.output(image, features, values)
+        used = g.used()
+        for name in TABLES:
+            if name not in used:
+                g.inputs.pop(name, None)
+        settings = self.settings() | dict(tables=[name for name in TABLES if name in g.inputs])
+        return g.finish("anyup", {"hr": (output, shapes["hr"])}, {METADATA: json.dumps(settings)})
 
-    def model(self) -> Any:
-        g = self.g
-        image, features, values, shape = self.inputs()
+    def output(self, image: str, features: str, values: str) -> str:
+        """Return the upsampled values (B, E, Ho, Wo)."""
         described = self.describe(features)
         key, query = self.encode(image)
-        output = self.attend(query, self.project(self.keys(key, described)), values)
-        metadata = {METADATA: json.dumps(self.settings())}
-        return g.finish("anyup", {"hr": (output, shape)}, metadata)
+        return self.attend(query, self.project(self.keys(key, described)), values)
 
     def input_shapes(self) -> dict[str, tuple[Any, ...]]:
         """Return the shapes of image, features, values and output; letters where they are not fixed."""
@@ -179,7 +146,7 @@ class Writer:
         if self.sizes is None:
             image, cells, output, channels, more, batch = ("H", "W"), ("h", "w"), ("Ho", "Wo"), "C", "E", "B"
         else:
-            image, cells, output = self.sizes.image, self.sizes.cells, self.sizes.output
+            image, cells, output = self.sizes.image, self.sizes.cells, self.sizes.output or self.sizes.image
             channels, more, batch = self.sizes.channels, self.sizes.channels, 1
         return {
             "image": (batch, depth, *image),
@@ -226,7 +193,7 @@ class Writer:
             x = g.op("MatMul", g.weight(weight.reshape(len(weight), -1)), x)
             return [x, self.moments(g, x, shares)]
 
-        x, moments = self.g.over_blocks(project, [(blocks, np.float32), ("pixel_shares", np.float32)])
+        x, moments = self.g.over_blocks(project, blocks, "pixel_shares")
         return self.residual((x, moments), "image_encoder.1")
 
     def residual(self, x: Block, name: str) -> Block:
@@ -244,7 +211,7 @@ class Writer:
             return [y, self.moments(g, y, shares)]
 
         tables = [x[0], "pixel_shares", *([] if residual is None else [residual])]
-        y, moments = self.g.over_blocks(body, [(name, np.float32) for name in tables])
+        y, moments = self.g.over_blocks(body, *tables)
         return y, moments
 
     def rotate(self, x: Block) -> tuple[Block, Block]:
@@ -265,7 +232,7 @@ class Writer:
             return [*outputs, *(self.moments(g, output, shares) for output in outputs)]
 
         tables = [hidden[0], x[0], "pixel_shares", "rotation_cos", "rotation_sin"]
-        key, query, *moments = self.g.over_blocks(body, [(name, np.float32) for name in tables])
+        key, query, *moments = self.g.over_blocks(body, *tables)
         return (key, moments[0]), (query, moments[1])
 
     def pool(self, x: Block, name: str) -> str:
@@ -278,7 +245,7 @@ class Writer:
             return [g.op("MatMul", g.op("Reshape", one, "row_shape"), "pool_cols") for one in maps]
 
         g, averages = self.g, []
-        for partial in self.g.over_blocks(body, [(hidden[0], np.float32), (x[0], np.float32)]):
+        for partial in self.g.over_blocks(body, hidden[0], x[0]):
             rows = g.op("Transpose", partial, perm=[1, 2, 0, 3, 4])  # (B, D, blocks, rows, w)
             averages.append(g.op("MatMul", "pool_rows", g.op("Reshape", rows, "cells_shape")))
         return g.op("Add", g.conv(averages[0], self.tensors[f"{name}.block.5.weight"]), averages[1])
@@ -294,7 +261,7 @@ class Writer:
             return [g.op("Transpose", y, perm=[2, 0, 1, 3])]
 
         g = self.g
-        (rows,) = g.over_blocks(body, [(hidden[0], np.float32), (x[0], np.float32)])
+        (rows,) = g.over_blocks(body, hidden[0], x[0])
         return g.op("Reshape", rows, "rows_shape")
 
     def affine(self, moments: str, norm: str | None) -> tuple[str, str]:
@@ -347,7 +314,7 @@ class Writer:
             picks = g.op("Sub", picks, g.number(1 / filters))  # which the next norm takes away, at a loss of digits
             return [g.op("ReduceMean", picks, g.ints(2), keepdims=0)]  # (B, M, rows, w)
 
-        (unified,) = g.over_blocks(body, [("feature_rows", np.int64), ("feature_shares", np.float32)])
+        (unified,) = g.over_blocks(body, "feature_rows", "feature_shares")
         unified = g.op("Transpose", unified, perm=[1, 2, 0, 3, 4])
         unified = g.op("Gather", g.op("Reshape", unified, "cells_shape"), "cell_rows", axis=2)
         unified = self.small_residual(unified, "key_features_encoder.1")
@@ -372,11 +339,15 @@ class Writer:
     def small_norm(self, x: str, name: str) -> str:
         """Return SiLU(GN(x)) of a map of cells."""
         g, gamma, beta = self.g, self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
-        ones = np.ones(NORM_GROUPS, np.float32)
+        y = self.group_norm(x, len(gamma))
+        return self.activate(g, y, (g.constant(gamma[:, None, None]), g.constant(beta[:, None, None])))
+
+    def group_norm(self, x: str, channels: int) -> str:
+        """Apply a GroupNorm without weights to a map of cells."""
+        g, ones = self.g, np.ones(NORM_GROUPS, np.float32)
         y = g.op("Reshape", x, g.ints(0, NORM_GROUPS, -1))
         y = g.op("InstanceNormalization", y, g.constant(ones), g.constant(0 * ones), epsilon=GROUP_NORM_EPS)
-        y = g.op("Reshape", y, self.shape_of(x, len(gamma)))
-        return self.activate(g, y, (g.constant(gamma[:, None, None]), g.constant(beta[:, None, None])))
+        return g.op("Reshape", y, self.shape_of(x, channels))
 
     def shape_of(self, x: str, channels: int) -> str:
         """Return the shape of a map of the cells, which all of the same width share."""
@@ -438,10 +409,8 @@ class Writer:
             output = g.op("Reshape", output, "strip_shape")
             return [g.op("Slice", output, g.ints(0), "output_width", g.ints(3))]
 
-        kinds = (np.int64, np.float32, np.int64, np.float32)
-        tables = zip(("query_rows", "query_row_shares", "key_rows", "row_bias"), kinds)
-        more = [(name, np.float32) for name in self.extra_tables]
-        (strips,) = g.over_blocks(body, [*tables, *more])  # (steps, B, E, rows, Wo)
+        tables = ("query_rows", "query_row_shares", "key_rows", "row_bias", *self.extra_tables)
+        (strips,) = g.over_blocks(body, *tables)  # (steps, B, E, rows, Wo)
 
         def whole(g: Graph) -> str:
             return g.op("Reshape", g.op("Transpose", strips, perm=[1, 2, 0, 3, 4]), "output_shape")
@@ -454,9 +423,7 @@ class Writer:
     def query(self, g: Graph, q: str) -> str:
         """Return strips of queries (strips B, D + 1, rows, Wo), convolved and normed, with a 1 as the last channel."""
         q = g.op("Reshape", g.op("Transpose", q, perm=[0, 2, 3, 1, 4]), "query_shape")
-        weight = g.weight(self.tensors["cross_decode.conv2d.weight"])
-        attributes: dict[str, Any] = dict(kernel_shape=[3, 3], strides=[1, 1], dilations=[1, 1])
-        q = g.op("Conv", q, weight, pads=[0, 1, 0, 1], group=1, **attributes)
+        q = g.conv(q, self.tensors["cross_decode.conv2d.weight"], pads=(0, 1, 0, 1))
         norm = self.norm(g, q, 1)
         return g.op("Div", g.op("Concat", q, norm, axis=1), norm)
 

@@ -26,7 +26,7 @@ from anyup_core.geometry import (
     taps_in_bounds,
     tile_axis,
 )
-from anyup_core.upsamplers.naf import reduced
+from anyup_core.upsamplers.naf import centres, reduced
 
 METADATA = "anyup"  # the entry of a file's metadata that holds the settings, as JSON
 BLOCK = 4096  # pixels of the image worked on at once
@@ -97,7 +97,7 @@ def check_maps(settings: Mapping[str, Any], image: np.ndarray, features: np.ndar
     for name, array in (("features", features), ("values", values)):
         if array.shape[1] % settings.get("multiple", 1):
             raise ValueError(
-                f"{name} have shape {array.shape}; their channels are a multiple of {settings['multiple']}."
+                f"{name} have shape {array.shape}; the channels must be a multiple of {settings['multiple']}."
             )
     if image.shape[0] != features.shape[0]:
         raise ValueError(f"image {image.shape}, features {features.shape} differ in the batch size.")
@@ -125,10 +125,7 @@ def onnx_tables(
     tables = image_tables(settings, image, features) | attention_tables(settings, image, features, size, channels)
     if "periods" in settings:
         tables |= naf_tables(settings, image, features, size, tables["query_rows"].shape[1:3])
-    if "tables" in settings:
-        tables = {name: tables[name] for name in settings["tables"]}
-    else:
-        del tables["strip_shares"]
+    tables = {name: tables[name] for name in settings.get("tables", tables)}
     types = {"f": np.float32, "i": np.int64, "b": np.bool_}
     return {name: np.ascontiguousarray(table, types[np.asarray(table).dtype.kind]) for name, table in tables.items()}
 
@@ -137,9 +134,7 @@ def image_tables(settings: Mapping[str, Any], image: tuple[int, ...], features: 
     """Return the tables of the encoders: blocks of rows, shares of the pixels, rotations and averages over cells."""
     (batch, _, height, width), (_, channels, *cells) = image, features
     dim, kernel, loops = settings["qk_dim"], settings["kernel_size_lfu"], settings["loops"]
-    blocks = -(-batch * height * width // BLOCK) if loops else 1
-    rows = -(-height // min(blocks, height))  # of a block; those below the image repeat its last row and do not count
-    blocks = -(-height // rows)
+    blocks, rows = row_blocks(batch * height * width, height, loops)
     padded, inside = np.minimum(np.arange(blocks * rows), height - 1), np.arange(blocks * rows) < height
     shares = np.repeat(inside / (height * width), width).reshape(blocks, rows * width, 1)
 
@@ -256,16 +251,13 @@ def naf_tables(
         strip: how many strips a step works on, and their rows with one more at either end.
     """
     (batch, depth, height, width), cells = image, features[2:]
-    blocks = -(-batch * height * width // BLOCK) if settings["loops"] else 1
-    rows = -(-height // min(blocks, height))
-    blocks = -(-height // rows)
+    blocks, rows = row_blocks(batch * height * width, height, settings["loops"])
     own = np.minimum(np.arange(blocks * rows), height - 1).reshape(blocks, rows)
     border = np.minimum(rows * np.arange(blocks)[:, None] + np.arange(rows + 2), height + 1)
     runs = -(-size[0] // (strip[1] - 2))
     wanted = np.minimum(np.arange(runs * (strip[1] - 2)), size[0] - 1)
     periods, heads = np.asarray(settings["periods"], np.float32), settings["rope_heads"]
-    (down, across), turns = ((np.arange(n) + 0.5) / n * 2 - 1 for n in size), {}
-    down, across = down.astype(np.float32), across.astype(np.float32)
+    (down, across), turns = (centres(n) for n in size), {}
     along = np.tile(np.repeat([True, False], len(periods)), 2 * heads)[:, None]  # channels that rows turn
     sign = np.tile(np.repeat([-1, 1], 2 * len(periods)), heads)[:, None]
     for axis, places, seen in (("rows", down[wanted], along), ("cols", across, ~along)):
@@ -284,6 +276,12 @@ def naf_tables(
         "key_pool_cols": pooling(size[1], cells[1]).T,
         "key_pool_shape": np.array([-1, batch, len(sign), cells[1]]),
     }
+
+
+def row_blocks(pixels: int, height: int, loops: bool) -> tuple[int, int]:
+    """Return the number of blocks of an image and their rows; those below the image repeat its last one."""
+    rows = -(-height // min(-(-pixels // BLOCK) if loops else 1, height))
+    return -(-height // rows), rows
 
 
 def lengthened(window: AxisWindow, size: int) -> AxisWindow:

@@ -7,19 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from anyup_core.config import NORM_GROUPS, AnyUpConfig
+from anyup_core.config import AnyUpConfig
 from anyup_core.export.builder import Graph
-from anyup_core.export.graph import GROUP_NORM_EPS, Sizes, Writer
+from anyup_core.export.graph import Writer
+from anyup_core.export.program import Shapes
 from anyup_core.upsamplers.jafar import JAFARConfig
 
 LAYERS = {".norm1.": ".block.0.", ".conv1.": ".block.2.", ".norm2.": ".block.3.", ".conv2.": ".block.5."}
 """Names of a residual block's layers here -> in AnyUp."""
-UNUSED = ("feature_pads", "feature_rows", "patch_shape", "response_shape", "feature_shares", "cell_rows")
-UNUSED += ("reflected_rows", "reflected_cols")
 
 
 def build_jafar(
-    config: JAFARConfig, tensors: Mapping[str, np.ndarray], *, half: bool = False, sizes: Sizes | None = None
+    config: JAFARConfig, tensors: Mapping[str, np.ndarray], *, half: bool = False, sizes: Shapes | None = None
 ) -> Any:
     """Return the model as an `onnx.ModelProto`; arguments as of `graph.build`."""
     return JAFARWriter(config, tensors, half, sizes).model()
@@ -28,9 +27,7 @@ def build_jafar(
 class JAFARWriter(Writer):
     """Writes the graph of JAFAR."""
 
-    tables = (*(name for name in Writer.tables if name not in UNUSED), "strip_shares")
-
-    def __init__(self, config: JAFARConfig, tensors: Mapping[str, np.ndarray], half: bool, sizes: Sizes | None = None):
+    def __init__(self, config: JAFARConfig, tensors: Mapping[str, np.ndarray], half: bool, sizes: Shapes | None = None):
         attention = "cross_decode.cross_attn.attention"
         renamed = {}
         for name, tensor in tensors.items():
@@ -43,13 +40,11 @@ class JAFARWriter(Writer):
         settings: dict[str, Any] = dict(
             qk_dim=config.qk_dim, num_heads=config.num_heads, kernel_size=config.kernel_size
         )
-        super().__init__(
-            AnyUpConfig(window_ratio=0.0, kernel_size_lfu=1, **settings), renamed, half, sizes is None, sizes
-        )
+        super().__init__(AnyUpConfig(window_ratio=0.0, kernel_size_lfu=1, **settings), renamed, half, sizes)
         self.width = config.channels
 
     def settings(self) -> dict[str, Any]:
-        return super().settings() | dict(method="jafar", width=self.width, tables=self.tables)
+        return super().settings() | dict(method="jafar", width=self.width)
 
     def describe(self, features: str) -> str:
         g = self.g
@@ -58,10 +53,7 @@ class JAFARWriter(Writer):
 
     def keys(self, key: str, described: str) -> str:
         """Modulate the image's keys, normalised, as the features' description says."""
-        g, ones = self.g, np.ones(NORM_GROUPS, np.float32)
-        y = g.op("Reshape", key, g.ints(0, NORM_GROUPS, -1))
-        y = g.op("InstanceNormalization", y, g.constant(ones), g.constant(0 * ones), epsilon=GROUP_NORM_EPS)
-        y = g.op("Reshape", y, self.shape_of(key, self.config.qk_dim))
+        g, y = self.g, self.group_norm(key, self.config.qk_dim)
         scale, shift = (g.conv(described, self.tensors[f"sft_key.{name}.weight"]) for name in ("gamma", "beta"))
         return g.op("Add", g.op("Mul", scale, y), shift)
 
@@ -72,15 +64,12 @@ class JAFARWriter(Writer):
             sums = (g.op("Mul", g.op("ReduceSum", y, g.ints(4)), inner) for y in (q, squares))
             return [g.op("Concat", *(g.op("ReduceSum", y, g.ints(0, 1), keepdims=0) for y in sums), axis=2)]
 
-        tables = ("query_rows", np.int64), ("query_row_shares", np.float32), ("strip_shares", np.float32)
-        (moments,) = self.g.over_blocks(body, tables)
+        (moments,) = self.g.over_blocks(body, "query_rows", "query_row_shares", "strip_shares")
         self.query_affine = self.affine(moments, None)
         return query
 
     def strip(self, g: Graph, query: str, rows: str, shares: str, *extra: str) -> str:
         q = super().strip(g, query, rows, shares)
-        inside = g.op(
-            "ReduceSum", shares, g.ints(2), keepdims=0
-        )  # (strips, rows, 1, 1, 1): the convolution pads with 0
+        inside = g.op("ReduceSum", shares, g.ints(2), keepdims=0)  # the convolution pads with 0
         scale, shift = self.query_affine
         return g.op("Add", g.op("Mul", q, scale), g.op("Mul", inside, shift))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,20 +9,13 @@ import numpy as np
 
 from anyup_core.config import AnyUpConfig
 from anyup_core.export.builder import Graph
-from anyup_core.export.graph import TABLES, Block, Sizes, Writer
-from anyup_core.export.inputs import METADATA
+from anyup_core.export.graph import Block, Writer
+from anyup_core.export.program import Shapes
 from anyup_core.upsamplers.naf import NAFConfig
-
-TAKEN = (
-    "guide_size halo_rows own_rows pixel_shares query_rows query_row_shares resize_cols query_cols query_pads",
-    "tile_shape turn_rows_cos turn_rows_sin turn_cols_cos turn_cols_sin key_pool_rows key_pool_cols",
-    "key_pool_shape key_rows key_cols key_shape key_tiles row_bias col_bias bias_shape score_shape value_shape",
-    "output_tiles strip_shape output_shape crop_rows output_height output_width",
-)
 
 
 def build_naf(
-    config: NAFConfig, tensors: Mapping[str, np.ndarray], *, half: bool = False, sizes: Sizes | None = None
+    config: NAFConfig, tensors: Mapping[str, np.ndarray], *, half: bool = False, sizes: Shapes | None = None
 ) -> Any:
     """Return the model as an `onnx.ModelProto`; arguments as of `graph.build`."""
     return NAFWriter(config, tensors, half, sizes).model()
@@ -32,12 +24,11 @@ def build_naf(
 class NAFWriter(Writer):
     """Writes the graph of NAF. Maps of the image are rows first: (rows, B, D, W)."""
 
-    tables = tuple(name for name in TABLES if name in " ".join(TAKEN).split())
     extra_tables = ("turn_rows_cos", "turn_rows_sin")
 
-    def __init__(self, config: NAFConfig, tensors: Mapping[str, np.ndarray], half: bool, sizes: Sizes | None = None):
+    def __init__(self, config: NAFConfig, tensors: Mapping[str, np.ndarray], half: bool, sizes: Shapes | None = None):
         settings = AnyUpConfig(qk_dim=config.dim, num_heads=config.num_heads, kernel_size_lfu=1)
-        super().__init__(settings, tensors, half, sizes is None, sizes)
+        super().__init__(settings, tensors, half, sizes)
         self.naf = config
 
     def settings(self) -> dict[str, Any]:
@@ -45,17 +36,15 @@ class NAFWriter(Writer):
         config = dict(input_dim=3, qk_dim=self.naf.dim, score_width=self.naf.dim, num_heads=self.naf.num_heads)
         periods = [float(f"{x:.9g}") for x in self.tensors["image_encoder.rope.periods"]]
         unused = dict(kernel_size_lfu=1, filters=1)
-        return names | config | unused | dict(method="naf", loops=self.g.loops, periods=periods, tables=self.tables)
+        return names | config | unused | dict(method="naf", loops=self.g.loops, periods=periods)
 
-    def model(self) -> Any:
-        image, _, values, shape = self.inputs()
+    def output(self, image: str, features: str, values: str) -> str:
         g = self.g
         image = g.op("Resize", image, "", "", "guide_size", mode="linear", coordinate_transformation_mode="half_pixel")
         rows = g.op("Transpose", image, perm=[2, 0, 1, 3])
         parts = [self.image_part(rows, f"image_encoder.{name}") for name in ("encoder", "sem_encoder")]
         query = g.op("Concat", *parts, axis=2)
-        output = self.attend(query, self.project(self.average_query(query)), values)
-        return g.finish("naf", {"hr": (output, shape)}, {METADATA: json.dumps(self.settings())})
+        return self.attend(query, self.project(self.average_query(query)), values)
 
     def image_part(self, rows: str, name: str) -> str:
         x = self.row_layer(rows, None, f"{name}.0")
@@ -70,9 +59,6 @@ class NAFWriter(Writer):
         weight, bias = self.tensors[f"{conv}.weight"], self.tensors[f"{conv}.bias"]
         border = weight.shape[2] // 2
         spread = affine and [self.g.op("Unsqueeze", one, self.g.ints(3)) for one in affine]  # (B, D, 1, 1)
-        attributes: dict[str, Any] = dict(
-            kernel_shape=list(weight.shape[2:]), strides=[1, 1], dilations=[1, 1], pads=[0] * 4, group=1
-        )
 
         def body(g: Graph, index: str, shares: str) -> list[str]:
             y = g.op("Transpose", g.op("Gather", rows, index, axis=0), perm=[1, 2, 0, 3])
@@ -80,12 +66,12 @@ class NAFWriter(Writer):
                 y = self.activate(g, y, (spread[0], spread[1]))
             if border:
                 y = g.op("Pad", y, g.ints(0, 0, 0, border, 0, 0, 0, border), mode="reflect")
-            y = g.op("Conv", y, g.weight(weight), g.constant(bias), **attributes)
+            y = g.conv(y, weight, bias)
             flat = g.op("Reshape", y, g.ints(0, 0, -1))
             return [g.op("Transpose", y, perm=[2, 0, 1, 3]), self.moments(g, flat, shares)]
 
         index = "halo_rows" if border else "own_rows"
-        blocks, moments = self.g.over_blocks(body, [(index, np.int64), ("pixel_shares", np.float32)])
+        blocks, moments = self.g.over_blocks(body, index, "pixel_shares")
         shape = self.g.op("Shape", blocks, start=2, end=5)
         merged = self.g.op("Reshape", blocks, self.g.op("Concat", self.g.ints(-1), shape, axis=0))
         return merged, moments
@@ -107,9 +93,7 @@ class NAFWriter(Writer):
         def body(g: Graph, rows: str, shares: str, cos: str, sin: str) -> list[str]:
             return [g.op("MatMul", self.turned(g, query, (rows, shares, cos, sin)), "key_pool_cols")]
 
-        kinds = (np.int64, np.float32, np.float32, np.float32)
-        names = ("query_rows", "query_row_shares", "turn_rows_cos", "turn_rows_sin")
-        (rows,) = g.over_blocks(body, list(zip(names, kinds)))
+        (rows,) = g.over_blocks(body, "query_rows", "query_row_shares", *self.extra_tables)
         rows = g.op("Transpose", g.op("Reshape", rows, "key_pool_shape"), perm=[1, 2, 0, 3])
         return g.op("MatMul", "key_pool_rows", rows)
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
 from anyup_core import geometry
 from anyup_core.checkpoints import encoder_files
+from anyup_core.checks import OutputSize
 from anyup_core.config import AnyUpConfig
 from anyup_core.export import graph, inputs
 from anyup_core.export.combined import build_combined
 from anyup_core.export.encoders import build_encoder, config_of
 from anyup_core.export.jafar import build_jafar
 from anyup_core.export.naf import build_naf
+from anyup_core.export.program import Shapes, check_shapes
+from anyup_core.files import check_output
 from anyup_core.replacement import replacing
 from anyup_core.upsamplers import naf
 from anyup_core.upsamplers.config import UpsamplerConfig
@@ -43,6 +48,7 @@ GEOMETRY = (
     geometry.pool_bins.__wrapped__,
     geometry.reflection,
     geometry.taps_in_bounds,
+    naf.centres,
     naf.reduced,
 )
 """What `inputs.py` uses, and what this uses."""
@@ -53,9 +59,9 @@ def write_onnx(
     tensors: Mapping[str, np.ndarray],
     path: str | os.PathLike,
     *,
-    image_size: tuple[int, int] | None = None,
-    features: tuple[int, int, int] | None = None,
-    output_size: tuple[int, int] | None = None,
+    image_size: OutputSize | None = None,
+    features: Sequence[SupportsIndex] | None = None,
+    output_size: OutputSize | None = None,
     dtype: str | None = None,
     encoder: str | None = None,
     stride: int | None = None,
@@ -82,22 +88,15 @@ def write_onnx(
 
     Raises:
         ImportError: if the package onnx is not installed.
-        ValueError: for another suffix, one size without the other, sizes that are impossible, another dtype, or an
-            encoder or stride that cannot be exported, or not with sizes.
+        ValueError, TypeError: for another suffix, one size without the other, sizes that are impossible, another dtype,
+            or an encoder or stride that cannot be exported, or not with sizes.
         OSError: if the file cannot be written.
     """
-    path = check_path(path)
-    if dtype not in (None, *DTYPES):
-        raise ValueError(f"dtype={dtype!r}: weights are stored as one of {', '.join(DTYPES)}.")
-    sizes = check_sizes(image_size, features, output_size)
-    need_onnx()
-    half = dtype == "float16"
+    sizes = check_closed(config, image_size, features, output_size)
+    path, half = check_file(path, dtype)
     if isinstance(config, UpsamplerConfig):
         if encoder is not None:
             raise ValueError(f"encoder={encoder!r}: only AnyUp is written in one file with an encoder.")
-        if sizes is not None:
-            config.check(sizes.image, sizes.cells, sizes.output)
-            check_channels(config, sizes.channels)
         model = BUILDERS[type(config)](config, tensors, half=half, sizes=sizes)
     elif encoder is None:
         model = graph.build(config, tensors, half=half, sizes=sizes)
@@ -132,33 +131,28 @@ def write_encoder(
     Raises:
         ImportError, ValueError, OSError: as `write_onnx`, and ImportError if the encoder's weights are not installed.
     """
-    path = check_path(path)
-    if dtype not in (None, *DTYPES):
-        raise ValueError(f"dtype={dtype!r}: weights are stored as one of {', '.join(DTYPES)}.")
-    need_onnx()
+    path, half = check_file(path, dtype)
     config_of(name)
     tensors = encoder_files.load(name, encoder_weights).tensors
-    data = build_encoder(name, tensors, half=dtype == "float16").SerializeToString()
+    data = build_encoder(name, tensors, half=half).SerializeToString()
     with replacing(path) as temporary:
         temporary.write_bytes(data)
     return path
 
 
-def check_channels(config: UpsamplerConfig, channels: int) -> None:
-    """Raise ValueError unless an upsampler takes features of so many channels."""
-    if config.width not in (None, channels) or channels % config.multiple:
-        wanted = f"a multiple of {config.multiple}" if config.width is None else config.width
-        raise ValueError(f"features of {channels} channels do not fit the weights; the channels must be {wanted}.")
+def check_file(path: str | os.PathLike, dtype: str | None) -> tuple[Path, bool]:
+    """Return the path of an ONNX file to write, and whether its weights are float16.
 
-
-def check_path(path: str | os.PathLike) -> Path:
-    """Return the path of an ONNX file to write. Raises ValueError for another suffix or a folder that is not there."""
-    path = Path(path)
-    if path.suffix != ".onnx":
-        raise ValueError(f"{path} is no name of an ONNX file; let it end with .onnx.")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path.parent} is no folder; make it first.")
-    return path
+    Raises:
+        ImportError: if the package onnx is not installed.
+        ValueError, OSError: for another dtype, and as `files.check_output`.
+    """
+    path = check_output(path, (".onnx",))
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype={dtype!r}: weights are stored as one of {', '.join(DTYPES)}.")
+    if importlib.util.find_spec("onnx") is None:
+        raise ImportError('Writing ONNX files needs onnx: pip install "anyup-jax[onnx]".')
+    return path, dtype == "float16"
 
 
 def inputs_path(path: Path) -> Path:
@@ -166,38 +160,28 @@ def inputs_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}_inputs.py")
 
 
-def check_sizes(
-    image_size: tuple[int, int] | None, features: tuple[int, int, int] | None, output_size: tuple[int, int] | None
-) -> graph.Sizes | None:
+def check_closed(
+    config: AnyUpConfig | UpsamplerConfig,
+    image_size: OutputSize | None,
+    features: Sequence[SupportsIndex] | None,
+    output_size: OutputSize | None,
+) -> Shapes | None:
     """Return the sizes of a closed file; None if there are none.
 
     Raises:
-        ValueError: for one size without the other, and for sizes that are no positive whole numbers.
+        ValueError, TypeError: for one size without the other, and for sizes that do not fit the model.
     """
     if image_size is None and features is None and output_size is None:
         return None
-    if image_size is None or features is None:
+    if image_size is None or features is None or len(features) != 3:
         raise ValueError(
             "a file of fixed sizes needs image_size=(H, W) and features=(h, w, C); without either it takes every size."
         )
-    for name, sizes, length in (
-        ("image_size", image_size, 2),
-        ("features", features, 3),
-        ("output_size", output_size, 2),
-    ):
-        if sizes is not None and (len(sizes) != length or any(int(n) != n or n < 1 for n in sizes)):
-            raise ValueError(f"{name}={sizes!r}: give {length} whole numbers of at least 1.")
-    (height, width), (down, across, channels) = (tuple(map(int, sizes)) for sizes in (image_size, features))
-    size = (height, width) if output_size is None else (int(output_size[0]), int(output_size[1]))
-    return graph.Sizes((height, width), (down, across), channels, size)
-
-
-def need_onnx() -> None:
-    """Raise ImportError if the package onnx is not installed."""
-    try:
-        import onnx  # noqa: F401
-    except ImportError as error:
-        raise ImportError('Writing ONNX files needs onnx: pip install "anyup-jax[onnx]".') from error
+    width, multiple = (config.width, config.multiple) if isinstance(config, UpsamplerConfig) else (None, 1)
+    shapes = check_shapes(width, multiple, image_size, features, output_size, 1)
+    if isinstance(config, UpsamplerConfig):
+        config.check(shapes.image, shapes.cells, shapes.output or shapes.image)
+    return dataclasses.replace(shapes, channels=int(features[2]))
 
 
 def standalone_inputs() -> str:
@@ -211,6 +195,7 @@ def standalone_inputs() -> str:
         inputs.image_tables,
         inputs.attention_tables,
         inputs.naf_tables,
+        inputs.row_blocks,
         inputs.lengthened,
         inputs.pooling,
         inputs.onnx_settings,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, SupportsIndex
 
 from anyup_core.checks import OutputSize, is_whole, two_sides
+from anyup_core.files import check_output
 from anyup_core.settings import require
 
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -55,22 +55,29 @@ def check_program(
     Raises:
         ValueError: for another suffix, and for sizes that are too small or do not fit the model.
         TypeError: for a model that is no upsampler, and for sizes that are not whole numbers or of another length.
-        FileNotFoundError: if the file's folder does not exist.
+        OSError: if the file cannot be written, as `files.check_output`.
     """
-    name = os.fspath(path)
-    if not name.endswith(tuple(suffixes)):
-        raise ValueError(f"{name!r} must end with {' or '.join(suffixes)}, which says what is written.")
-    if not (folder := Path(name).resolve().parent).is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; create it first.")
     if not all(hasattr(model, wanted) for wanted in ("channels", "multiple", "native_size")):
         raise TypeError(f"{type(model).__name__} cannot be exported; give AnyUp or one of the upsamplers.")
+    check_output(path, suffixes)
+    return check_shapes(model.channels, int(model.multiple), image_size, features, output_size, batch)
+
+
+def check_shapes(
+    channels: int | None,
+    multiple: int,
+    image_size: OutputSize,
+    features: Sequence[SupportsIndex],
+    output_size: OutputSize | None,
+    batch: int | None,
+) -> Shapes:
+    """Return the shapes of a program for a model of these channels; arguments and errors are as of `check_program`."""
     sides = two_sides("image_size", image_size)
     grid: Any = tuple(features) if isinstance(features, Sequence) and not isinstance(features, str) else ()
     if len(grid) not in (2, 3) or not all(map(is_whole, grid)):
         raise TypeError(f"features={features!r} must be whole numbers: height and width in cells, and channels.")
     require(min(map(int, grid)) >= 1, "features", features, "give numbers of at least 1")
     require(batch is None or (is_whole(batch) and batch >= 1), "batch", batch, "give a number of images, None for any")
-    channels, multiple = model.channels, int(model.multiple)
     if len(grid) == 3:
         fits = int(grid[2]) % multiple == 0 if channels is None else int(grid[2]) == channels
         wanted = f"a multiple of {multiple}" if channels is None else f"the {channels} that the weights are for"

@@ -29,15 +29,10 @@ class ViTWriter:
         g, config = self.g, self.config
         image = g.input(f"{g.prefix}image", np.float32, ("B", 3, "H", "W"))
         patch = config.patch_size
-        sides: dict[str, Any] = dict(
-            kernel_shape=[patch] * 2, strides=[patch] * 2, dilations=[1, 1], pads=[0] * 4, group=1
-        )
-        inputs = [image, g.weight(self.tensors["patch_embed.proj.weight"])]
-        if not config.pre_norm:
-            inputs.append(g.constant(self.tensors["patch_embed.proj.bias"]))
         size = g.op("Slice", g.op("Shape", image), g.ints(2), g.ints(4))
-        inputs[0] = pad(g, image, size, patch)
-        cells = g.op("Conv", *inputs, **sides)
+        bias = None if config.pre_norm else self.tensors["patch_embed.proj.bias"]
+        image = pad(g, image, size, patch)
+        cells = g.conv(image, self.tensors["patch_embed.proj.weight"], bias, stride=patch)
         shape = g.op("Shape", cells)
         tokens = self.embed(cells, shape)
         for index in range(config.depth):

@@ -105,6 +105,6 @@ def periods(width: int) -> Float[np.ndarray, " quarter"]:
     return (100.0 ** (4 * np.arange(width // 4) / width)).astype(np.float32)
 
 
-def coordinates(size: int) -> Float[np.ndarray, " size"]:
+def centres(size: int) -> Float[np.ndarray, " size"]:
     """Return the coordinates of rows or columns, centres of pixels from -1 to 1, float32."""
     return ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)

@@ -58,7 +58,7 @@ def demo(args: argparse.Namespace) -> None:
         raise ValueError("--torch compares the frameworks, --compare the upsamplers; leave one of them out.")
     mirror = _mirror(args) if args.torch else None
     others = _others(args.compare) if args.compare is not None else {}
-    image = _crop(read_image(args.image) if args.image else _shipped_photograph(), args.short_side)
+    image = _crop(read_image(args.image) if args.image else shipped_photograph(), args.short_side)
     from anyup_jax.devices import check_devices
 
     check_devices()
@@ -165,15 +165,6 @@ def _compare(
     seconds = time.perf_counter() - start
     difference = np.abs(theirs[0].permute(1, 2, 0).numpy() - ours).max()
     return f"ran in {seconds:.2f} s, largest difference {difference:.1e} (largest value {np.abs(ours).max():.1f})"
-
-
-def _shipped_photograph() -> UInt8[np.ndarray, "H W 3"]:
-    try:
-        data = importlib.import_module("skimage.data")
-    except ModuleNotFoundError as error:
-        message = 'The demo\'s photograph comes with scikit-image, which is not installed: pip install "anyup-jax[viz]"'
-        raise ImportError(f"{message}, or name an image file.") from error
-    return data.astronaut()
 
 
 def _crop(image: UInt8[np.ndarray, "H W 3"], short_side: int) -> UInt8[np.ndarray, "h w 3"]:

@@ -21,7 +21,7 @@ from anyup_core.paths import expanded
 from anyup_core.preprocessing import normalize
 from anyup_core.upsamplers import sources
 from anyup_core.upsamplers.catalogue import METHODS
-from anyup_jax.cli.models import say, sizes_text
+from anyup_jax.cli.models import say, shipped_photograph, sizes_text
 from anyup_jax.cli.parser import ENCODER, positive
 
 SUFFIXES = {".onnx": "ONNX", ".pt2": "torch.export", ".stablehlo": "jax.export"}
@@ -106,9 +106,7 @@ def _export_anyup(args: argparse.Namespace, suffix: str) -> Path:
     overrides = {"window": args.window} if args.window else {}
     options = dict(image_size=_pair(args.image), features=_pair(args.features), output_size=_pair(args.output_size))
     if suffix == ".onnx":
-        onnx_file.check_path(args.path)
-        onnx_file.check_sizes(**options)
-        onnx_file.need_onnx()
+        onnx_file.check_file(args.path, args.dtype)
         config, tensors = _weights(args, overrides)
         extra = dict(dtype=args.dtype, encoder=args.encoder, stride=args.stride, encoder_weights=args.encoder_weights)
         start = time.perf_counter()
@@ -200,11 +198,10 @@ def _timed(call: Callable[[], np.ndarray]) -> tuple[np.ndarray, float]:
 
 def _cases(args: argparse.Namespace) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return images and features, NCHW: noise, and a photograph with features of an encoder."""
-    from anyup_jax.cli.demo import _shipped_photograph
     from anyup_jax.encoders.settings import EncoderConfig
 
     size, (height, width, channels) = _pair(args.image) or IMAGE, _pair(args.features) or CELLS
-    photograph = resize_image(_shipped_photograph(), size)
+    photograph = resize_image(shipped_photograph(), size)
     name = args.encoder or ENCODER
     strides = catalogue.find(name).config.strides  # of the layers; the file gives the last two of an EfficientNet-Lite
     layer = -2 if strides[-2] != strides[-1] and args.stride in (None, strides[-2]) else -1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -68,6 +69,16 @@ def encode(encoder: Any, image: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray,
     """Return the features of the whole image, resized for the encoder to the nearest multiples of its stride."""
     size = tuple(max(2, round(side / encoder.stride)) * encoder.stride for side in image.shape[:2])
     return encoder.encode_array(resize_image(image, size) / np.float32(255))
+
+
+def shipped_photograph() -> UInt8[np.ndarray, "H W 3"]:
+    """Return the demo's photograph. Raises ImportError without the package that holds it."""
+    try:
+        data = importlib.import_module("skimage.data")
+    except ModuleNotFoundError as error:
+        message = 'The demo\'s photograph comes with scikit-image, which is not installed: pip install "anyup-jax[viz]"'
+        raise ImportError(f"{message}, or name an image file.") from error
+    return data.astronaut()
 
 
 def sizes_text(sizes: Sequence[int]) -> str:

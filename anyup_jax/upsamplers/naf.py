@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from anyup_core.geometry import kernel_window
-from anyup_core.upsamplers.naf import NAFConfig, coordinates, periods
+from anyup_core.upsamplers.naf import NAFConfig, centres, periods
 from anyup_jax.attention import window_attention
 from anyup_jax.blocked import map_rows
 from anyup_jax.layers import Conv, GroupNorm, normed_silu
@@ -64,7 +64,7 @@ class RoPE(nnx.Module):
 
     def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
         table = self.periods[...]
-        row, col = (2 * math.pi * jnp.asarray(coordinates(n))[:, None] / table for n in x.shape[1:3])
+        row, col = (2 * math.pi * jnp.asarray(centres(n))[:, None] / table for n in x.shape[1:3])
         shape = (*x.shape[1:3], len(table))
         angles = jnp.concatenate([jnp.broadcast_to(row[:, None], shape), jnp.broadcast_to(col[None], shape)], -1)
         cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from anyup_core.geometry import kernel_window, reflection
-from anyup_core.upsamplers.naf import NAFConfig, coordinates, periods
+from anyup_core.upsamplers.naf import NAFConfig, centres, periods
 from anyup_torch import streaming
 from anyup_torch.anatomy import anatomy
 from anyup_torch.image_code import Size
@@ -112,7 +112,7 @@ class Rotation(nn.Module):
         table, factor = self.periods.float(), 1.0
         if self.training:
             factor = table.new_empty(()).uniform_(-math.log(2), math.log(2)).exp()
-        axes = (torch.from_numpy(coordinates(n)).to(table)[:, None] for n in (height, width))
+        axes = (torch.from_numpy(centres(n)).to(table)[:, None] for n in (height, width))
         return [2 * math.pi * factor * axis / table for axis in axes]
 
 
