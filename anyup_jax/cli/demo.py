@@ -18,7 +18,16 @@ from anyup_core.files import check_output, read_image, resize_image
 from anyup_core.paths import expanded
 from anyup_core.preprocessing import normalize
 from anyup_jax.cli import models
-from anyup_jax.cli.models import build_model, describe_weights, encode, overrides, run, say, sizes_text
+from anyup_jax.cli.models import (
+    build_model,
+    describe_weights,
+    encode,
+    overrides,
+    run,
+    say,
+    shipped_photograph,
+    sizes_text,
+)
 from anyup_jax.cli.parser import ENCODER, RANDOM, add_models, positive
 from anyup_jax.encoders.settings import EncoderConfig
 
