@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -178,12 +179,17 @@ def check_model(config: AnyUpConfig) -> None:
 
 def check_memory(what: str, needed: int) -> None:
     """Raise ValueError if `what`, a setting or an option, takes more bytes than the machine has memory."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else needed
+    memory = physical_memory()
     if needed > memory:
         raise ValueError(
             f"{what} takes {needed / 1e9:,.0f} GB, but the machine has {memory / 1e9:,.0f} GB of memory; make it "
             "smaller."
         )
+
+
+def physical_memory() -> float:
+    """Return the machine's memory in bytes; infinity on a platform that does not tell."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
 
 
 def encoded(maps: Mapping[tuple[int, int], Any], size: tuple[int, int], argument: str) -> Any:

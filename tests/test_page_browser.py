@@ -6,10 +6,12 @@ import base64
 import importlib.util
 import io
 import json
+import re
 import shutil
 import struct
 import threading
 import time
+import urllib.parse
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,9 +21,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from anyup_core.checkpoints.names import SHIPPED
 from anyup_core.export.encoders import METADATA
 from anyup_core.export.inputs import onnx_inputs
 from anyup_core.preprocessing import IMAGENET
+from anyup_jax.app import server as app
+from anyup_jax.app.explorer import Explorer, drawn
+from anyup_jax.app.folder import Folder
 from tools import page as tool
 
 CHROMIUM = shutil.which("chromium")
@@ -91,7 +97,7 @@ def visit(browser: Any, address: str, **options: Any) -> tuple[Any, list[str]]:
     began = time.monotonic()
     page.goto(address)
     page.wait_for_function("window.anyup && anyup.times.AnyUp > 0")
-    print(f"first picture after {time.monotonic() - began:.1f} s, {page.evaluate('anyup.threads')} threads")
+    print(f"first picture after {time.monotonic() - began:.1f} s, {page.evaluate('anyup.engine.threads')} threads")
     return page, spoken
 
 
@@ -120,7 +126,7 @@ def chosen(page: Any, **settings: object) -> None:
 def seen_by(page: Any, which: str) -> np.ndarray:
     """Return the pixels that a model saw, in [0, 1], NCHW."""
     script = """which => {
-        const { data, width, height } = anyup.pixels[which];
+        const { data, width, height } = anyup.engine.pixels[which];
         let text = "";
         for (const byte of data) text += String.fromCharCode(byte);
         return [btoa(text), height, width];
@@ -202,7 +208,7 @@ def test_a_picture_of_the_camera(opened: Any) -> None:
     opened.wait_for_function("document.querySelector('#video').videoWidth > 0")
     opened.click("#take")
     opened.evaluate("anyup.idle()")
-    assert opened.inner_text("#status").startswith("camera: 112 channels")
+    assert opened.inner_text("#status").startswith("camera.png: 112 channels")
     assert opened.evaluate("document.querySelector('#video').srcObject.getTracks()[0].readyState") == "ended"
 
 
@@ -244,7 +250,7 @@ def test_a_file_of_no_use_is_one_sentence(name: str, opened: Any) -> None:
 
 def test_it_is_isolated_so_it_has_threads(opened: Any) -> None:
     assert opened.evaluate("crossOriginIsolated") is True
-    assert opened.evaluate("anyup.threads") == min(2, opened.evaluate("navigator.hardwareConcurrency"))
+    assert opened.evaluate("anyup.engine.threads") == min(2, opened.evaluate("navigator.hardwareConcurrency"))
 
 
 def canvas(page: Any, panel: str) -> bytes:
@@ -305,7 +311,8 @@ def test_the_address_keeps_the_settings_and_the_page_works_offline(browser: Any,
     assert [page.is_checked(f'input[value="{value}"]') for value in ("32", "112", "segment")] == [True] * 3
     assert page.input_value("#split") == "25"
     chosen(page, stride=16)
-    assert page.url.partition("#")[2] == "stride=16&side=112&mode=segment&split=25"
+    kept = dict(urllib.parse.parse_qsl(page.url.partition("#")[2]))
+    assert kept == dict(stride="16", side="112", mode="segment", split="25")
     stop()
     page.reload()
     page.wait_for_function("window.anyup && anyup.times.AnyUp > 0")
@@ -317,7 +324,7 @@ def test_the_address_keeps_the_settings_and_the_page_works_offline(browser: Any,
 def test_a_phone_without_service_worker(browser: Any, address: str) -> None:
     options = dict(viewport=dict(width=390, height=800), has_touch=True, is_mobile=True, service_workers="block")
     page, spoken = visit(browser, f"{address}#side=112&threads=2", **options)
-    assert page.evaluate("[crossOriginIsolated, anyup.threads]") == [False, 1]
+    assert page.evaluate("[crossOriginIsolated, anyup.engine.threads]") == [False, 1]
     page.tap("#stage", position=dict(x=200, y=100))
     page.wait_for_function("!document.querySelector('#stage .window').hidden")
     page.context.close()
@@ -335,3 +342,116 @@ def test_every_width_holds_the_page(
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.context.close()
     assert spoken == []
+
+
+def until(page: Any, condition: str) -> None:
+    """Wait, as `wait_for_function` does, which the policy of the page forbids."""
+    for _ in range(SECONDS // 50):
+        if page.evaluate(condition):
+            return
+        page.wait_for_timeout(50)
+    raise TimeoutError(condition)
+
+
+@pytest.fixture(scope="module")
+def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Explorer, str]]:
+    """The page of `anyup app`, for a folder with one picture."""
+    pictures, scratch = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("scratch")
+    (pictures / "below").mkdir()
+    (pictures / "below/waves & more.png").write_bytes(photograph(90, 60))
+    explorer = Explorer(Folder(pictures), scratch)
+    with app.listen(0) as here, app.serving(explorer, here) as address:
+        yield explorer, address
+
+
+@pytest.fixture
+def asked(browser: Any, application: tuple[Explorer, str]) -> Iterator[Any]:
+    """The page with Python behind it, which has computed the picture on disk, and whose console is silent."""
+    _, address = application
+    page, spoken = browser.new_context(viewport=dict(width=1000, height=900)).new_page(), []
+    page.set_default_timeout(SECONDS)
+    page.on("console", lambda message: spoken.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: spoken.append(str(error)))
+    page.goto(f"{address}#side=112&encoder_side=224&layer=-1&file=below/waves %26 more.png")
+    until(page, "window.anyup && anyup.times.Upsampler > 0")
+    yield page
+    page.context.close()
+    assert [line for line in spoken if "400 (Bad Request)" not in line] == []
+
+
+def test_python_behind_the_page(asked: Any, application: tuple[Explorer, str]) -> None:
+    explorer, _ = application
+    said = re.findall(r"\w[^ :,]*", asked.inner_text("#status"))
+    assert said[:5] == ["below/waves", "more.png", "320", "channels", "from"]
+    assert [int(word) for word in said if word.isdecimal()] == [320, 7, 5, 112, 75]
+    assert asked.is_hidden('input[name="stride"]')
+    address = asked.url
+    picture = Image.open(io.BytesIO(downloaded(asked, "#png"))).convert("RGB")
+    assert explorer.result is not None
+    expected = drawn(explorer.result.features, explorer.result.output)["anyup"]
+    assert np.array_equal(np.asarray(picture), expected)
+    assert np.array_equal(np.load(io.BytesIO(downloaded(asked, "#npy"))), explorer.result.output)
+    asked.reload()  # the address keeps the file and the settings
+    until(asked, "window.anyup && anyup.times.Upsampler > 0")
+    assert asked.url == address
+    assert asked.inner_text("#status").startswith("below/waves & more.png: 320 channels")
+
+
+def test_other_settings_of_the_application(asked: Any) -> None:
+    asked.fill('input[name="layer"]', "-3")
+    asked.press('input[name="layer"]', "Enter")
+    asked.evaluate("anyup.idle()")
+    assert ": 40 channels" in asked.inner_text("#status")
+    asked.select_option("#upsampler", "joint_bilateral")
+    asked.evaluate("anyup.idle()")
+    assert asked.inner_text(".panels figure:last-child figcaption") == "joint bilateral"
+    asked.select_option("#upsampler", "naf")
+    asked.evaluate("anyup.idle()")
+    assert asked.inner_text("#error").startswith("naf needs weights")
+    assert asked.is_disabled("#npy")
+    asked.select_option("#upsampler", "anyup")
+    asked.evaluate("anyup.idle()")
+    assert asked.is_hidden("#error")
+    give(asked, "sent.png", photograph(64, 48))
+    assert asked.inner_text("#status").startswith("sent.png: 40 channels")
+    name = f"mine{SHIPPED['anyup_efficientnet_lite'].suffix}"
+    give(asked, name, SHIPPED["anyup_efficientnet_lite"].read_bytes())
+    assert asked.input_value("#weights") == name
+    assert asked.is_hidden("#error")
+    give(asked, "letter.txt", b"Dear reader")
+    assert asked.inner_text("#error") == "letter.txt is not an image that Pillow can read."
+
+
+def test_pointing_at_pixels_of_the_application(asked: Any, application: tuple[Explorer, str]) -> None:
+    explorer, _ = application
+    before = canvas(asked, "anyup")
+    asked.hover("#stage", position=dict(x=80, y=60))
+    until(asked, "!document.querySelector('#stage .window').hidden")
+    assert canvas(asked, "anyup") != before
+    asked.hover("h1")
+    until(asked, "document.querySelector('#stage .window').hidden")
+    chosen(asked, mode="segment")
+    for count, x in enumerate((80, 200), 1):
+        asked.click("#stage", position=dict(x=x, y=60))
+        until(asked, f"document.querySelectorAll('#stage .seeds b').length === {count}")
+    assert explorer.result is not None
+    assert explorer.result.seeds == 2
+    picture = Image.open(io.BytesIO(base64.b64decode(canvas(asked, "low").partition(",")[2])))
+    assert len(picture.convert("RGB").getcolors() or ()) == 2
+    asked.click("#clear")
+    until(asked, "document.querySelectorAll('.seeds b').length === 0")
+    assert canvas(asked, "anyup") == before
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (768, "light"), (1280, "dark")])
+def test_every_width_holds_the_application(
+    width: int, scheme: str, browser: Any, application: tuple[Explorer, str], tmp_path: Path
+) -> None:
+    page = browser.new_context(viewport=dict(width=width, height=800), color_scheme=scheme).new_page()
+    page.set_default_timeout(SECONDS)
+    page.goto(f"{application[1]}#side=112&file=below/waves %26 more.png")
+    until(page, "window.anyup && anyup.times.Upsampler > 0")
+    page.screenshot(path=tmp_path / f"{width}.png", full_page=True)
+    print(tmp_path / f"{width}.png")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.context.close()

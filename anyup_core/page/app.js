@@ -1,44 +1,16 @@
-// The page: pictures in, panels out. What computes is worker.js.
+// The page: pictures in, panels out. What computes is an engine: local.js in this browser, server.js on this computer.
 
-import { Refused, decode, scaled, sizes } from "./picture.js";
+import { startLocal } from "./local.js";
+import { Refused } from "./picture.js";
+import { startServer } from "./server.js";
 
 const $ = (selector) => document.querySelector(selector);
 const all = (selector) => [...document.querySelectorAll(selector)];
 const stage = $("#stage");
 const MAPS = ["low", "bilinear", "anyup"];
-const DEFAULTS = { stride: "16", side: "224", mode: "compare", split: "50" };
+const METHODS = { anyup: "AnyUp", jafar: "JAFAR", featup: "FeatUp", loftup: "LoftUp", naf: "NAF", joint_bilateral: "joint bilateral" };
 
-let bitmap = null, name = "", size = null, colours = null, cursor = null, pointing = false, running = false, again = false;
-
-// ---- the worker
-
-const worker = { calls: new Map(), count: 0, thread: null };
-
-function ask(kind, argument, moved = []) {
-  return new Promise((resolve, reject) => {
-    const id = ++worker.count;
-    worker.calls.set(id, { resolve, reject });
-    worker.thread.postMessage({ id, kind, argument }, moved);
-  });
-}
-
-function startWorker() {
-  worker.thread = new Worker("worker.js", { type: "module" });
-  worker.thread.onmessage = ({ data: { id, result, error, progress } }) => {
-    if (progress !== undefined) {
-      $("#progress").value = progress;
-      return;
-    }
-    const { resolve, reject } = worker.calls.get(id);
-    worker.calls.delete(id);
-    if (error === undefined) resolve(result);
-    else reject(new Refused(error));
-  };
-  worker.thread.onerror = (event) => {
-    for (const { reject } of worker.calls.values()) reject(new Refused(event.message || "The page is incomplete; reload it."));
-    worker.calls.clear();
-  };
-}
+let engine = null, name = "", size = null, colours = null, cursor = null, pointing = false, running = false, again = false;
 
 // ---- what the page says
 
@@ -72,67 +44,130 @@ async function idle() {
 
 // ---- settings, which the address keeps
 
-const chosen = (field) => $(`input[name="${field}"]:checked`).value;
+const fields = () => all("#settings [name], #disk").filter((input) => !input.disabled);
+const inputsOf = (field) => fields().filter((input) => input.name === field);
+const preset = {};
 
-const addressed = () => ({ ...DEFAULTS, ...Object.fromEntries(new URLSearchParams(location.hash.slice(1))) });
+function chosen(field) {
+  const inputs = inputsOf(field);
+  return (inputs[0]?.type === "radio" ? inputs.find((input) => input.checked) : inputs[0])?.value;
+}
+
+function setField(field, value) {
+  const [first] = inputsOf(field);
+  if (!first) return;
+  if (first.type === "radio") {
+    const input = inputsOf(field).find((one) => one.value === value);
+    if (input) input.checked = true;
+  } else if (first.tagName !== "SELECT" || [...first.options].some((option) => option.value === value)) first.value = value;
+}
+
+/** Return the value of every setting, by the names of the fields. */
+const settings = () => Object.fromEntries([...new Set(fields().map((input) => input.name))].map((field) => [field, chosen(field)]));
+
+const addressed = () => Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
 
 function readAddress() {
-  const given = addressed();
-  for (const field of ["stride", "side", "mode"]) {
-    const input = all(`input[name="${field}"]`).find((one) => one.value === given[field]);
-    if (input) input.checked = true;
-  }
-  const split = Number(given.split);
-  $("#split").value = Number.isFinite(split) ? split : DEFAULTS.split;
+  const given = { ...preset, ...addressed() };
+  for (const field of Object.keys(settings())) if (field in given) setField(field, given[field]);
+  const split = Number(given.split ?? 50);
+  $("#split").value = Number.isFinite(split) ? split : 50;
   showSplit();
 }
 
 function writeAddress() {
-  const settings = { stride: chosen("stride"), side: chosen("side"), mode: chosen("mode"), split: $("#split").value };
+  const kept = Object.entries(settings()).filter(([, value]) => value);
   const { threads } = addressed();
-  if (threads) settings.threads = threads;
-  history.replaceState(null, "", `#${new URLSearchParams(settings)}`);
+  if (threads) kept.push(["threads", threads]);
+  history.replaceState(null, "", `#${new URLSearchParams([...kept, ["split", $("#split").value]])}`);
 }
 
 function showSplit() {
   stage.style.setProperty("--split", `${$("#split").value}%`);
 }
 
+/** Show what this engine offers, and keep the fields of the other out of the way. */
+function showEngine() {
+  for (const part of all("[data-engine]")) {
+    const ours = part.dataset.engine === engine.kind;
+    part.hidden = !ours;
+    for (const input of [part, ...part.querySelectorAll("input, select")]) if ("disabled" in input) input.disabled = !ours;
+  }
+  if (engine.offers) showOffers(engine.offers);
+  Object.assign(preset, settings());
+}
+
+function options(values, labels = {}) {
+  return values.map((value) => new Option(labels[value] ?? value, value));
+}
+
+function showOffers({ pictures, encoders, upsamplers, weightFiles, weightSuffixes, truncated }) {
+  $("#file").accept = ["image/*", ...weightSuffixes].join(",");
+  $("#disk").replaceChildren(new Option(pictures.length ? "Picture on disk …" : "No pictures on disk", ""), ...options(pictures));
+  $("#disk").disabled = !pictures.length;
+  $("#disk").title = truncated ? "Only the first files of the folder are listed." : "";
+  $("#encoders").replaceChildren(...options(encoders));
+  $("#upsampler").replaceChildren(...options(Object.keys(upsamplers), METHODS));
+  $("#weight-files").replaceChildren(...options(weightFiles));
+  showWeights();
+}
+
+/** Offer the weights of the chosen upsampler, those with a name and those on disk. */
+function showWeights() {
+  const { upsamplers, weightFiles } = engine.offers, { names, weightless } = upsamplers[chosen("upsampler")];
+  $("#weight-names").replaceChildren(...options([...names, ...weightFiles]));
+  $("#weights").placeholder = weightless ? "it has none" : names[0] ?? "a file";
+}
+
+const methodName = () => METHODS[chosen("upsampler") ?? "anyup"] ?? chosen("upsampler");
+
+function showMethod() {
+  for (const part of all("[data-method]")) part.textContent = methodName();
+  const keys = "Arrow keys move the pixel, Shift moves faster, Enter picks a pixel for segments, Escape clears.";
+  stage.setAttribute("aria-label", `Bilinear and ${methodName()} side by side. ${keys}`);
+  $("#split").setAttribute("aria-label", `Border between bilinear and ${methodName()}, percent`);
+}
+
 // ---- pictures in
 
 async function open(file) {
   await trying(async () => {
-    if (/\.onnx$/i.test(file.name ?? "")) {
-      say(`Opening ${file.name} …`);
-      const bytes = await file.arrayBuffer();
-      try {
-        await ask("weights", { name: file.name, bytes }, [bytes]);
-      } catch (error) {
-        say("The weights are as they were.");
-        throw error;
-      }
-      name = name || file.name;
-      say(`${file.name} is in use.`);
-      await update();
-      return;
+    say(`Opening ${file.name || "the picture"} …`);
+    let opened;
+    try {
+      opened = await engine.open(file);
+    } catch (error) {
+      say(engine.ready() ? "Everything is as it was." : "");
+      throw error;
     }
-    const next = await decode(file);
-    bitmap?.close();
-    [bitmap, name] = [next, file.name || "the picture"];
+    if (opened.weights === undefined) name = opened.name;
+    else {
+      name = name || opened.weights;
+      setField("weights", opened.weights);
+      say(`${opened.weights} is in use.`);
+    }
+    setField("file", opened.file ?? "");
     await update();
   });
 }
 
 async function example() {
   await trying(async () => {
-    const response = await fetch("example.png");
-    if (!response.ok) throw new Refused("The example could not be fetched; choose a picture of your own.");
-    await open(new File([await response.blob()], "example.png", { type: "image/png" }));
+    const file = await engine.example();
+    if (file) await open(file);
+  });
+}
+
+async function openOnDisk() {
+  const file = chosen("file");
+  if (file) await trying(async () => {
+    name = (await engine.openOnDisk(file)).name;
+    await update();
   });
 }
 
 async function update() {
-  if (!bitmap) return;
+  if (!engine.ready()) return;
   if (running) {
     again = true;
     return;
@@ -150,21 +185,22 @@ async function update() {
 }
 
 async function compute() {
-  const plan = sizes(bitmap.width, bitmap.height, Number(chosen("side")));
-  const [seen, guide] = [scaled(bitmap, plan.seen), scaled(bitmap, plan.output)];
+  const wanted = settings();
   document.body.setAttribute("aria-busy", "true");
   forget();
   colours = null;
-  size = { width: guide.width, height: guide.height };
-  document.documentElement.style.setProperty("--ratio", size.width / size.height);
-  draw("image", guide);
-  say(`Upsampling to ${size.width} × ${size.height} …`);
-  window.anyup.pixels = { seen, guide };
+  for (const id of ["#png", "#npy"]) $(id).disabled = true;
+  showMethod();
   let result;
   try {
-    result = await ask("run", { seen, guide, stride: Number(chosen("stride")) });
+    const guide = await engine.prepare(wanted);
+    size = { width: guide.width, height: guide.height };
+    document.documentElement.style.setProperty("--ratio", size.width / size.height);
+    draw("image", guide);
+    say(`Upsampling to ${size.width} × ${size.height} …`);
+    result = await engine.run(wanted);
   } catch (error) {
-    say("There is no result for this picture.");
+    say("There is no result for this picture and these settings.");
     throw error;
   }
   colours = Object.fromEntries(MAPS.map((map) => [map, result[map]]));
@@ -179,7 +215,7 @@ async function compute() {
 const seconds = (milliseconds) => `${(milliseconds / 1000).toFixed(2)} s`;
 
 function showTimes(times) {
-  const rows = [...window.anyup.loading, ...times].map(([what, time]) => {
+  const rows = [...engine.loading, ...times].map(([what, time]) => {
     const row = document.createElement("tr"), head = document.createElement("th"), cell = document.createElement("td");
     head.scope = "row";
     [head.textContent, cell.textContent] = [what, seconds(time)];
@@ -214,11 +250,13 @@ function forget() {
   $("#clear").disabled = true;
 }
 
-function showPixel({ x, y }, { window: [rows, cols], cells: [height, width] }) {
+function showPixel({ x, y }, { window, cells: [height, width] }) {
   for (const mark of all(".pixel")) {
     mark.hidden = false;
     Object.assign(mark.style, place(x, y));
   }
+  if (!window) return;
+  const [rows, cols] = window;
   for (const mark of all(".window")) {
     mark.hidden = false;
     Object.assign(mark.style, {
@@ -232,7 +270,7 @@ function showPixel({ x, y }, { window: [rows, cols], cells: [height, width] }) {
 
 const percent = (share) => `${(100 * share).toFixed(3)}%`;
 const place = (x, y) => ({ left: percent((x + 0.5) / size.width), top: percent((y + 0.5) / size.height) });
-const cellsSeen = ({ window: [rows, cols] }) => `${cols[1] - cols[0]} × ${rows[1] - rows[0]} cells`;
+const madeOf = ({ window }) => (window ? `, made of ${window[1][1] - window[1][0]} × ${window[0][1] - window[0][0]} cells` : "");
 
 // the newest pixel wins: one question at a time, and those in between are dropped
 let asked = false, wanted = null, shown = null;
@@ -244,19 +282,19 @@ async function compare(pixel) {
   while (wanted) {
     const next = wanted;
     wanted = null;
-    const result = await trying(() => ask("compare", next));
+    const result = await trying(() => engine.compare(next));
     if (!result || !colours || !pointing) continue;
     shown = next;
     for (const map of MAPS) draw(map, result[map]);
     showPixel(next, result);
     $("#clear").disabled = false;
-    say(`Pixel ${next.x}, ${next.y}: made of ${cellsSeen(result)}; ${Math.round(100 * result.alike)} % of the picture is similar above 0.8.`);
+    say(`Pixel ${next.x}, ${next.y}${madeOf(result)}: ${Math.round(100 * result.alike)} % of the picture is similar above 0.8.`);
   }
   asked = false;
 }
 
 async function pick(pixel) {
-  const result = await trying(() => ask("pick", pixel));
+  const result = await trying(() => engine.pick(pixel));
   if (!result) return;
   for (const map of MAPS) draw(map, result[map]);
   showPixel(pixel, result);
@@ -267,13 +305,13 @@ async function pick(pixel) {
   }
   $("#clear").disabled = false;
   const count = stage.querySelectorAll(".seeds b").length;
-  say(`${count} ${count === 1 ? "segment; pick another pixel" : "segments"}: pixel ${pixel.x}, ${pixel.y}, made of ${cellsSeen(result)}.`);
+  say(`${count} ${count === 1 ? "segment; pick another pixel" : "segments"}: pixel ${pixel.x}, ${pixel.y}${madeOf(result)}.`);
 }
 
 async function clear() {
   pointing = false;
   wanted = null;
-  await ask("clear");
+  await engine.clear();
   forget();
   showColours();
 }
@@ -344,29 +382,30 @@ const centre = () => ({ x: size.width >> 1, y: size.height >> 1 });
 const bounded = (value, n) => Math.min(Math.max(value, 0), n - 1);
 
 function choose(field, value) {
-  $(`input[name="${field}"][value="${value}"]`).checked = true;
+  setField(field, value);
   showMode();
   writeAddress();
 }
 
 function showMode() {
   $("#explain").textContent = chosen("mode") === "compare"
-    ? "The frame is the window of cells that the pixel is made of. Bright is similar: the cosine of the features, from 0 to 1."
+    ? `${methodName() === "AnyUp" ? "The frame is the window of cells that the pixel is made of. " : ""}Bright is similar: the cosine of the features, from 0 to 1.`
     : "Every pixel takes the colour of the picked one that its feature is most similar to.";
 }
 
 // ---- ways in and out
 
-function save(blob, suffix) {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(blob);
-  link.download = `${name.replace(/\.[^.]*$/, "").replace(/[^\w-]+/g, "_") || "features"}_anyup.${suffix}`;
+/** Save a blob, or what lies at an address. */
+function save(what, suffix) {
+  const link = document.createElement("a"), address = typeof what === "string" ? null : URL.createObjectURL(what);
+  link.href = address ?? what;
+  link.download = `${name.replace(/\.[^.]*$/, "").replace(/[^\w-]+/g, "_") || "features"}_${chosen("upsampler") ?? "anyup"}.${suffix}`;
   link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+  if (address) setTimeout(() => URL.revokeObjectURL(address), 60_000);
 }
 
 $("#png").addEventListener("click", () => stage.querySelector('canvas[data-map="anyup"]').toBlob((blob) => save(blob, "png")));
-$("#npy").addEventListener("click", () => trying(async () => save(await ask("npy"), "npy")));
+$("#npy").addEventListener("click", () => trying(async () => save(await engine.npy(), "npy")));
 $("#clear").addEventListener("click", () => clear().then(() => say("Cleared.")));
 $("#link").addEventListener("click", () => trying(async () => {
   writeAddress();
@@ -404,25 +443,30 @@ addEventListener("drop", (event) => {
   if (file) open(file);
 });
 
-for (const input of all('input[name="stride"], input[name="side"]')) {
-  input.addEventListener("change", () => {
-    writeAddress();
-    trying(update);
-  });
-}
-for (const input of all('input[name="mode"]')) {
-  input.addEventListener("change", async () => {
-    showMode();
-    writeAddress();
-    await clear();
-  });
-}
+$("#settings").addEventListener("change", async ({ target }) => {
+  if (!target.name) return;
+  if (target.name === "upsampler") {
+    setField("weights", "");
+    showWeights();
+  }
+  showMode();
+  writeAddress();
+  if (target.name === "mode") await clear();
+  else trying(update);
+});
+$("#settings").addEventListener("submit", (event) => event.preventDefault());
+$("#disk").addEventListener("change", () => {
+  writeAddress();
+  openOnDisk();
+});
 $("#split").addEventListener("input", showSplit);
 $("#split").addEventListener("change", writeAddress);
 addEventListener("hashchange", () => {
+  const before = chosen("file");
   readAddress();
   showMode();
-  trying(update);
+  if (chosen("file") && chosen("file") !== before) openOnDisk();
+  else trying(update);
 });
 
 // ---- camera
@@ -440,11 +484,10 @@ $("#camera").addEventListener("click", () => trying(async () => {
   $("#taking").showModal();
 }));
 $("#take").addEventListener("click", () => trying(async () => {
-  const next = await createImageBitmap($("#video"));
+  const video = $("#video"), canvas = new OffscreenCanvas(video.videoWidth, video.videoHeight);
+  canvas.getContext("2d").drawImage(video, 0, 0);
   $("#taking").close();
-  bitmap?.close();
-  [bitmap, name] = [next, "camera"];
-  await update();
+  await open(new File([await canvas.convertToBlob()], "camera.png", { type: "image/png" }));
 }));
 $("#cancel").addEventListener("click", () => $("#taking").close());
 $("#taking").addEventListener("close", () => stream?.getTracks().forEach((track) => track.stop()));
@@ -471,17 +514,13 @@ async function isolate() {
 }
 
 async function start() {
-  readAddress();
-  showMode();
-  if (await isolate()) return new Promise(() => {});
-  startWorker();
-  say("Loading encoder and AnyUp …");
+  const token = $('meta[name="anyup-server"]')?.content; // which `anyup app` writes
+  if (!token && (await isolate())) return new Promise(() => {});
+  say("Loading …");
   $("#progress").hidden = false;
   try {
-    const { threads, fetching, opening } = await ask("load", { threads: Number(addressed().threads) || 0 });
-    window.anyup.threads = threads;
-    window.anyup.loading = [["Download", fetching], ["Start", opening]];
-    say(`Ready, with ${threads} ${threads === 1 ? "thread" : "threads"}.`);
+    const report = (share) => ($("#progress").value = share);
+    engine = token ? await startServer(token) : await startLocal(Number(addressed().threads) || 0, report);
   } catch (error) {
     complain(error);
     say("The page cannot start.");
@@ -489,11 +528,19 @@ async function start() {
   } finally {
     $("#progress").hidden = true;
   }
-  if (!bitmap) await example();
-  else await trying(update);
+  window.anyup.engine = engine;
+  showEngine();
+  readAddress();
+  if (engine.offers) showWeights();
+  showMethod();
+  showMode();
+  say(`Ready${engine.note}.`);
+  if (engine.ready()) await trying(update);
+  else if (chosen("file")) await openOnDisk();
+  else await example();
   return undefined;
 }
 
-/** For tests and consoles: `await anyup.open(file)`, `await anyup.idle()`; `pixels` are what the models saw. */
-window.anyup = { open, ask, idle, loading: [], times: {}, pixels: null, threads: 0 };
+/** For tests and consoles: `await anyup.open(file)`, `await anyup.idle()`, `anyup.engine`. */
+window.anyup = { open, idle, engine: null, times: {} };
 window.anyup.ready = start();

@@ -214,15 +214,22 @@ export function heat(values, height, width) {
 
 export const SEEDS = [[230, 97, 60], [56, 133, 201], [95, 173, 86], [240, 185, 66], [148, 103, 189], [64, 178, 175], [214, 102, 160], [140, 110, 84]];
 
-/** Return the RGBA picture of which similarity is largest, over a photograph of the same size where there is one. */
-export function segments(maps, height, width, photograph) {
-  const out = new Uint8ClampedArray(4 * height * width).fill(255);
-  for (let p = 0; p < height * width; p++) {
+/** Return the number of the map that is largest at every position. */
+export function segments(maps) {
+  return Uint8Array.from(maps[0], (_, p) => {
     let best = 0;
     for (let k = 1; k < maps.length; k++) if (maps[k][p] > maps[best][p]) best = k;
+    return best;
+  });
+}
+
+/** Return the RGBA picture of the numbers of segments, over a photograph of the same size where there is one. */
+export function painted(labels, height, width, photograph) {
+  const out = new Uint8ClampedArray(4 * height * width).fill(255);
+  for (let p = 0; p < height * width; p++) {
     const grey = photograph ? (photograph[4 * p] + 2 * photograph[4 * p + 1] + photograph[4 * p + 2]) / 4 : 0;
     const share = photograph ? 0.35 : 0;
-    for (let c = 0; c < 3; c++) out[4 * p + c] = share * grey + (1 - share) * SEEDS[best % SEEDS.length][c];
+    for (let c = 0; c < 3; c++) out[4 * p + c] = share * grey + (1 - share) * SEEDS[labels[p] % SEEDS.length][c];
   }
   return { data: out, height, width };
 }

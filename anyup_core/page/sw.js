@@ -1,7 +1,7 @@
 // Makes the page work offline, and isolates it from other origins, without which a browser has no threads.
 
 const CACHE = "anyup";
-const SOURCES = ["./", "style.css", "app.js", "worker.js", "tables.js", "maths.js", "picture.js", "files.json", "example.png"];
+const SOURCES = ["./", "style.css", "app.js", "local.js", "server.js", "worker.js", "tables.js", "maths.js", "picture.js", "files.json", "example.png"];
 
 self.addEventListener("install", (event) => {
   self.skipWaiting();

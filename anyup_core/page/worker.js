@@ -194,10 +194,11 @@ function pick(pixel) {
   if (last.seeds.length === maths.SEEDS.length) throw new Error(`There are ${maths.SEEDS.length} segments, no more are possible; clear them first.`);
   last.seeds.push(compared(pixel));
   const { features, size, photograph, seeds, windows } = last;
+  const segments = (map, ...drawn) => maths.painted(maths.segments(seeds.map((seed) => seed[map])), ...drawn);
   return moving({
-    low: maths.segments(seeds.map((seed) => seed.low), features.height, features.width, null),
-    bilinear: maths.segments(seeds.map((seed) => seed.bilinear), ...size, photograph),
-    anyup: maths.segments(seeds.map((seed) => seed.anyup), ...size, photograph),
+    low: segments("low", features.height, features.width, null),
+    bilinear: segments("bilinear", ...size, photograph),
+    anyup: segments("anyup", ...size, photograph),
     window: [seen(windows[0], pixel.y), seen(windows[1], pixel.x)],
     cells: [features.height, features.width],
     colour: maths.SEEDS[seeds.length - 1],

@@ -1,4 +1,4 @@
-"""The command `anyup`, also `python -m anyup_jax`: `demo upsample convert inspect export`, one file each.
+"""The command `anyup`, also `python -m anyup_jax`: `demo upsample convert inspect export app`, one file each.
 
 A command imports jax, matplotlib or PyTorch only after its arguments have been checked, and only if it needs them.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from anyup_core import __version__
-from anyup_jax.cli import convert, demo, export, inspect, upsample
+from anyup_jax.cli import app, convert, demo, export, inspect, upsample
 from anyup_jax.cli.parser import Parser, execute
 
 
@@ -19,6 +19,6 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "anyup") -> int:
     parser = Parser(prog=prog, description="AnyUp: features of any vision encoder at any resolution.")
     parser.add_argument("--version", action="version", version=f"anyup {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (demo, upsample, convert, inspect, export):
+    for command in (demo, upsample, convert, inspect, export, app):
         command.add_to(commands)
     return execute(parser, argv)

@@ -1,0 +1,302 @@
+"""The page with Python behind it, over HTTP on this machine alone.
+
+A site that is open in the same browser can send requests to this server as well. It is answered nothing: the host has
+to be this machine's, which a name that resolves to it is not, and every call of the API has to hold a token that only
+the page itself was told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import io
+import json
+import logging
+import re
+import secrets
+import socket
+import struct
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import uvicorn
+from jaxtyping import UInt8
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.staticfiles import StaticFiles
+
+import anyup_core
+from anyup_core.command import REFUSALS
+from anyup_jax.app.explorer import Explorer, Settings
+from anyup_jax.app.folder import WEIGHT_SUFFIXES
+
+PAGE = Path(anyup_core.__file__).parent / "page"
+HOST = "127.0.0.1"
+HOSTS = [HOST, "localhost"]
+PICTURE, WEIGHTS, QUESTION = 100_000_000, 2_000_000_000, 100_000  # bytes of a body, at most
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+BLOCK = 1 << 24  # bytes of features that are sent at once
+
+
+class Refusal(Exception):
+    """A request that is not answered, with its status and a sentence."""
+
+    def __init__(self, status: int, sentence: str):
+        super().__init__(sentence)
+        self.status = status
+
+
+def build(explorer: Explorer, token: str) -> Starlette:
+    """Return the application: the page at "/", the API below "/api/", which asks for `token`."""
+    api = Api(explorer, token)
+    index = (PAGE / "index.html").read_text("utf-8")
+    marked = index.replace("<head>", f'<head>\n<meta name="anyup-server" content="{token}">', 1)
+
+    async def serve_index(request: Request) -> Response:
+        return HTMLResponse(marked)
+
+    routes = [
+        Route("/", serve_index),
+        Route("/index.html", serve_index),
+        Route("/api/offers", api.answered(api.offers)),
+        Route("/api/features.npy", api.answered(api.features)),
+        *(
+            Route(f"/api/{name}", api.answered(getattr(api, name)), methods=["POST"])
+            for name in ("picture", "weights", "open", "prepare", "run", "compare", "pick", "clear")
+        ),
+    ]
+    guards = [Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False), Middleware(Headers)]
+    app = Starlette(routes=routes, middleware=guards)
+    app.mount("/", StaticFiles(directory=PAGE))
+    return app
+
+
+class Headers:
+    """Adds the headers that keep other sites out to every answer."""
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def added(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] += [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
+            await send(message)
+
+        await self.app(scope, receive, added if scope["type"] == "http" else send)
+
+
+class Api:
+    """The calls of the API; each takes a request and returns a response."""
+
+    def __init__(self, explorer: Explorer, token: str):
+        self.explorer, self.token = explorer, token
+
+    def answered(self, call: Callable[[Request], Any]) -> Callable[[Request], Any]:
+        """Return a call that checks the token, and answers what is refused with one sentence."""
+
+        async def answer(request: Request) -> Response:
+            given = request.headers.get("X-AnyUp-Token") or request.query_params.get("token", "")
+            try:
+                if not hmac.compare_digest(given.encode(), self.token.encode()):
+                    raise Refusal(403, "This is not the page of this server; reload it.")
+                return await call(request)
+            except Refusal as error:
+                return JSONResponse({"error": str(error)}, error.status)
+            except ClientDisconnect:
+                return Response(status_code=400)
+            except (*REFUSALS, TypeError) as error:
+                text = " ".join(str(error).split()) or type(error).__name__
+                memory = isinstance(error, MemoryError)
+                return JSONResponse({"error": f"There is not enough memory: {text}" if memory else text}, 400)
+            except Exception as error:
+                logging.getLogger("uvicorn.error").exception("A call failed.")
+                text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                return JSONResponse({"error": f"This failed ({text}); more stands in the server's terminal."}, 500)
+
+        return answer
+
+    async def offers(self, request: Request) -> Response:
+        offers = await run_in_threadpool(self.explorer.offers)
+        return JSONResponse({**offers, "largest": PICTURE})
+
+    async def picture(self, request: Request) -> Response:
+        name = file_name(request, "picture")
+        path = await self._received(request, name, PICTURE)
+        try:
+            return JSONResponse(await run_in_threadpool(self.explorer.open, path, name))
+        except (ValueError, OSError) as error:  # which call the file by its path here
+            raise Refusal(400, str(error).replace(str(path), name)) from error
+        finally:
+            path.unlink(missing_ok=True)
+
+    async def weights(self, request: Request) -> Response:
+        name = file_name(request, "weights")
+        if not name.lower().endswith(WEIGHT_SUFFIXES):
+            raise Refusal(400, f"{name} is no file of weights; these end in {', '.join(WEIGHT_SUFFIXES)}.")
+        path = await self._received(request, name, WEIGHTS)
+        return JSONResponse(self.explorer.keep(path, name))
+
+    async def _received(self, request: Request, name: str, most: int) -> Path:
+        """Write the body to a file of its own."""
+        folder = Path(tempfile.mkdtemp(dir=self.explorer.scratch))
+        path = folder / f"file{Path(name).suffix}"
+        with path.open("wb") as file:
+            async for chunk in body(request, most):
+                await run_in_threadpool(file.write, chunk)
+        return path
+
+    async def open(self, request: Request) -> Response:
+        name = (await question(request, "file")).get("file")
+        if not isinstance(name, str):
+            raise Refusal(400, f"file={name!r} must be the name of a picture in the folder.")
+        path = self.explorer.folder.path(name)
+        answer = await run_in_threadpool(self.explorer.open, path, name)
+        return JSONResponse({**answer, "file": name})
+
+    async def prepare(self, request: Request) -> Response:
+        settings = Settings.read(await question(request))
+        return packed(*await run_in_threadpool(self.explorer.prepare, settings))
+
+    async def run(self, request: Request) -> Response:
+        settings = Settings.read(await question(request))
+        return packed(*await run_in_threadpool(self.explorer.run, settings))
+
+    async def compare(self, request: Request) -> Response:
+        return packed(*await run_in_threadpool(self.explorer.compare, *await pixel(request)))
+
+    async def pick(self, request: Request) -> Response:
+        return packed(*await run_in_threadpool(self.explorer.pick, *await pixel(request)))
+
+    async def clear(self, request: Request) -> Response:
+        (number,) = whole(await question(request, "result"), "result")
+        await run_in_threadpool(self.explorer.clear, number)
+        return JSONResponse({})
+
+    async def features(self, request: Request) -> Response:
+        text = request.query_params.get("result", "")
+        if not re.fullmatch(r"\d{1,9}", text):
+            raise Refusal(400, f"result={text!r} must be a whole number.")
+        output = await run_in_threadpool(self.explorer.output, int(text))
+        headers = {"Content-Length": str(len(npy_header(output)) + output.nbytes)}
+        return StreamingResponse(npy(output), media_type="application/octet-stream", headers=headers)
+
+
+def file_name(request: Request, default: str) -> str:
+    """Return the name of a file that is sent, without the folders that it may be told with."""
+    return re.split(r"[/\\]", request.query_params.get("name", ""))[-1][:200] or default
+
+
+async def body(request: Request, most: int) -> AsyncIterator[bytes]:
+    """Yield the body of a request. Raises Refusal once there is more of it than `most`."""
+    told = request.headers.get("Content-Length", "0")
+    received = 0
+    if not told.isdecimal() or int(told) > most:
+        raise Refusal(413, f"This has {told} bytes; at most {most:,} are taken.")
+    async for chunk in request.stream():
+        received += len(chunk)
+        if received > most:
+            raise Refusal(413, f"This has more than {most:,} bytes, which is the most that is taken.")
+        yield chunk
+
+
+async def question(request: Request, *names: str) -> dict[str, Any]:
+    """Return the JSON object that a request holds, with these names where any are given."""
+    content = b"".join([chunk async for chunk in body(request, QUESTION)])
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict) or (names and set(value) != set(names)):
+        raise Refusal(400, f"The question must be a JSON object{f' of {chr(44).join(names)}' if names else ''}.")
+    return value
+
+
+def whole(values: dict[str, Any], *names: str) -> tuple[int, ...]:
+    for name in names:
+        if type(values[name]) is not int:
+            raise Refusal(400, f"{name}={values[name]!r} must be a whole number.")
+    return tuple(values[name] for name in names)
+
+
+async def pixel(request: Request) -> tuple[int, ...]:
+    """Return the number of the result, the row and the column that are asked about."""
+    names = ("result", "y", "x")
+    return whole(await question(request, *names), *names)
+
+
+def packed(answer: dict[str, Any], arrays: dict[str, UInt8[np.ndarray, "_ _ ..."]]) -> Response:
+    """Return the length of some JSON in four bytes, little-endian, the JSON, and the arrays whose shapes it lists."""
+    shapes = {name: list(array.shape) for name, array in arrays.items()}
+    text = json.dumps({**answer, "arrays": shapes}).encode()
+    parts = (np.ascontiguousarray(array).tobytes() for array in arrays.values())
+    return Response(b"".join([struct.pack("<I", len(text)), text, *parts]), media_type="application/octet-stream")
+
+
+def npy_header(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    return file.getvalue()
+
+
+def npy(array: np.ndarray) -> Iterator[bytes]:
+    """Yield a NumPy file of an array, some rows at a time."""
+    yield npy_header(array)
+    rows = max(1, BLOCK // max(array[:1].nbytes, 1))
+    for first in range(0, len(array), rows):
+        yield np.ascontiguousarray(array[first : first + rows]).tobytes()
+
+
+def listen(port: int) -> socket.socket:
+    """Return a socket of this machine; port 0 is any free one. Raises OSError if the port is in use."""
+    here = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    here.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        here.bind((HOST, port))
+        here.listen()
+    except OSError as error:
+        here.close()
+        raise OSError(f"Port {port} cannot be used ({error.strerror}); choose another one with --port.") from error
+    return here
+
+
+@contextlib.contextmanager
+def serving(explorer: Explorer, here: socket.socket) -> Iterator[str]:
+    """Serve in a thread of its own, for tests and notebooks. Gives the address."""
+    server = uvicorn.Server(configured(explorer))
+    server.install_signal_handlers = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
+    thread = threading.Thread(target=server.run, kwargs=dict(sockets=[here]), daemon=True)
+    thread.start()
+    try:
+        yield address(here)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def configured(explorer: Explorer) -> uvicorn.Config:
+    app = build(explorer, secrets.token_urlsafe(32))
+    return uvicorn.Config(
+        app, loop="asyncio", http="h11", ws="none", lifespan="off", log_level="warning", access_log=False,
+        timeout_graceful_shutdown=1, server_header=False,
+    )  # fmt: skip
+
+
+def address(here: socket.socket) -> str:
+    return f"http://{HOST}:{here.getsockname()[1]}/"
