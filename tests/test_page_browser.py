@@ -146,6 +146,26 @@ def normalised(image: np.ndarray, mean: Any, std: Any) -> np.ndarray:
     return ((image - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))).astype(np.float32)
 
 
+def compare_with_python(page: Any, folder: Path, stride: int, tolerance: float) -> tuple[int, int]:
+    """Run the page's files in Python on what the page's models saw; return height and width of the output."""
+    import onnxruntime
+
+    found = np.load(io.BytesIO(downloaded(page, "#npy")))
+    encoder, model = (
+        onnxruntime.InferenceSession(folder / f"models/{name}.onnx", providers=["CPUExecutionProvider"])
+        for name in ("lite0", "anyup")
+    )
+    settings = json.loads(encoder.get_modelmeta().custom_metadata_map[METADATA])
+    image = normalised(seen_by(page, "seen"), settings["mean"], settings["std"])
+    (features,) = encoder.run([f"stride{stride}"], {"image": image})
+    guide = normalised(seen_by(page, "guide"), *IMAGENET)
+    metadata = model.get_modelmeta().custom_metadata_map
+    (expected,) = model.run(["hr"], onnx_inputs(metadata, guide, features))
+    print(f"largest difference {abs(found - expected).max():.1e} of values up to {abs(expected).max():.1f}")
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+    return guide.shape[2:]
+
+
 @pytest.mark.parametrize(
     ("stride", "side", "picture", "size"),
     [(16, 112, (300, 200), (80, 112)), (32, 224, (180, 240), (224, 160)), (16, 224, (500, 500), (224, 224))],
@@ -153,27 +173,28 @@ def normalised(image: np.ndarray, mean: Any, std: Any) -> np.ndarray:
 def test_the_output_is_that_of_the_files(
     stride: int, side: int, picture: tuple[int, int], size: tuple[int, int], opened: Any, folder: Path
 ) -> None:
-    import onnxruntime
-
     chosen(opened, stride=stride, side=side)
     give(opened, "waves.png", photograph(*picture))
-    found = np.load(io.BytesIO(downloaded(opened, "#npy")))
-    encoder, model = (
-        onnxruntime.InferenceSession(folder / f"models/{name}.onnx", providers=["CPUExecutionProvider"])
-        for name in ("lite0", "anyup")
-    )
-    settings = json.loads(encoder.get_modelmeta().custom_metadata_map[METADATA])
-    image = normalised(seen_by(opened, "seen"), settings["mean"], settings["std"])
-    (features,) = encoder.run([f"stride{stride}"], {"image": image})
-    guide = normalised(seen_by(opened, "guide"), *IMAGENET)
-    assert guide.shape[2:] == size
-    metadata = model.get_modelmeta().custom_metadata_map
-    (expected,) = model.run(["hr"], onnx_inputs(metadata, guide, features))
-    print(f"largest difference {abs(found - expected).max():.1e} of values up to {abs(expected).max():.1f}")
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
+    assert compare_with_python(opened, folder, stride, tolerance=1e-3) == size
     drawn = Image.open(io.BytesIO(downloaded(opened, "#png")))
     assert drawn.size == size[::-1]
     assert len(drawn.getcolors(1 << 20) or ()) > 100
+
+
+def test_webgpu_gives_the_same(browser: Any, address: str, folder: Path) -> None:
+    """WebGPU is emulated here, which takes minutes for a picture, so that its example is a strip of 112 x 16 pixels."""
+    flags = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")
+    chromium = browser.browser_type.launch(executable_path=CHROMIUM, args=["--no-sandbox", *flags])
+    page, spoken = chromium.new_context(service_workers="block").new_page(), []
+    page.set_default_timeout(5 * SECONDS)
+    page.on("console", lambda message: spoken.append(f"{message.type}: {message.text}"))
+    page.route("**/example.png", lambda route: route.fulfill(body=photograph(210, 30), content_type="image/png"))
+    page.goto(f"{address}#backend=webgpu&side=112&stride=16")
+    page.wait_for_function("window.anyup && anyup.times['AnyUp on the GPU'] > 0")
+    assert page.evaluate("anyup.engine.note").endswith("and the GPU")
+    compare_with_python(page, folder, stride=16, tolerance=5e-3)
+    chromium.close()
+    assert [line for line in spoken if "Service Worker registration blocked" not in line] == []
 
 
 def header_only(width: int, height: int) -> bytes:

@@ -1,6 +1,6 @@
 """python -m tools.page: write the browser page to web/, and serve it on this machine.
 
-web/ holds the sources of `anyup_core/page`, ONNX Runtime Web from the npm registry, both models with float16 weights
+web/ holds the sources of `anyup_core/page`, ONNX Runtime Web from the npm registry, the models with float16 weights
 and an example. It needs no server of its own: any static host serves it.
 """
 
@@ -31,6 +31,8 @@ VERSION = "1.30.0"  # of onnxruntime-web
 ADDRESS = f"https://registry.npmjs.org/onnxruntime-web/-/onnxruntime-web-{VERSION}.tgz"
 SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 RUNTIME = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+WEBGPU = ("ort.jspi.bundle.min.mjs", "ort-wasm-simd-threaded.jspi.mjs", "ort-wasm-simd-threaded.jspi.wasm")
+ON_WEBGPU = (*WEBGPU, "anyup_webgpu.onnx")  # what a browser fetches only where there is an adapter
 EXAMPLE = "chelsea.png"  # of scikit-image, in the public domain
 
 
@@ -52,6 +54,7 @@ def write(folder: Path, weights: str = "anyup_efficientnet_lite", encoder: str =
     config = AnyUpConfig().replace(**checkpoint.configured())
     models = {
         "anyup.onnx": graph.build(config, checkpoint.tensors, half=True),
+        "anyup_webgpu.onnx": graph.build(config, checkpoint.tensors, half=True, loops=False),
         "lite0.onnx": build_encoder(encoder, half=True),
     }
     for name, model in models.items():
@@ -70,7 +73,7 @@ def write(folder: Path, weights: str = "anyup_efficientnet_lite", encoder: str =
 
 def fetch_runtime(folder: Path) -> None:
     """Fetch ONNX Runtime Web, and check that it is the release that the page was tested with."""
-    if all((folder / name).is_file() for name in RUNTIME):
+    if all((folder / name).is_file() for name in (*RUNTIME, *WEBGPU)):
         return
     with urllib.request.urlopen(ADDRESS, timeout=300) as response:
         archive = response.read()
@@ -78,7 +81,7 @@ def fetch_runtime(folder: Path) -> None:
         raise ValueError(f"{ADDRESS} is not the file that was released; look at the connection, and fetch it again.")
     folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(fileobj=io.BytesIO(archive)) as opened:
-        for name in RUNTIME:
+        for name in (*RUNTIME, *WEBGPU):
             member = opened.extractfile(f"package/dist/{name}")
             if member is None:
                 raise ValueError(f"{ADDRESS} has no file {name}.")
@@ -114,8 +117,9 @@ def main() -> None:
     parser.add_argument("--only-write", action="store_true", help="do not serve it")
     args = parser.parse_args()
     write(args.folder, args.weights)
-    size = sum(path.stat().st_size for path in args.folder.rglob("*") if path.is_file())
-    print(f"{args.folder} holds the page, {size / 1e6:.1f} MB; any static host serves it.")
+    sizes = [(path.name in ON_WEBGPU, path.stat().st_size) for path in args.folder.rglob("*") if path.is_file()]
+    size, more = (sum(size for gpu, size in sizes if gpu is which) / 1e6 for which in (False, True))
+    print(f"{args.folder} holds the page, {size:.1f} MB, and {more:.1f} MB for WebGPU; any static host serves it.")
     if not args.only_write:
         with server(args.folder, args.port) as here:
             print(f"http://127.0.0.1:{here.server_port}/ until Ctrl-C.", flush=True)

@@ -89,6 +89,7 @@ def build(
     *,
     half: bool = False,
     sizes: Shapes | None = None,
+    loops: bool = True,
 ) -> Any:
     """Return the model as an `onnx.ModelProto`.
 
@@ -98,11 +99,12 @@ def build(
         half: store the weights as float16; the graph computes in float32.
         sizes: those of a file without tables among its inputs. It has no loops: every map is whole, and the memory
             several times as large.
+        loops: False for a file for every size whose maps are whole as well, for runtimes whose loops leave the device.
 
     Raises:
         ValueError: for a window that holds no key.
     """
-    return Writer(config, tensors, half, sizes).model()
+    return Writer(config, tensors, half, sizes, loops).model()
 
 
 class Writer:
@@ -110,9 +112,16 @@ class Writer:
 
     extra_tables: tuple[str, ...] = ()  # that a strip needs
 
-    def __init__(self, config: AnyUpConfig, tensors: Mapping[str, np.ndarray], half: bool, sizes: Shapes | None = None):
+    def __init__(
+        self,
+        config: AnyUpConfig,
+        tensors: Mapping[str, np.ndarray],
+        half: bool,
+        sizes: Shapes | None = None,
+        loops: bool = True,
+    ):
         self.config, self.tensors = config, {name: np.asarray(x, np.float32) for name, x in tensors.items()}
-        self.g, self.sizes = Graph(half, loops=sizes is None), sizes
+        self.g, self.sizes = Graph(half, loops=loops and sizes is None), sizes
         self.shapes: dict[int, str] = {}
 
     def model(self) -> Any:

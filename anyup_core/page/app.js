@@ -10,6 +10,8 @@ const stage = $("#stage");
 const MAPS = ["low", "bilinear", "anyup"];
 const METHODS = { anyup: "AnyUp", jafar: "JAFAR", featup: "FeatUp", loftup: "LoftUp", naf: "NAF", joint_bilateral: "joint bilateral" };
 
+const WISHES = ["threads", "backend"]; // of the address, of which the page has no fields
+
 let engine = null, name = "", size = null, colours = null, cursor = null, pointing = false, running = false, again = false;
 
 // ---- what the page says
@@ -77,8 +79,7 @@ function readAddress() {
 
 function writeAddress() {
   const kept = Object.entries(settings()).filter(([, value]) => value);
-  const { threads } = addressed();
-  if (threads) kept.push(["threads", threads]);
+  for (const [wish, value] of Object.entries(addressed())) if (WISHES.includes(wish)) kept.push([wish, value]);
   history.replaceState(null, "", `#${new URLSearchParams([...kept, ["split", $("#split").value]])}`);
 }
 
@@ -520,7 +521,7 @@ async function start() {
   $("#progress").hidden = false;
   try {
     const report = (share) => ($("#progress").value = share);
-    engine = token ? await startServer(token) : await startLocal(Number(addressed().threads) || 0, report);
+    engine = token ? await startServer(token) : await startLocal({ threads: Number(addressed().threads) || 0, backend: addressed().backend }, report);
   } catch (error) {
     complain(error);
     say("The page cannot start.");

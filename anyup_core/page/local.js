@@ -2,13 +2,16 @@
 
 import { Refused, decode, scaled, sizes } from "./picture.js";
 
-/** Start the worker. `threads` is a wish, 0 for half of the processors; `report` is told the share that is loaded. */
-export async function startLocal(threads, report) {
+/**
+ * Start the worker. `threads` is a wish, 0 for half of the processors, and so is `backend`, "wasm" or "webgpu"; `report`
+ * is told the share that is loaded.
+ */
+export async function startLocal({ threads, backend }, report) {
   const engine = new Local(report);
-  const loaded = await engine.ask("load", { threads });
+  const loaded = await engine.ask("load", { threads, backend });
   engine.threads = loaded.threads;
   engine.loading = [["Download", loaded.fetching], ["Start", loaded.opening]];
-  engine.note = `, with ${loaded.threads} ${loaded.threads === 1 ? "thread" : "threads"}`;
+  engine.note = `, with ${loaded.threads} ${loaded.threads === 1 ? "thread" : "threads"}${loaded.gpu ? " and the GPU" : ""}`;
   return engine;
 }
 

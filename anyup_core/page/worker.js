@@ -1,12 +1,12 @@
 // Runs encoder and AnyUp away from the page's own thread, and keeps their features for questions about pixels.
 
 import * as maths from "./maths.js";
-import { axisWindow, onnxInputs, readMetadata, seen } from "./tables.js";
+import { axisWindow, onnxInputs, onnxTables, readMetadata, seen } from "./tables.js";
 
 const IMAGENET = { mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225] };
 const NO_WEIGHTS = "was not written by `anyup export` for every size; give such a file.";
 
-let ort, files, encoder, model, last = null;
+let ort, files, encoder, model, adapter, last = null;
 const answers = { load, weights, run, compare, pick, clear, npy };
 
 let queue = Promise.resolve(); // one question after the other: a session must not be replaced while it runs
@@ -26,24 +26,29 @@ async function answer({ id, kind, argument }) {
 
 function describe(error) {
   const text = typeof error === "number" ? "" : String(error?.message ?? error);
+  if (/webgpu|GPUDevice|device .*lost/i.test(text)) return "The GPU gave up; choose a smaller output, or add backend=wasm to the address.";
   const memory = typeof error === "number" || /bad_alloc|out of memory|allocation|Aborted|memory access/i.test(text);
   return memory ? "There is not enough memory for this size; choose a smaller output." : text;
 }
 
 // ---- models
 
-/** Fetch and start both models; `threads` is a wish, 0 for half of the processors, which a busy machine has to spare. */
-async function load({ threads: wish }) {
+/**
+ * Fetch and start the models; `threads` is a wish, 0 for half of the processors, which a busy machine has to spare, and so
+ * is `backend`: "wasm", "webgpu" for any adapter, or nothing for one that is hardware.
+ */
+async function load({ threads: wish, backend }) {
   const began = performance.now();
   files = await (await fetch("files.json")).json();
   const runtime = new URL(`runtime/${files.runtime}/`, self.location.href).href;
-  ort = await import(`${runtime}ort.wasm.bundle.min.mjs`);
+  adapter = await foundAdapter(backend);
+  ort = await import(`${runtime}ort.${adapter ? "jspi" : "wasm"}.bundle.min.mjs`);
   const processors = navigator.hardwareConcurrency || 1;
   const threads = self.crossOriginIsolated ? Math.min(wish || Math.ceil(processors / 2), processors, 8) : 1;
   ort.env.wasm.numThreads = threads;
   ort.env.wasm.wasmPaths = runtime;
   ort.env.logLevel = "error";
-  const parts = ["models/lite0.onnx", "models/anyup.onnx"], received = parts.map(() => 0);
+  const parts = ["models/lite0.onnx", "models/anyup.onnx", ...(adapter ? ["models/anyup_webgpu.onnx"] : [])], received = parts.map(() => 0);
   const total = parts.reduce((sum, path) => sum + files.sizes[path], 0);
   const contents = await Promise.all(parts.map((path, i) => fetched(path, (bytes) => {
     received[i] = bytes;
@@ -52,7 +57,24 @@ async function load({ threads: wish }) {
   const fetchedAt = performance.now();
   encoder = await opened(contents[0], "anyup_encoder");
   model = await opened(contents[1], "anyup");
-  return { result: { threads, fetching: fetchedAt - began, opening: performance.now() - fetchedAt, settings: model.settings } };
+  if (adapter) model.onGpu = await opened(contents[2], "anyup", "webgpu").catch(() => undefined);
+  const times = { fetching: fetchedAt - began, opening: performance.now() - fetchedAt };
+  return { result: { threads, gpu: model.onGpu !== undefined, ...times } };
+}
+
+/** Return a GPU adapter, null where there is none that can be used. */
+async function foundAdapter(backend) {
+  if (backend === "wasm" || !self.navigator.gpu || typeof WebAssembly.Suspending !== "function") return null;
+  const found = await self.navigator.gpu.requestAdapter({ powerPreference: "high-performance" }).catch(() => null);
+  const software = found?.info?.isFallbackAdapter || /swiftshader|llvmpipe/i.test(`${found?.info?.architecture} ${found?.info?.description}`);
+  return found && (backend === "webgpu" || !software) ? found : null;
+}
+
+/** Return AnyUp on the GPU, where there is one whose buffers hold the scores of all pixels, otherwise in WASM. */
+function modelFor(...shapes) {
+  if (!model.onGpu) return model;
+  const scores = onnxTables(model.onGpu.settings, ...shapes).score_shape.data.reduce((size, n) => size * n, 4n);
+  return scores > BigInt(adapter.limits.maxStorageBufferBindingSize) ? model : model.onGpu;
 }
 
 async function fetched(path, report) {
@@ -71,9 +93,9 @@ async function fetched(path, report) {
   return bytes;
 }
 
-async function opened(bytes, entry) {
+async function opened(bytes, entry, provider = "wasm") {
   const settings = JSON.parse(readMetadata(bytes)[entry]);
-  const session = await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
+  const session = await ort.InferenceSession.create(bytes, { executionProviders: [provider], logSeverityLevel: 3 });
   return { session, settings };
 }
 
@@ -94,8 +116,8 @@ async function weights({ name, bytes }) {
   } catch {
     throw new Error(`${name} is damaged or ${NO_WEIGHTS}`);
   }
-  await model.session.release();
-  model = next;
+  await Promise.all([model.session.release(), model.onGpu?.session.release()]);
+  model = next; // in WASM: what `anyup export` writes has loops, which leave the GPU
   return { result: settings };
 }
 
@@ -115,14 +137,14 @@ async function run({ seen: pixels, guide, stride }) {
     const found = await encoder.session.run({ image: new ort.Tensor("float32", image.data, image.dims) }, [`stride${stride}`]);
     return map(Object.values(found)[0]);
   });
-  const output = await timed("AnyUp", async () => {
-    const dims = [1, features.channels, features.height, features.width];
-    const inputs = onnxInputs(model.settings, normalized(guide, IMAGENET), { type: "float32", dims, data: features.data });
+  const size = [guide.height, guide.width], dims = [1, features.channels, features.height, features.width];
+  const used = modelFor([1, 3, ...size], dims, size, features.channels);
+  const output = await timed(used === model ? "AnyUp" : "AnyUp on the GPU", async () => {
+    const inputs = onnxInputs(used.settings, normalized(guide, IMAGENET), { type: "float32", dims, data: features.data });
     const feeds = {};
     for (const [name, { type = "float32", data, dims }] of Object.entries(inputs)) feeds[name] = new ort.Tensor(type, data, dims);
-    return map((await model.session.run(feeds)).hr);
+    return map((await used.session.run(feeds)).hr);
   });
-  const size = [guide.height, guide.width];
   const pictures = await timed("Pictures", () => {
     const basis = maths.principal(features);
     const low = maths.project(features, basis), fine = maths.project(output, basis);
