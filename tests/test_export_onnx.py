@@ -131,6 +131,7 @@ def test_the_file_is_small(path: Path) -> None:
 def test_float16_weights(model: anyup_torch.AnyUp, path: Path, tmp_path: Path) -> None:
     half = anyup_torch.export_onnx(model, tmp_path / "half.onnx", dtype="float16")
     assert half.stat().st_size < 0.55 * path.stat().st_size
+    assert len(list(all_nodes(onnx.load(half).graph.node))) <= 450
     image, features = noise(1, (64, 64), (4, 4), 32)
     close(run(half, anyup_core.onnx_inputs(half, image, features)), expected(model, image, features), 1e-2)
 

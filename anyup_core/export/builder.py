@@ -30,6 +30,7 @@ class Graph:
         self.nodes: list[Any] = []
         if outer is None:
             self.constants: dict[tuple, tuple[str, np.ndarray]] = {}
+            self.halves: dict[tuple, tuple[str, np.ndarray]] = {}
             self.inputs: dict[str, Any] = {}
             self.known: dict[str, np.ndarray] = {}
             self.count = 0
@@ -51,22 +52,13 @@ class Graph:
 
     def constant(self, array: np.ndarray) -> str:
         """Return the name of a constant; equal ones are stored once."""
-        array = np.ascontiguousarray(array).reshape(np.shape(array))
-        key = (array.dtype.str, array.shape, array.tobytes())
-        constants = self.root.constants
-        if key not in constants:
-            constants[key] = (f"{self.prefix}c{len(constants)}", array)
-        return constants[key][0]
+        return _stored(self.root.constants, f"{self.prefix}c", array)
 
     def weight(self, array: np.ndarray) -> str:
         """Return the name of a float32 tensor that is stored as the file's type."""
         if not self.half:
             return self.constant(array.astype(np.float32))
-        stored = self.constant(array.astype(np.float16))
-        cast = f"{stored}_float32"
-        if all(cast not in node.output for node in self.root.nodes):
-            self.root._add("Cast", [stored], [cast], {"to": 1})
-        return cast
+        return _stored(self.root.halves, f"{self.prefix}w", array.astype(np.float16))
 
     def ints(self, *numbers: int) -> str:
         return self.constant(np.array(numbers, np.int64))
@@ -135,11 +127,20 @@ class Graph:
         """Return the names of all tensors that nodes take, those of loops and branches among them."""
         return {name for node in all_nodes(self.nodes) for name in node.input}
 
-    def sorted_nodes(self) -> list[Any]:
-        """Return the nodes, casts of weights first: the bodies of loops and branches may have asked for them."""
-        stored = {name for name, _ in self.constants.values()}
-        casts = [node for node in self.nodes if node.op_type == "Cast" and node.input[0] in stored]
-        return casts + [node for node in self.nodes if not (node.op_type == "Cast" and node.input[0] in stored)]
+    def cast_weights(self) -> list[Any]:
+        """Return the nodes that make float32 weights of those that are stored as float16, all of a shape at once."""
+        shapes: dict[tuple[int, ...], list[tuple[str, np.ndarray]]] = {}
+        for name, array in self.halves.values():
+            shapes.setdefault(array.shape, []).append((name, array))
+        head = Graph(outer=self)
+        for weights in shapes.values():
+            names = [name for name, _ in weights]
+            stored = self.constant(np.concatenate([array for _, array in weights]))
+            whole = names if len(names) == 1 else [head.name()]
+            head._add("Cast", [stored], whole, {"to": 1})
+            if len(names) > 1:
+                head._add("Split", whole, names, dict(axis=0, num_outputs=len(names)))
+        return head.nodes
 
     def finish(
         self, title: str, outputs: Mapping[str, tuple[str, Sequence[str | int]]], metadata: Mapping[str, str]
@@ -154,6 +155,7 @@ class Graph:
         import onnx
         from onnx import TensorProto, helper, numpy_helper
 
+        nodes = [*self.cast_weights(), *self.nodes]
         names = {tensor: name for name, (tensor, _) in outputs.items()}
         for node in self.nodes:
             node.output[:] = [names.get(name, name) for name in node.output]
@@ -161,12 +163,21 @@ class Graph:
         used = self.used()
         tables = [(name, table) for name, table in self.known.items() if name in used]
         constants = [numpy_helper.from_array(array, name) for name, array in (*self.constants.values(), *tables)]
-        graph = helper.make_graph(self.sorted_nodes(), title, list(self.inputs.values()), infos, constants)
+        graph = helper.make_graph(nodes, title, list(self.inputs.values()), infos, constants)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
         model.producer_name = "anyup"
         helper.set_model_props(model, dict(metadata))
         onnx.checker.check_model(model)
         return model
+
+
+def _stored(arrays: dict[tuple, tuple[str, np.ndarray]], prefix: str, array: np.ndarray) -> str:
+    """Return the name of an array; equal ones are stored once."""
+    array = np.ascontiguousarray(array).reshape(np.shape(array))
+    key = (array.dtype.str, array.shape, array.tobytes())
+    if key not in arrays:
+        arrays[key] = (f"{prefix}{len(arrays)}", array)
+    return arrays[key][0]
 
 
 def _float(name: str) -> Any:
