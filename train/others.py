@@ -112,9 +112,9 @@ def featup(
 ) -> Terms:
     """Return what the features of jittered photographs are missed by, and the CRF term of the first jitter.
 
-    The upsampled features are jittered as the photograph is, and downsampled. Both treat all channels alike, so that the
-    features are projected on the random directions first, which are far fewer. The published CRF term compares features
-    that are jittered with an image that is not; here both are.
+    The upsampled features are jittered as the photograph is, and downsampled. Both treat all channels alike, so that
+    the features are projected on the random directions first, which are far fewer. The published CRF term compares
+    features that are jittered with an image that is not; here both are.
 
     Args:
         model: the upsampler, with `helpers`.
