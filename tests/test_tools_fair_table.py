@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +21,7 @@ from anyup_core.settings import from_dict, to_dict
 from evaluation import presets
 from evaluation.config import Config
 from evaluation.results import Result, write_tables
-from tests.training import configured
+from tests.training import ROOT, configured, environment
 from tools import fair_page, fair_runs, fair_table
 from train.encoders import check_sizes
 from train.models import settings
@@ -131,6 +136,37 @@ def test_the_page_holds_what_the_folders_say(tmp_path: Path) -> None:
     assert kept == ["0.33 |", "0.33 |"]
     assert "| featup | 1 | 700 | 0.2500 |" in text
     assert "python -m train.run model=naf " in text
+
+
+SLOW = """
+import pathlib, signal, time
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), pathlib.Path("saved").touch(), exit(75)))
+pathlib.Path("started").touch()
+time.sleep(60)
+"""
+
+
+def test_an_interrupted_run_has_the_time_to_save(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    code = "import sys; from anyup_core import command; from tools.fair_table import execute; "
+    code += "sys.exit(command.execute(lambda: execute([['slow'], ['never']])))"
+    paths = os.pathsep.join((str(ROOT), str(tmp_path)))
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment(PYTHONPATH=paths))
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM
+    assert (tmp_path / "saved").exists()
+
+
+def test_runs_end_with_the_first_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, status in (("good", 0), ("bad", 3)):
+        (tmp_path / f"{name}.py").write_text(f"open('{name}', 'a').write('x'); raise SystemExit({status})")
+    monkeypatch.chdir(tmp_path)
+    assert fair_table.execute([["good"], ["good"]]) == 0
+    assert fair_table.execute([["bad"], ["good"]]) == 3
+    assert (Path("good").read_text(), Path("bad").read_text()) == ("xx", "x")
 
 
 def test_an_interval_is_students() -> None:

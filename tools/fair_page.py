@@ -82,11 +82,11 @@ def claim_of(table: Table) -> list[list[str]]:
 
 
 def page(out: Path, seeds: Sequence[int]) -> str:
-    """Return the page on all that is complete. Raises FileNotFoundError if no evaluation is."""
+    """Return the page on all that is complete. Raises FileNotFoundError if nothing is."""
     results = {seed: found for seed in seeds if (found := results_of(out, seed))}
-    if not results:
-        raise FileNotFoundError(f"{out} holds no complete evaluation; python -m tools.fair_table evaluate")
     complete = [(method, seed) for method in OWN for seed in seeds if fair_runs.trained(out, method, seed)]
+    if not (results and complete):
+        raise FileNotFoundError(f"{out} holds no complete run and evaluation; python -m tools.fair_table evaluate")
     runs = [(method, seed, Attempt.read(fair_runs.run_of(out, method, seed))) for method, seed in complete]
     table, recipe, settings = table_of(results), runs[0][2].settings, next(iter(results.values()))[0].settings
     return "\n".join([*introduction(recipe), *scores(table, settings), *training(runs), *commands(seeds[0]), ""])
@@ -95,7 +95,7 @@ def page(out: Path, seeds: Sequence[int]) -> str:
 def introduction(recipe: Mapping[str, Any]) -> list[str]:
     """Return what all runs have in common, given the settings of one, and what each method has of its own."""
     rate, steps, photographs = recipe["optimizer"]["learning_rate"], recipe["max_steps"], recipe["batch_size"]
-    size = " x ".join(map(str, recipe["dataset"]["guidance_size"]))
+    size, clip = " x ".join(map(str, recipe["dataset"]["guidance_size"])), recipe["optimizer"]["clip_norm"]
     return [
         "# AnyUp, JAFAR, NAF and FeatUp trained alike",
         "",
@@ -103,8 +103,9 @@ def introduction(recipe: Mapping[str, Any]) -> list[str]:
         "",
         f"All four learned the features of EfficientNet-Lite0 with stride 32 and of no other encoder: {steps} steps of "
         f"{photographs} photographs, the same photographs, regions, mirroring and optimiser (AdamW, a cosine from "
-        f"{rate} on), guidance of {size}, and the terms of each method's own recipe without any further one: AnyUp "
-        "without the outlines and the shuffled channels that the shipped weights learned with.",
+        f"{rate} on, the gradient's norm clipped to {clip:g}), guidance of {size}, and the targets and terms of each "
+        "method's own recipe without any further one: AnyUp without the outlines and the shuffled channels that the "
+        "shipped weights learned with.",
         "",
         markdown(["method", "the encoder sees, as input; as targets"], list(fair_runs.VIEWS.items())),
         "NAF's published kernel of 9 x 9 cells does not fit into 7 x 7 cells: it has one of 7 x 7 in training, and the "

@@ -22,10 +22,20 @@ from tools.fair_runs import SEEDS, evaluate, of_seed, train
 
 
 def execute(runs: Iterable[list[str]]) -> int:
-    """Do runs one after the other; return the exit status of the first one that fails, or 0."""
+    """Do runs one after the other; return the exit status of the first one that fails, or 0.
+
+    A run is given the time to save when this process is interrupted.
+    """
     for run in runs:
         print("python -m", shlex.join(run), flush=True)
-        if status := subprocess.run([sys.executable, "-m", *run], check=False).returncode:
+        with subprocess.Popen([sys.executable, "-m", *run]) as process:
+            try:
+                status = process.wait()
+            except KeyboardInterrupt:
+                process.terminate()
+                process.wait()
+                raise
+        if status:
             return status
     return 0
 
