@@ -146,8 +146,9 @@ class Config:
         anyup: the upsampler behind "anyup".
         upsamplers: those behind "featup", "jafar", "loftup" and "naf", by these names.
         high_resolution: factor by which "high_resolution" and "fidelity" enlarge the image that the encoder sees.
-        cache: folder for the upsampling weights of every image, so that a method runs once and not in every epoch; None
-            computes them anew, which large data sets need. For segmentation.
+        cache: folder for the upsampling weights of every image, so that a method runs once and not in every epoch; of
+            the methods in `upsamplers` for the features of the pixels that are trained on, which `probe.pixel_stride`
+            makes fewer. None computes them anew, which large data sets need. For segmentation.
         limit: use only this many images of each split; None for all.
         pictures: images of the validation split, evenly spread, in the sheet of predictions of each encoder.
         seed: of the probes' initial weights, the order of images and the flips.

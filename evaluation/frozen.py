@@ -1,8 +1,9 @@
 """Views of a split after an encoder and a method: computed whenever they are needed, or once and kept in files.
 
 A view is an image, mirrored or not. A file holds one view: its features (float32), its labels, and what the method does
-to it (float16, see `evaluation.kept_weights`). It gets its name once it is complete, so runs may share a folder and a
-run that was stopped goes on with the views that are missing.
+to it (float16, see `evaluation.kept_weights`); of a method that does not average its values, its output at the pixels
+that count (float16) and their labels. It gets its name once it is complete, so runs may share a folder and a run that
+was stopped goes on with the views that are missing.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ class Kept:
 
     Attributes:
         split, method: of which views, by which method.
-        plan: how the output is cut into tiles; None where the method does the same to every image.
-        folder: the files, each with the arrays "features", "labels" and, with a plan, "tiles" of a view.
+        plan: how the output is cut into tiles; None where the method does the same to every image, or is not linear.
+        folder: the files, each with the arrays "features", "labels" and, with a plan, "tiles" of a view; where the
+            method is not linear, "outputs" and "labels".
     """
 
     split: Examples
@@ -84,12 +86,15 @@ class Kept:
         return arrays, arrays.pop("labels")
 
     def upsample(self, data: Arrays, low: Float[Array, "B h w K"] | None = None) -> Float[Array, "B ... _"]:
+        if not self.method.linear:
+            return data["outputs"].astype(jnp.float32)
         assert low is not None, "the features at every pixel are not kept"
         if self.plan is None:
             return self.method(None, data["features"], self.split.size, low)
         return kept_weights.apply(self.plan, data["tiles"], low)
 
     def arrange(self, values: np.ndarray) -> np.ndarray:
+        assert self.method.linear, "its pixels are kept without their places"
         return values if self.plan is None else self.plan.untile(values, self.split.size)
 
 
@@ -122,8 +127,8 @@ def keep(
     kept = {}
     for name, encoder in encoders.items():
         cells = tuple(method.enlarge * side // encoder.stride for side in split.size)
-        plan = Plan.of(method, cells, split.size)
-        tile = (plan.rows.size, plan.cols.size) if plan else (split.pixel_stride,)
+        plan = Plan.of(method, cells, split.size) if method.linear else None
+        tile = (plan.rows.size, plan.cols.size) if plan else split.size
         remedy = f"take one that divides the tiles of {tile} pixels that outputs are cut into, or another dataset.size"
         possible = not any(side % split.pixel_stride for side in tile)
         require(possible, "probe.pixel_stride", split.pixel_stride, remedy)
@@ -175,14 +180,17 @@ def _compute(number: int, kept: Mapping[str, Kept], encoders: Mapping[str, Froze
     image, label = split.read(index, bool(mirror))
     maps = {name: encode(encoders[name], image[None], method.enlarge) for name in kept}
     plans = {name: views.plan for name, views in kept.items() if views.plan}
-    guide = _guide(method, image[None], label[None])
+    guide, pixels = _guide(method, image[None], label[None]), split.chosen(index, bool(mirror))
     tiles = kept_weights.extract(method, plans, guide, maps, split.size) if plans else {}
+    outputs = {} if method.linear else method.upsample_many(guide, {k: (x, None) for k, x in maps.items()}, split.size)
     for name, views in kept.items():
         arrays = dict(features=np.asarray(maps[name][0]))
-        if (plan := views.plan) is None:
+        if name in outputs:
+            arrays = dict(outputs=np.asarray(outputs[name][0])[pixels].astype(np.float16), labels=label[pixels])
+        elif (plan := views.plan) is None:
             arrays |= dict(labels=split.thinned(label, index, bool(mirror)))
         else:
-            mask, labels = (plan.pick(x[None])[0] for x in (split.chosen(index, bool(mirror)), label))
+            mask, labels = (plan.pick(x[None])[0] for x in (pixels, label))
             chosen = dict(labels=labels, tiles=np.asarray(tiles[name][0], np.float16))
             arrays |= {key: x[mask].reshape(len(mask), -1, *x.shape[2:]) for key, x in chosen.items()}
         path, content = views.path(number), safetensors.save(arrays)

@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 import anyup_jax
@@ -24,10 +25,11 @@ from anyup_core.upsamplers.joint_bilateral import JointBilateralConfig
 from anyup_jax import upsamplers
 from anyup_jax.upsamplers.interpolation import resize
 from anyup_jax.upsamplers.joint_bilateral import average, joint_bilateral
+from anyup_jax.upsamplers.naf import NAF
 from evaluation.config import EVERY, TRAINED, Config, Size
 
 Guide = Float[Array, "B H W 3"] | Int[Array, "B H W 1"]
-Maps = Mapping[str, tuple[Float[Array, "B h w C"], Float[Array, "B h w E"]]]
+Maps = Mapping[str, tuple[Float[Array, "B h w C"], Float[Array, "B h w E"] | None]]
 
 
 @runtime_checkable
@@ -80,7 +82,7 @@ def create(name: str, config: Config) -> Method:
         require(model.config.input_dim == 3, "anyup.weights", settings.weights, remedy)
         return Upsampler(model)
     if name in TRAINED:
-        return Trained(name, {key: load_trained(name, key, config) for key in config.encoders})
+        return Trained(name, load_trained(name, config))
     if name == "high_resolution":
         return Interpolation(name, "bilinear", config.high_resolution)
     guided = {method.name: method for method in (JointBilateral(), LabelGuided())}
@@ -150,13 +152,14 @@ def _label_guided(method, labels, values, size):
     return average(values, method.windows((height, width), size), lambda i, j: counts[images, i[:, None], j, labels])
 
 
-def load_trained(name: str, encoder: str, config: Config) -> upsamplers.Upsampler:
-    """Return another upsampler with the weights that an evaluation names for an encoder."""
+def load_trained(name: str, config: Config) -> dict[str, upsamplers.Upsampler]:
+    """Return another upsampler with the weights that an evaluation names for each encoder; equal ones are one model."""
     settings = config.upsamplers[name]
-    weights = settings.weights.get(encoder, settings.weights.get(EVERY))
+    weights = {encoder: settings.weights.get(encoder, settings.weights.get(EVERY)) for encoder in config.encoders}
     chosen = dict(num_heads=settings.num_heads, kernel_size=settings.kernel_size)
     given = {key: value for key, value in chosen.items() if value is not None}
-    return upsamplers.from_pretrained(name, weights, **given)
+    loaded = {source: upsamplers.from_pretrained(name, source, **given) for source in dict.fromkeys(weights.values())}
+    return {encoder: loaded[source] for encoder, source in weights.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +194,20 @@ class Trained(Method):
         model = self.models[self.encoder or ""]
         mean, std = (jnp.asarray(x, jnp.float32) for x in model.normalisation)
         return upsamplers.upsample(model, (image - mean) / std, features, tuple(size))
+
+    def upsample_many(self, image, maps, size):
+        """With one NAF, whose weights depend on the image alone, for all maps: side by side in each head's share."""
+        models = [self.models[name] for name in maps]
+        features = [x for x, _ in maps.values()]
+        alike = all(model is models[0] for model in models) and len({x.shape[:3] for x in features}) == 1
+        if not isinstance(models[0], NAF) or not alike:
+            return {name: self.of(name)(image, x, size) for name, (x, _) in maps.items()}
+        shares = [rearrange(x, "b h w (n c) -> b h w n c", n=models[0].multiple) for x in features]
+        together = rearrange(jnp.concatenate(shares, -1), "b h w n c -> b h w (n c)")
+        output = self.of(next(iter(maps)))(image, together, size)
+        output = rearrange(output, "b h w (n c) -> b h w n c", n=models[0].multiple)
+        parts = jnp.split(output, np.cumsum([x.shape[-1] for x in shares])[:-1], -1)
+        return {name: rearrange(x, "b h w n c -> b h w (n c)") for name, x in zip(maps, parts)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -190,7 +190,7 @@ def probe_segmentation(config: Config, log: Log) -> list[Result]:
             for key, encoder in encoders.items():
                 initial = segmentation.init_heads(encoder.channels, len(train.classes), config)
                 heads[key][BORROWED] = run.probe_file(key, BORROWED).load(initial, probe.epochs)
-        views = [_views(run, split, name) for split in (train, val)] if encoders else []
+        views = [_views(run, split, name, once=split is val) for split in (train, val)] if encoders else []
         for key, encoder in encoders.items():
             started = time.perf_counter()
             own = segmentation.train(views[0][key], train, encoder.channels, config, run.probe_file(key, name))
@@ -243,10 +243,13 @@ def compare_features(config: Config, log: Log) -> list[Result]:
 TASKS = dict(segmentation=probe_segmentation, depth=probe_geometry, normals=probe_geometry, fidelity=compare_features)
 
 
-def _views(run: Run, split: Examples, method: str) -> Mapping[str, Views]:
-    """Return the views of a split for the encoders whose result with a method is not complete."""
+def _views(run: Run, split: Examples, method: str, once: bool) -> Mapping[str, Views]:
+    """Return the views of a split for the encoders whose result with a method is not complete.
+
+    A split that is read only `once` is not kept where this means features of every pixel.
+    """
     encoders, cache = run.missing(method), run.config.cache
-    if cache is None or not run.methods[method].linear:
+    if cache is None or (once and not run.methods[method].linear):
         return {key: Live(split, encoder, run.methods[method].of(key)) for key, encoder in encoders.items()}
     settings = {key: run.settings[key, method] for key in encoders}
     settings = {key: [s["encoder"], s["contents"]["encoder"], s["method"]] for key, s in settings.items()}

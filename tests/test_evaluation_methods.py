@@ -11,8 +11,9 @@ from flax import nnx
 
 import anyup_jax
 from anyup_core.upsamplers.joint_bilateral import JointBilateralConfig
+from anyup_jax import upsamplers
 from evaluation.kept_weights import Plan, apply, extract
-from evaluation.methods import Interpolation, JointBilateral, LabelGuided, Upsampler
+from evaluation.methods import Interpolation, JointBilateral, LabelGuided, Trained, Upsampler
 
 RANDOM = np.random.default_rng(0)
 IMAGE = jnp.asarray(RANDOM.random((2, 48, 64, 3), np.float32))
@@ -131,3 +132,16 @@ def test_several_encoders_share_the_guide() -> None:
     outputs = method.upsample_many(IMAGE[:1], maps, (48, 64))
     for name, (features, values) in maps.items():
         assert far(outputs[name], method(IMAGE[:1], features, (48, 64), values)) < 1e-5
+
+
+def test_one_naf_upsamples_several_encoders_together() -> None:
+    models = [
+        upsamplers.NAF(rngs=nnx.Rngs(seed), dim=32, kernel_size=3, num_heads=2, rope_heads=2) for seed in range(2)
+    ]
+    maps = dict(a=FEATURES, b=FEATURES[..., 2:10], c=FEATURES[:, 1:])
+    for names, numbers in (("ab", (0, 0)), ("ab", (0, 1)), ("ac", (0, 0))):
+        method = Trained("naf", {name: models[number] for name, number in zip(names, numbers)})
+        chosen = {name: (maps[name], None) for name in names}
+        outputs = method.upsample_many(IMAGE, chosen, (24, 32))
+        for name in names:
+            assert far(outputs[name], method.of(name)(IMAGE, maps[name], (24, 32))) < 1e-5

@@ -122,8 +122,14 @@ def test_other_upsamplers_have_weights_for_each_encoder(folder: Path) -> None:
         formats.write(folder / f"{name}.safetensors", upsamplers.checkpoint(model), overwrite=True)
     methods = "methods=[bilinear,jafar,naf]", "probe.epochs=1", "output_dir=others"
     weights = "+upsamplers.jafar.weights.lite0=jafar.safetensors", "+upsamplers.naf.weights.all=naf.safetensors"
-    evaluate(folder, *methods, *weights, "cache=kept_others")
+    run = evaluate(folder, *methods, *weights, "cache=kept_others", "probe.pixel_stride=2")
+    assert "jafar: 12 of 12 views of lite0 computed" in run.stdout  # of the validation split nothing is kept
+    assert "jafar: 3 of 3 views" not in run.stdout
     actual = scores(folder / "others")
+    evaluate(folder, *methods[:2], *weights, "output_dir=others_live", "probe.pixel_stride=2")
+    for method, values in scores(folder / "others_live").items():
+        for name in ("mIoU", "band_mIoU", "accuracy"):
+            assert actual[method][name] == pytest.approx(values[name], abs=0.01), (method, name)
     assert actual.keys() == {"bilinear", "jafar", "naf"}
     assert "mIoU_bilinear_probe" in actual["naf"]
     refused = evaluate(folder, *methods, weights[0], status=2)

@@ -232,6 +232,22 @@ def test_the_parts_of_featup() -> None:
     np.testing.assert_allclose(featup.squares(jnp.asarray(x[0, 0])), distances, atol=1e-5)
 
 
+def test_features_may_be_projected_before_they_are_downsampled() -> None:
+    """What FeatUp's training compares: jittered, blurred, averaged by an attention to all channels, then projected."""
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.standard_normal((2, 24, 24, 8), np.float32))
+    kept = jnp.asarray(random.random((2, 3, 3)) > 0.2, jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 2)
+    helpers, project = featup.Helpers(8, 8, rngs=nnx.Rngs(0)), featup.directions(keys, 8)
+    jitter = featup.Jitter.draw(keys, (24, 24))
+    patches = featup.blur(jitter(x)).reshape(2, 3, 8, 3, 8, 8).swapaxes(2, 3).reshape(2, 3, 3, 64, 8)
+    logits = helpers.logit(patches.reshape(2, 9, 64, 8)).reshape(2, 3, 3, 64)
+    attention = jax.nn.softmax(logits * kept[..., None] * helpers.weight[...].ravel() + helpers.bias[...].ravel())
+    expected = others.directed(jnp.einsum("bhwp,bhwpc->bhwc", attention, patches), project)
+    actual = helpers.downsample(jitter(others.directed(x, project)), jitter(helpers.logit(x)), kept)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
 def test_noise_is_of_each_photograph_and_clamped() -> None:
     keys = others.photograph_keys(jnp.asarray(np.random.default_rng(0).random((24, 1, 2), np.float32)), 0)
     guidance = jnp.asarray(np.random.default_rng(1).standard_normal((24, 8, 8, 3)).astype(np.float32))

@@ -39,13 +39,23 @@ class Helpers(nnx.Module):
         self.scale_kernel = nnx.Param(uniform(rngs, (channels,), bound))
         self.scale_bias = nnx.Param(uniform(rngs, (), bound))
 
-    def downsample(self, x: Float[Array, "B H W C"], kept: Float[Array, "B h w"]) -> Float[Array, "B h w C"]:
-        """Average the positions of each cell, blurred, with an attention; `kept` is 0 where it forgets the features."""
+    def downsample(
+        self, x: Float[Array, "B H W n"], logits: Float[Array, "B H W 1"], kept: Float[Array, "B h w"]
+    ) -> Float[Array, "B h w n"]:
+        """Average the positions of each cell, blurred, with an attention.
+
+        All channels are averaged alike, so that features may be projected before it instead of after it.
+
+        Args:
+            x: what is averaged.
+            logits: the attention's, which `self.logit` makes of the features at each position.
+            kept: 0 where the attention forgets the features.
+        """
         side = self.weight.shape[0]
-        patches = rearrange(blur(x), "b (h y) (w x) c -> b h w (y x) c", y=side, x=side)
-        logits = self.logit(patches.reshape(len(x), -1, side**2, x.shape[-1])).reshape(patches.shape[:-1])
-        logits = logits * kept[..., None] * self.weight[...].ravel() + self.bias[...].ravel()
-        return jnp.einsum("bhwp,bhwpc->bhwc", jax.nn.softmax(logits, -1), patches, precision="highest")
+        both = blur(jnp.concatenate([x, logits], -1))  # a weighted mean of logits is the logit of the mean
+        patches = rearrange(both, "b (h y) (w x) c -> b h w (y x) c", y=side, x=side)
+        logits = patches[..., -1] * kept[..., None] * self.weight[...].ravel() + self.bias[...].ravel()
+        return jnp.einsum("bhwp,bhwpn->bhwn", jax.nn.softmax(logits, -1), patches[..., :-1], precision="highest")
 
     def scale(self, features: Float[Array, "B h w C"]) -> Float[Array, "B h w"]:
         """Return the error to be expected at every cell."""

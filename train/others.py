@@ -112,8 +112,9 @@ def featup(
 ) -> Terms:
     """Return what the features of jittered photographs are missed by, and the CRF term of the first jitter.
 
-    The upsampled features are jittered as the photograph is, and downsampled. The published CRF term compares features
-    that are jittered with an image that is not; here both are.
+    The upsampled features are jittered as the photograph is, and downsampled. Both treat all channels alike, so that
+    the features are projected on the random directions first, which are far fewer. The published CRF term compares
+    features that are jittered with an image that is not; here both are.
 
     Args:
         model: the upsampler, with `helpers`.
@@ -132,27 +133,38 @@ def featup(
     whole = model.upsample(normalised(image, size, model.normalisation), features, _size(image), None)
     whole, guide = whole.astype(jnp.float32), normalised(image, _size(image), IMAGENET)
 
-    @jax.checkpoint
+    logits = helpers.logit(whole)
+
     def compare(number):
         jittered, projected, dropped, points = (
             jax.vmap(lambda key, n=n: jax.random.fold_in(jax.random.fold_in(key, number), n))(keys) for n in range(4)
         )
         jitter = parts.Jitter.draw(jittered, _size(image))
-        seen, upsampled = lax.stop_gradient(features_of(jitter(image))), jitter(whole)
+        seen = lax.stop_gradient(features_of(jitter(image)))
         project = parts.directions(projected, seen.shape[-1])
         kept = jax.vmap(lambda key: jax.random.uniform(key, _size(seen)) >= parts.DROP)(dropped).astype(jnp.float32)
-        error = jnp.einsum("bhwc,bcn->bhwn", helpers.downsample(upsampled, kept) - seen, project, precision="highest")
-        scale = helpers.scale(seen)[..., None]
-        missed = (jnp.square(error) / (2 * jnp.square(scale)) + jnp.log(scale)).mean()
-        return missed, (jitter, project, points)
+
+        @jax.checkpoint
+        def missed(whole, logits):
+            upsampled, along = jitter(directed(whole, project)), jitter(logits)
+            error = helpers.downsample(upsampled, along, kept) - directed(seen, project)
+            scale = helpers.scale(seen)[..., None]
+            return (jnp.square(error) / (2 * jnp.square(scale)) + jnp.log(scale)).mean()
+
+        return missed(whole, logits), (jitter, project, points)
 
     def others(total, number):
         return total + compare(number)[0], None
 
     first, (jitter, project, points) = compare(jnp.zeros((), jnp.int32))
     total, _ = lax.scan(others, first, jnp.arange(1, parts.JITTERS))
-    projected = jnp.einsum("bhwc,bcn->bhwn", jitter(whole), project, precision="highest")
-    return dict(reconstruction=total / parts.JITTERS, crf=CRF * parts.crf(jitter(guide), projected, points))
+    crf = parts.crf(jitter(guide), jitter(directed(whole, project)), points)
+    return dict(reconstruction=total / parts.JITTERS, crf=CRF * crf)
+
+
+def directed(x: Float[Array, "B H W C"], project: Float[Array, "B C n"]) -> Float[Array, "B H W n"]:
+    """Return features along the directions of their photograph."""
+    return jnp.einsum("bhwc,bcn->bhwn", x, project, precision="highest")
 
 
 def _size(x: Float[Array, "B H W C"]) -> Size:
