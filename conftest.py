@@ -1,8 +1,14 @@
-"""What holds for all tests: the checkout is importable, no chip is looked for, and compiled programs are let go."""
+"""What holds for all tests: the checkout is importable, no chip is looked for, and a program is compiled once.
 
+Compiled programs are kept on disk, for all workers and the processes that they start, but not in memory.
+"""
+
+import atexit
 import inspect
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,10 +19,16 @@ from tests import annotations
 
 annotations.install(Path(__file__).parent)
 
+from anyup_jax import devices  # noqa: E402  its annotations are checked, too
+
 # for processes that tests start in other folders: `train`, `convert` and `evaluation` are not installed
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(
     os.pathsep
 )
+
+if "ANYUP_COMPILATION_CACHE" not in os.environ:  # workers of pytest-xdist find that of the process that starts them
+    os.environ["ANYUP_COMPILATION_CACHE"] = tempfile.mkdtemp(prefix="anyup-compiled-")
+    atexit.register(shutil.rmtree, os.environ["ANYUP_COMPILATION_CACHE"], ignore_errors=True)
 
 # where the TPU's compiler is installed but no TPU is, looking for one takes time and writes to stderr
 if not Path("/dev/accel0").exists() and not Path("/dev/vfio/0").exists():
@@ -36,6 +48,11 @@ def unchecked() -> Iterator[None]:
 def _refusals_are_unchecked(request: pytest.FixtureRequest) -> None:
     if "pytest.raises(" in inspect.getsource(request.function):
         request.getfixturevalue("unchecked")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _programs_are_kept_on_disk() -> None:
+    devices.keep_compiled()
 
 
 @pytest.fixture(autouse=True, scope="module")

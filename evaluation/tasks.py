@@ -18,7 +18,7 @@ from anyup_core import figure
 from anyup_core.checks import check_memory
 from anyup_core.encoders.frozen import FrozenEncoder
 from anyup_core.settings import to_dict
-from anyup_jax.devices import check_devices
+from anyup_jax.devices import prepare_devices
 from anyup_jax.encoders.settings import check_cells
 from anyup_jax.encoders.timm_bridge import Bridge
 from anyup_jax.promotion import standard_promotion
@@ -41,7 +41,7 @@ def run(config: Config, log: Log = print) -> list[Result]:
     Raises:
         ValueError, OSError, ImportError: for what is impossible as configured; before anything is computed.
     """
-    check_devices()
+    prepare_devices()
     size, factor = config.dataset.size, config.high_resolution
     check_memory(f"dataset.size={size}", 12 * math.prod(size))  # bytes of an image in float32
     if config.task == "fidelity" or "high_resolution" in config.methods:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from anyup_core.checks import check_model
 from anyup_core.config import AnyUpConfig
-from anyup_jax.devices import check_devices
+from anyup_jax.devices import prepare_devices
 from anyup_jax.promotion import standard_promotion
 from train import dry_run, encoders, models, pictures, pod_member, program, sharding
 from train.band_statistics import with_statistics
@@ -48,7 +48,7 @@ def run(config: Config, *, dry: bool = False) -> int:
 
 
 def _run(config: Config, dry: bool) -> int:
-    check_devices()
+    prepare_devices()
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, config.optimizer.accumulate, mesh)
     settings = models.settings(config)

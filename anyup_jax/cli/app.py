@@ -37,10 +37,10 @@ def app(args: argparse.Namespace) -> None:
         raise ImportError(f"{message}.") from error
     from anyup_jax.app.explorer import Explorer
     from anyup_jax.app.folder import Folder
-    from anyup_jax.devices import check_devices
+    from anyup_jax.devices import prepare_devices
 
     folder = Folder(args.folder)
-    check_devices()
+    prepare_devices()
     with server.listen(args.port) as here, tempfile.TemporaryDirectory(prefix="anyup-app-") as scratch:
         explorer = Explorer(folder, Path(scratch))
         say("page", f"{server.address(here)} until Ctrl-C")

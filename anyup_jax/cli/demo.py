@@ -68,9 +68,9 @@ def demo(args: argparse.Namespace) -> None:
     mirror = _mirror(args) if args.torch else None
     others = _others(args.compare) if args.compare is not None else {}
     image = _crop(read_image(args.image) if args.image else shipped_photograph(), args.short_side)
-    from anyup_jax.devices import check_devices
+    from anyup_jax.devices import prepare_devices
 
-    check_devices()
+    prepare_devices()
     name, layers = args.encoder or ENCODER, args.layer or [-2, -1]
     say("image", f"{args.image or 'astronaut (NASA, shipped with scikit-image)'}, {sizes_text(image.shape[:2])}")
     say("encoder", f"{name}, weights: {args.encoder_weights or 'pretrained'}")

@@ -54,9 +54,9 @@ def upsample(args: argparse.Namespace) -> None:
     dtype = "float16" if args.dtype == "float16" else "float32"
     _check_room(path, (*size, 1), dtype)
     say("image", f"{args.image}, {sizes_text(image.shape[:2])}")
-    from anyup_jax.devices import check_devices
+    from anyup_jax.devices import prepare_devices
 
-    check_devices()
+    prepare_devices()
     if args.features:
         features = files.read_features(args.features)
         source = {"features": str(args.features)}
