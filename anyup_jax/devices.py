@@ -7,6 +7,7 @@ import os
 import platform
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -45,7 +46,8 @@ def keep_compiled() -> Path | None:
     (`JAX_COMPILATION_CACHE_DIR`) is in use, or, with a warning, if it cannot be written.
     """
     given = os.environ.get(VARIABLE)
-    if given == "off" or jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    settings: Any = jax.config
+    if given == "off" or settings.jax_compilation_cache_dir or not settings.jax_enable_compilation_cache:
         return None
     folder = (user_path(given) if given else cache_directory() / "compiled") / processor()
     try:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from anyup_core import geometry
 from anyup_core.config import NORM_GROUPS
+from anyup_torch import threads
 
 GROUP_NORM_EPS = 1e-5
 RMS_NORM_EPS = float(np.finfo(np.float32).eps)
@@ -128,8 +129,8 @@ class FeatureUnification(nn.Module):
             unified = torch.cat([checkpoint(describe, index, use_reentrant=False) for index in blocks])
         else:  # results that are kept one by one between large blocks that are freed leave holes in the heap
             unified = features.new_empty(positions, filters, dtype=torch.float32)
-            for index, result in zip(blocks, unified.split(step)):
-                result.copy_(describe(index))
+            results = unified.split(step)
+            threads.each(lambda number: results[number].copy_(describe(blocks[number])), len(blocks))
         return unified.to(features.dtype).reshape(batch, height, width, filters).permute(0, 3, 1, 2)
 
     def _exported(self, features: Float[Tensor, "B C h w"]) -> Float[Tensor, "B M h w"]:

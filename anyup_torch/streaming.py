@@ -8,8 +8,11 @@ of the output where they fit; projected queries and attention weights exist only
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import queue
+import threading
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 
 from anyup_core.config import NORM_GROUPS
 from anyup_core.geometry import plan_tiles
+from anyup_torch import threads
 from anyup_torch.attention import resolve
 from anyup_torch.attention.tiled import TileAttention
 from anyup_torch.image_code import ImageCode, Map, Size
@@ -37,27 +41,53 @@ class Pixels:
 
     Attributes:
         data: (H W, D), contiguous.
-        sums: (2, D) float32 or wider, over the pixels, of x and of x squared.
+        step: pixels of a block; the last one may have fewer.
+        sums: (blocks, 2, D) float32 or wider, over the pixels of each block, of x and of x squared.
     """
 
     data: Tensor
+    step: int
     sums: Tensor
 
     @classmethod
-    def around(cls, data: Tensor) -> Pixels:
-        return cls(data, data.new_zeros(2, data.shape[1], dtype=torch.promote_types(data.dtype, torch.float32)))
+    def around(cls, data: Tensor, step: int | None = None) -> Pixels:
+        """Take the memory of `data`; `step` is `block_size` by default."""
+        step = block_size(data) if step is None else step
+        dtype = torch.promote_types(data.dtype, torch.float32)
+        return cls(data, step, data.new_empty(-(-len(data) // step), 2, data.shape[1], dtype=dtype))
 
-    def count(self, block: Tensor, scratch: Tensor) -> None:
-        """Add a block of freshly written pixels to the sums."""
-        if block.dtype != self.sums.dtype:
-            block = block.to(self.sums.dtype)
+    def block(self, index: int) -> Tensor:
+        return self.data[index * self.step : (index + 1) * self.step]
+
+    def count(self, index: int, scratch: Tensor) -> None:
+        """Sum up a block that has been written."""
+        block, sums = self.block(index), self.sums[index]
+        if block.dtype != sums.dtype:
+            block = block.to(sums.dtype)
             scratch = torch.empty_like(block)
-        self.sums[0] += block.sum(0)
-        self.sums[1] += torch.mul(block, block, out=scratch[: len(block)]).sum(0)
+        torch.sum(block, 0, out=sums[0])
+        torch.sum(torch.mul(block, block, out=scratch[: len(block)]), 0, out=sums[1])
 
     def affine(self, norm: nn.GroupNorm) -> Affine:
         """Return scale and shift per channel that apply `norm` to these pixels."""
-        return affine(norm, self.sums / len(self.data), self.data)
+        return affine(norm, self.sums.sum(0) / len(self.data), self.data)
+
+
+class Scratch:
+    """Memory for one block, of `pixels` at most, on each thread."""
+
+    def __init__(self, like: Float[Tensor, "_ D"], pixels: int):
+        self.free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+        for _ in range(threads.count(like.device)):
+            self.free.put(like.new_empty(pixels, like.shape[1]))
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[Tensor]:
+        memory = self.free.get()
+        try:
+            yield memory
+        finally:
+            self.free.put(memory)
 
 
 def affine(norm: nn.GroupNorm, moments: Float[Tensor, "2 D"], like: Tensor) -> Affine:
@@ -73,9 +103,13 @@ def affine(norm: nn.GroupNorm, moments: Float[Tensor, "2 D"], like: Tensor) -> A
 def group_norm(x: Float[Tensor, "1 D H W"]) -> Affine:
     """Return scale and shift that apply a GroupNorm without weights to an image whose memory is channels last."""
     pixels = Pixels.around(x.permute(0, 2, 3, 1).flatten(0, 2))
-    scratch = pixels.data.new_empty(min(len(pixels.data), block_size(x)), x.shape[1])
-    for block in blocks(pixels.data):
-        pixels.count(block, scratch)
+    scratch = Scratch(pixels.data, min(len(pixels.data), pixels.step))
+
+    def count(index: int) -> None:
+        with scratch.taken() as memory:
+            pixels.count(index, memory)
+
+    threads.each(count, len(pixels.sums))
     return pixels.affine(nn.GroupNorm(NORM_GROUPS, x.shape[1], GROUP_NORM_EPS, affine=False))
 
 
@@ -104,10 +138,6 @@ def block_size(pixels: Tensor) -> int:
     return BLOCK if pixels.device.type == "cpu" else BLOCK_PARALLEL
 
 
-def blocks(pixels: Tensor) -> tuple[Tensor, ...]:
-    return pixels.split(block_size(pixels))
-
-
 def activate(block: Tensor, affine: Affine, out: Tensor) -> Tensor:
     """Write SiLU(GN(block)) to the beginning of `out`, which may be the block itself."""
     scale, shift = affine
@@ -115,25 +145,36 @@ def activate(block: Tensor, affine: Affine, out: Tensor) -> Tensor:
 
 
 class Stream:
-    """Applies encoders to the pixels of one image, with one hidden buffer and one scratch block."""
+    """Applies encoders to the pixels of one image, with one hidden buffer and scratch memory for blocks."""
 
     def __init__(self, hidden: Float[Tensor, "pixels D"]):
         self.hidden = hidden
-        self.scratch = hidden.new_empty(min(len(hidden), block_size(hidden)), hidden.shape[1])
+        self.scratch = Scratch(hidden, min(len(hidden), block_size(hidden)))
 
     def widen(self, block: ResBlock | ResidualBlock, x: Pixels) -> Pixels:
         """Return the block's first convolution of SiLU(GN(x))."""
         affine, weight, hidden = x.affine(block.norm1), matrix(block.conv1), Pixels.around(self.hidden)
-        for pixels, out in zip(blocks(x.data), blocks(hidden.data)):
-            hidden.count(torch.mm(activate(pixels, affine, self.scratch), weight, out=out), self.scratch)
+        source = Pixels.around(x.data)
+
+        def step(index: int) -> None:
+            with self.scratch.taken() as scratch:
+                torch.mm(activate(source.block(index), affine, scratch), weight, out=hidden.block(index))
+                hidden.count(index, scratch)
+
+        threads.each(step, len(hidden.sums))
         return hidden
 
     def apply(self, block: ResBlock | ResidualBlock, x: Pixels) -> Pixels:
         """Apply a ResBlock of equal widths in place and return its output."""
         hidden = self.widen(block, x)
         affine, weight, output = hidden.affine(block.norm2), matrix(block.conv2), Pixels.around(x.data)
-        for pixels, out in zip(blocks(hidden.data), blocks(output.data)):
-            output.count(out.addmm_(activate(pixels, affine, self.scratch), weight), self.scratch)
+
+        def step(index: int) -> None:
+            with self.scratch.taken() as scratch:
+                output.block(index).addmm_(activate(hidden.block(index), affine, scratch), weight)
+                output.count(index, scratch)
+
+        threads.each(step, len(output.sums))
         return output
 
     def pool(
@@ -146,10 +187,15 @@ class Stream:
         hidden, weight = self.widen(block, x), matrix(block.conv2)
         affine = hidden.affine(block.norm2)
         averages = {size: pool_pixels(x.data, shape, size) for size in sizes if size != shape}
-        for pixels, out in zip(blocks(hidden.data), blocks(x.data)):
+        output = Pixels.around(x.data)
+
+        def step(index: int) -> None:
+            pixels = hidden.block(index)
             activate(pixels, affine, pixels)
             if shape in sizes:
-                out.addmm_(pixels, weight)
+                output.block(index).addmm_(pixels, weight)
+
+        threads.each(step, len(hidden.sums))
         for size, average in averages.items():
             averages[size] = torch.addmm(average, pool_pixels(hidden.data, shape, size), weight)
         averages[shape] = x.data
@@ -168,13 +214,17 @@ def pool_pixels(data: Float[Tensor, "HW D"], shape: Size, size: Size) -> Float[T
 
 def project_image(conv: ReflectConv2d, image: Float[Tensor, "input_dim H W"], out: Float[Tensor, "HW D"]) -> Pixels:
     """Write the image encoder's first convolution to `out`."""
-    pixels = Pixels.around(out)
     half, rows = conv.kernel_size[0] // 2, max(1, block_size(out) // image.shape[2])
+    pixels = Pixels.around(out, rows * image.shape[2])
     padded = conv.pad(image[None])
-    for index, block in enumerate(out.split(rows * image.shape[2])):
+
+    def step(index: int) -> None:
         strip = padded[:, :, index * rows : (index + 1) * rows + 2 * half]
         convolved = F.conv2d(strip, conv.weight, conv.bias)[0].permute(1, 2, 0).flatten(0, 1)
-        pixels.count(block.copy_(convolved), convolved)
+        pixels.block(index).copy_(convolved)
+        pixels.count(index, convolved)
+
+    threads.each(step, len(pixels.sums))
     return pixels
 
 
@@ -187,15 +237,19 @@ def rotate_and_project(
 ) -> tuple[Pixels, ...]:
     """Rotate the guide and write 1 x 1 convolutions of it; one of the outputs may be the guide itself."""
     turns = [(angle.cos(), angle.sin()) for angle in rope.angles(*shape)]
-    projected = tuple(Pixels.around(out) for out in outputs)
     rows = max(1, block_size(guide) // shape[1])
-    scratch = guide.new_empty(min(shape[0], rows) * shape[1], guide.shape[1])
-    split = (pixels.split(rows * shape[1]) for pixels in (guide, *outputs))
-    for index, (block, *outs) in enumerate(zip(*split)):
-        turned = turn(block, turns, index * rows)
-        for conv, pixels, out in zip(convs, projected, outs):
-            pixels.count(torch.mm(turned, matrix(conv), out=out), scratch)
-    return projected
+    source, *projected = (Pixels.around(pixels, rows * shape[1]) for pixels in (guide, *outputs))
+    scratch = Scratch(guide, min(len(guide), source.step))
+
+    def step(index: int) -> None:
+        turned = turn(source.block(index), turns, index * rows)
+        with scratch.taken() as memory:
+            for conv, pixels in zip(convs, projected):
+                torch.mm(turned, matrix(conv), out=pixels.block(index))
+                pixels.count(index, memory)
+
+    threads.each(step, len(source.sums))
+    return tuple(projected)
 
 
 def turn(
@@ -230,6 +284,7 @@ def possible(model: nn.Module, *tensors: Tensor) -> bool:
     )
 
 
+@threads.on_own_threads
 @torch.no_grad()
 def upsample(
     model: nn.Module,
@@ -252,6 +307,7 @@ def upsample(
     return [output.permute(0, 3, 1, 2) for output in outputs]
 
 
+@threads.on_own_threads
 @torch.no_grad()
 def encode_image(
     model: nn.Module, image: Float[Tensor, "B input_dim H W"], grids: Sequence[Size], sizes: Sequence[Size]
@@ -264,6 +320,7 @@ def encode_image(
     return ImageCode(keys, {size: torch.cat([code.queries[size] for code in codes]) for size in sizes})
 
 
+@threads.on_own_threads
 @torch.no_grad()
 def decode(
     model: nn.Module, code: ImageCode, maps: Sequence[Map], size: Size, q_chunk_size: int | None
@@ -320,19 +377,42 @@ def attend(
 ) -> None:
     """Write the attention's outputs of all maps, one strip of queries after the other.
 
-    The queries may lie at the end of one of the outputs (see `workspace`). Rows of tiles are computed once all their
-    queries are projected; what a later row of tiles still needs is kept.
+    The queries may lie at the end of one of the outputs (see `workspace`): a strip is written once those before it
+    have read theirs. Rows of tiles are computed once all their queries are projected; what a later strip needs of an
+    earlier one's is projected again, or, where that is more than a strip's worth in all, kept, strip after strip.
     """
     keys = [decode.project_key(key) for key, _ in maps]
     values = [values.permute(0, 2, 3, 1) for _, values in maps]
-    kept, step = None, max(attention.tall.size for attention in tiles)
-    for begin in range(0, size[0], step):
-        end = min(begin + step, size[0])
-        query = decode.project_rows(code.query_rows(size, begin, end - begin))
-        query = query if kept is None else torch.cat([kept, query], 1)
-        top = end - query.shape[1]
+    step = max(attention.tall.size for attention in tiles)
+    begins = range(0, size[0], step)
+    tops = [min(attention.needed_from(begin) for attention in tiles) for begin in begins]
+
+    def project(first: int, end: int) -> Float[Tensor, "B rows Wo D"]:
+        return decode.project_rows(code.query_rows(size, first, end - first))
+
+    def write(begin: int, end: int, query: Float[Tensor, "B rows Wo D"]) -> None:
         for attention, *tensors in zip(tiles, keys, values, outputs):
             for index, (key, seen, output) in enumerate(zip(*tensors)):
-                attention.write(begin, end, query[index], key, seen, output[top:end])
-        needed = min(attention.needed_from(end) for attention in tiles)
-        kept = query[:, needed - top :].clone() if needed < end else None
+                attention.write(begin, end, query[index], key, seen, output[end - query.shape[1] : end])
+
+    if sum(begin - top for begin, top in zip(begins, tops)) > step:
+        kept = None
+        for begin, needed in zip(begins, [*tops[1:], size[0]]):
+            end = min(begin + step, size[0])
+            query = project(begin, end) if kept is None else torch.cat([kept, project(begin, end)], 1)
+            write(begin, end, query)
+            kept = query[:, needed - end :].clone() if needed < end else None
+        return
+    have_read = [threading.Event() for _ in begins]
+
+    def strip(index: int) -> None:
+        end = min(begins[index] + step, size[0])
+        try:
+            query = project(tops[index], end)
+        finally:
+            have_read[index].set()
+        for earlier in have_read[:index]:
+            earlier.wait()
+        write(begins[index], end, query)
+
+    threads.each(strip, len(begins))

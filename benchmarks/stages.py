@@ -82,7 +82,7 @@ def torch_stages(job: Job) -> dict[str, Callable[[], object]]:
     import torch
     import torch.nn.functional as F
 
-    from anyup_torch import AnyUp, streaming
+    from anyup_torch import AnyUp, streaming, threads
     from anyup_torch.attention import window_attention
 
     model = AnyUp().eval()
@@ -94,7 +94,8 @@ def torch_stages(job: Job) -> dict[str, Callable[[], object]]:
     def encoder(blocks: torch.nn.Sequential, pool: bool = False) -> Callable[[], object]:
         def run() -> None:
             x = streaming.Pixels.around(guide.normal_())
-            x.count(guide, torch.empty_like(guide))
+            for index in range(len(x.sums)):
+                x.count(index, torch.empty_like(x.block(index)))
             x = stream.apply(blocks[1], x)
             _ = stream.pool(blocks[2], x, shape, [cells]) if pool else stream.apply(blocks[2], x)
 
@@ -114,11 +115,12 @@ def torch_stages(job: Job) -> dict[str, Callable[[], object]]:
         "attention": lambda: window_attention(queries, keys, values, window, window, num_heads=4),
     }
 
-    def no_grad(function: Callable[[], object]) -> Callable[[], object]:
-        def run() -> None:
-            with torch.no_grad():
-                function()
+    @threads.on_own_threads
+    @torch.no_grad()
+    def as_the_model(_: torch.nn.Module, function: Callable[[], object]) -> None:
+        function()
 
-        return run
+    def no_grad(function: Callable[[], object]) -> Callable[[], object]:
+        return lambda: as_the_model(model, function)
 
     return {name: no_grad(function) for name, function in calls.items()}

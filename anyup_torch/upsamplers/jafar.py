@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from anyup_core.config import NORM_GROUPS
 from anyup_core.geometry import AxisWindow
 from anyup_core.upsamplers.jafar import JAFARConfig
-from anyup_torch import streaming
+from anyup_torch import streaming, threads
 from anyup_torch.anatomy import anatomy
 from anyup_torch.image_code import ImageCode, Size
 from anyup_torch.layers import GROUP_NORM_EPS, ReflectConv2d, RMSNorm, RoPE
@@ -149,6 +149,7 @@ class JAFAR(ConfiguredUpsampler):
         """Return the keys of the cells, given the image's."""
         return self.sft_key(key, self.key_features_encoder(F.normalize(features, dim=1, eps=1e-12)))
 
+    @threads.on_own_threads
     @torch.no_grad()
     def _stream(self, image: Tensor, features: Tensor, size: Size, q_chunk_size: int | None) -> Tensor:
         """Compute `upsample` one image after the other, in strips of rows."""

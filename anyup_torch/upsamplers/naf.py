@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from anyup_core.geometry import kernel_window, reflection
 from anyup_core.upsamplers.naf import NAFConfig, centres, periods
-from anyup_torch import streaming
+from anyup_torch import streaming, threads
 from anyup_torch.anatomy import anatomy
 from anyup_torch.image_code import Size
 from anyup_torch.layers import ReflectConv2d
@@ -50,23 +50,27 @@ def convolve(
 ) -> streaming.Pixels:
     """Write a convolution, over reflected borders, of SiLU(GN(x))."""
     (height, width), half = shape, conv.kernel_size[0] // 2
-    affine, output = x.affine(norm), streaming.Pixels.around(out)
-    rows, cols = (torch.from_numpy(reflection(n, half)).to(out.device) for n in shape)
     step = max(1, streaming.block_size(out) // width)
-    scratch = out.new_empty((step + 4 * half) * width, out.shape[1])
+    affine, output = x.affine(norm), streaming.Pixels.around(out, step * width)
+    rows, cols = (torch.from_numpy(reflection(n, half)).to(out.device) for n in shape)
+    scratch = streaming.Scratch(out, (step + 4 * half) * width)
     weight = conv.weight.contiguous(memory_format=torch.channels_last)
-    for begin in range(0, height, step):
-        end = min(begin + step, height)
+
+    def strip(index: int) -> None:
+        begin, end = index * step, min((index + 1) * step, height)
         seen = rows[begin : end + 2 * half]
         top, bottom = int(seen.min()), int(seen.max()) + 1
-        active = streaming.activate(x.data[top * width : bottom * width], affine, scratch)
-        block = output.data[begin * width : end * width]
-        if half:
-            bordered = active.unflatten(0, (-1, width))[seen - top].index_select(1, cols).permute(2, 0, 1)
-            block.copy_(F.conv2d(bordered[None], weight, conv.bias)[0].permute(1, 2, 0).flatten(0, 1))
-        else:
-            torch.addmm(cast(Tensor, conv.bias), active, streaming.matrix(conv), out=block)
-        output.count(block, scratch)
+        with scratch.taken() as memory:
+            active = streaming.activate(x.data[top * width : bottom * width], affine, memory)
+            if half:
+                bordered = active.unflatten(0, (-1, width))[seen - top].index_select(1, cols).permute(2, 0, 1)
+                convolved = F.conv2d(bordered[None], weight, conv.bias)[0].permute(1, 2, 0).flatten(0, 1)
+                output.block(index).copy_(convolved)
+            else:
+                torch.addmm(cast(Tensor, conv.bias), active, streaming.matrix(conv), out=output.block(index))
+            output.count(index, memory)
+
+    threads.each(strip, len(output.sums))
     return output
 
 
@@ -129,6 +133,7 @@ class ImageEncoder(nn.Module):
     def forward(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D H W"]:
         return torch.cat([self.encoder(image), self.sem_encoder(image)], 1)
 
+    @threads.on_own_threads
     @torch.no_grad()
     def stream(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D H W"]:
         """Compute `forward` for one image after the other, in blocks of rows; the memory is channels last."""
