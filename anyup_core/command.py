@@ -21,6 +21,10 @@ class Interrupted(KeyboardInterrupt):
     """SIGTERM or SIGHUP, which interrupt a command as Ctrl-C does, so that it removes its temporary files."""
 
 
+class Abandoned(Interrupted):
+    """The same while threads compute: the process ends without the clean-up of the libraries, in which these crash."""
+
+
 def execute(work: Callable[[], int | None], *others: type[Exception], hint: str = "") -> int:
     """Call `work` and return the exit status: its own, 2 if it was refused, or 128 + the number of a signal.
 
@@ -40,7 +44,11 @@ def execute(work: Callable[[], int | None], *others: type[Exception], hint: str 
             return IMPOSSIBLE
         except KeyboardInterrupt as error:
             print("; ".join(filter(None, ("interrupted", hint))), file=sys.stderr)
-            return 128 + (error.args[0] if isinstance(error, Interrupted) else signal.SIGINT)
+            status = 128 + (error.args[0] if isinstance(error, Interrupted) else signal.SIGINT)
+            if isinstance(error, Abandoned):
+                sys.stdout.flush()
+                os._exit(status)
+            return status
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
+import re
 from unittest import mock
 
 import jax
@@ -266,6 +268,21 @@ def test_attention():
     check(ours, jax.nn.dot_product_attention(*map(jnp.asarray, (query, key, value))))
     large = jnp.full((1, 2, 1, 4), 1e4)
     np.testing.assert_array_equal(layers.attend(large, large, jnp.ones((1, 2, 1, 4))), 1)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16])
+def test_attention_some_rows_at_once(rows: int, monkeypatch: pytest.MonkeyPatch):
+    query, key, value = map(jnp.asarray, random_array(3, 2, 17, 3, 64))
+    monkeypatch.setattr(layers, "SCORES", rows * 3 * 17 + 1)
+    check(layers.attend_on_cpu(query, key, value), layers.attend_at_once(query, key, value))
+
+
+def test_attention_of_a_large_image_holds_a_part_of_the_scores():
+    """Of 2048 x 2048 pixels in patches of 14 all scores of 6 heads would be 11 GB. XLA does not tell of its buffers."""
+    tokens = jax.ShapeDtypeStruct((1, 1 + (2048 // 14) ** 2, 6, 64), jnp.float32)
+    program = jax.jit(layers.attend_on_cpu).lower(tokens, tokens, tokens).as_text()
+    arrays = re.findall(r"tensor<((?:\d+x)+)f32>", program)
+    assert max(math.prod(map(int, array[:-1].split("x"))) for array in arrays) <= layers.SCORES
 
 
 # Key tables and the catalogue.

@@ -11,9 +11,11 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from anyup_core.files import read_image, resize_image
 from anyup_core.preprocessing import normalize
 from anyup_jax import from_pretrained
 from anyup_jax.app import explorer as explorers
+from anyup_jax.app import folder as folders
 from anyup_jax.app import server, similarity
 from anyup_jax.app.explorer import Explorer, Settings, seen
 from anyup_jax.app.folder import Folder
@@ -53,12 +56,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "notes.txt").write_text("nothing")
     (root / "broken.png").write_bytes((root / "below" / "a photo.png").read_bytes()[:200])
     (root / "weights.safetensors").write_bytes(b"none")
+    os.mkfifo(root / "pipe.png")
     return root
 
 
 @pytest.fixture(scope="module")
-def address(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    explorer = Explorer(Folder(folder), tmp_path_factory.mktemp("scratch"))
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("scratch")
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path, scratch: Path) -> Iterator[str]:
+    explorer = Explorer(Folder(folder), scratch)
     with server.listen(0) as here, server.serving(explorer, here) as address:
         yield address
 
@@ -107,11 +116,17 @@ def unpacked(content: bytes) -> dict[str, Any]:
     return answer
 
 
+def opened(ask: Any, name: str = "below/a photo.png") -> int:
+    """Open a picture of the folder; return its number."""
+    status, answer = ask("open", {"file": name})
+    assert status == 200, answer
+    return answer["picture"]
+
+
 @pytest.fixture(scope="module")
 def ran(ask: Any) -> dict[str, Any]:
     """The answer for the photograph of the folder."""
-    assert ask("open", {"file": "below/a photo.png"})[0] == 200
-    status, answer = ask("run", SETTINGS)
+    status, answer = ask("run", {**SETTINGS, "picture": opened(ask)})
     assert status == 200, answer
     return answer
 
@@ -134,7 +149,7 @@ def assert_near(ours: np.ndarray, expected: np.ndarray) -> None:
 def test_it_offers_what_is_there(ask: Any) -> None:
     status, offers = ask("offers")
     assert status == 200
-    assert offers["pictures"] == ["broken.png", "out.png", "below/a photo.png"]
+    assert offers["pictures"] == ["broken.png", "out.png", "pipe.png", "below/a photo.png"]
     assert offers["weightFiles"][-1:] == ["weights.safetensors"]
     assert "vit_small_patch14_dinov2.lvd142m" in offers["encoders"]
     assert list(offers["upsamplers"])[:2] == ["anyup", "jafar"]
@@ -150,7 +165,7 @@ def test_a_picture_is_upsampled_as_without_the_app(ran: dict[str, Any], folder: 
     for name, picture in explorers.drawn(features, output).items():
         assert np.abs(picture.astype(int) - ran[name]).max() <= 1, name
     assert [name for name, _ in ran["times"]] == ["Models", "Encoder", "Upsampler", "Pictures"]
-    guide = ask("prepare", SETTINGS)[1]["guide"]
+    guide = ask("prepare", {**SETTINGS, "picture": opened(ask)})[1]["guide"]
     assert np.array_equal(guide, resize_image(read_image(folder / "below" / "a photo.png"), SIZE))
 
 
@@ -200,9 +215,9 @@ def test_segments_are_the_nearest_pick(ran: dict[str, Any], folder: Path, ask: A
     ask("clear", {"result": ran["result"]})
 
 
-def test_another_upsampler_and_sent_weights(folder: Path, ask: Any) -> None:
-    assert ask("open", {"file": "below/a photo.png"})[0] == 200
-    status, answer = ask("run", {**SETTINGS, "upsampler": "nearest"})
+def test_another_upsampler_and_sent_weights(scratch: Path, ask: Any) -> None:
+    settings = {**SETTINGS, "picture": opened(ask)}
+    status, answer = ask("run", {**settings, "upsampler": "nearest"})
     assert status == 200
     assert ask("compare", dict(result=answer["result"], y=0, x=0))[1]["window"] is None
     from anyup_core.checkpoints.names import SHIPPED
@@ -211,17 +226,78 @@ def test_another_upsampler_and_sent_weights(folder: Path, ask: Any) -> None:
     status, kept = ask(f"weights?name=..%2Fmine{SHIPPED[WEIGHTS].suffix}", content)
     assert (status, kept) == (200, dict(weights=f"mine{SHIPPED[WEIGHTS].suffix}"))
     assert kept["weights"] in ask("offers")[1]["weightFiles"]
-    status, answer = ask("run", {**SETTINGS, "weights": kept["weights"]})
+    status, answer = ask("run", {**settings, "weights": kept["weights"]})
     assert status == 200, answer
+    assert ask(f"weights?name={kept['weights']}", b"other")[0] == 200
+    status, refused = ask("run", {**settings, "weights": kept["weights"]})
+    assert (status, kept["weights"] in refused["error"], str(scratch) in refused["error"]) == (400, True, False)
+    assert len(list(scratch.iterdir())) == 1  # of two files with one name, and no folder of either
     status, content = ask("compare", dict(result=answer["result"] - 1, y=0, x=0))
     assert (status, "replaced" in content["error"]) == (400, True)
+
+
+def test_every_window_keeps_its_picture(folder: Path, ask: Any) -> None:
+    """What another window opens is not what this one is shown, until more than a few are open."""
+    first = opened(ask)
+    second = ask("picture?name=a.png", png(30, 40))[1]["picture"]
+    shapes = [ask("prepare", {**SETTINGS, "picture": picture})[1]["guide"].shape for picture in (first, second)]
+    assert shapes == [(*SIZE, 3), (48, 36, 3)]
+    assert ask("prepare", {**SETTINGS, "picture": first})[1]["guide"].std() > 0
+    for _ in range(explorers.PICTURES - 1):
+        opened(ask)
+    status, answer = ask("prepare", {**SETTINGS, "picture": first})
+    assert (status, "open it again" in answer["error"]) == (400, True)
+
+
+def png(width: int, height: int) -> bytes:
+    """Return a black picture."""
+    file = io.BytesIO()
+    Image.new("RGB", (width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_names_that_are_no_text_are_offered_and_opened(tmp_path: Path) -> None:
+    """One such file must not keep the page from starting; a browser gives its name back as JSON does."""
+    name = os.fsdecode(b"caf\xe9.png")
+    (tmp_path / "scratch").mkdir()
+    try:
+        (tmp_path / name).write_bytes(png(8, 8))
+    except OSError:
+        pytest.skip("The file system takes names in UTF-8 alone.")
+    explorer = Explorer(Folder(tmp_path), tmp_path / "scratch")
+    with server.listen(0) as here, server.serving(explorer, here) as address:
+        token = re.search('anyup-server" content="([^"]+)"', request(address)[1].decode())
+        assert token
+        status, content, _ = request(f"{address}api/offers", X_AnyUp_Token=token[1])
+        assert (status, json.loads(content)["pictures"]) == (200, [name])
+        body = json.dumps({"file": name}).encode()
+        status, content, _ = request(f"{address}api/open", body, X_AnyUp_Token=token[1])
+        assert (status, json.loads(content)["name"]) == (200, name)
+
+
+def test_many_pictures_do_not_hide_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.png", "b.png", "c.png", "z.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    monkeypatch.setattr(folders, "LISTED", 2)
+    assert Folder(tmp_path).listing() == (["a.png", "b.png"], ["z.safetensors"], True)
+
+
+def test_a_folder_that_may_not_be_listed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is not one without pictures. Root may list every folder, so the refusal is made here."""
+
+    def refused(path: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(PermissionError):
+        Folder(tmp_path)
 
 
 def test_a_large_output_is_written_in_bands(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(explorers, "LARGE", 0)
     explorer = Explorer(Folder(folder), tmp_path)
-    explorer.open(explorer.folder.path("below/a photo.png"), "photo")
-    answer, _ = explorer.run(Settings(**SETTINGS))
+    picture = explorer.open(explorer.folder.path("below/a photo.png"), "photo")["picture"]
+    answer, _ = explorer.run(picture, Settings(**SETTINGS))
     output = explorer.output(answer["result"])
     assert isinstance(output, np.memmap)
     assert_near(output, plain(folder)[1])
@@ -234,12 +310,19 @@ def test_a_large_output_is_written_in_bands(folder: Path, tmp_path: Path, monkey
         ("open", {"file": "out.png"}, 400, "outside of the folder"),
         ("open", {"file": "/etc/passwd"}, 400, "outside of the folder"),
         ("open", {"file": "a\0b"}, 400, "no file"),
+        ("open", {"file": "\udcff.png"}, 400, "no file"),
+        ("open", {"file": "\ud800x.png"}, 400, "no file"),
+        ("open", {"file": "pipe.png"}, 400, "no file"),
+        ("open", {"file": "below"}, 400, "below is a folder"),
+        ("open", {"file": ""}, 400, "a folder"),
         ("open", {"file": "none.png"}, 400, "There is no file none.png"),
         ("open", {"file": "notes.txt"}, 400, "not an image"),
         ("open", {"file": "broken.png"}, 400, "damaged"),
         ("open", {"file": 3}, 400, "must be the name"),
         ("open", b"[", 400, "JSON object"),
         ("picture?name=x.png", b"no picture", 400, "x.png is not an image"),
+        (f"picture?name=x.{'y' * 300}", b"no picture", 400, "y is not an image"),
+        ("picture?name=x.%00png", b"no picture", 400, "png is not an image"),
         ("weights?name=x.txt", b"", 400, "no file of weights"),
         ("run", {**SETTINGS, "side": 4096}, 400, "side=4096"),
         ("run", {**SETTINGS, "side": "48"}, 400, "whole number"),
@@ -253,6 +336,8 @@ def test_a_large_output_is_written_in_bands(folder: Path, tmp_path: Path, monkey
         ("run", {**SETTINGS, "upsampler": "jafar"}, 400, "jafar needs weights"),
         ("run", {**SETTINGS, "upsampler": "bilinear", "weights": "x"}, 400, "x"),
         ("run", {**SETTINGS, "upsampler": "none"}, 400, "no upsampler"),
+        ("run", {**SETTINGS, "picture": 0}, 400, "open it again"),
+        ("run", {**SETTINGS, "picture": None}, 400, "picture=None"),
         ("run", {**SETTINGS, "layer": 99}, 400, "99"),
         ("compare", {"result": 0, "y": 0, "x": 0}, 400, "replaced"),
         ("compare", {"result": 1, "y": 0}, 400, "result,y,x"),
@@ -261,18 +346,20 @@ def test_a_large_output_is_written_in_bands(folder: Path, tmp_path: Path, monkey
     ],
 )
 def test_wrong_questions_are_answered_in_one_sentence(
-    ask: Any, ran: dict[str, Any], path: str, body: Any, status: int, said: str
+    ask: Any, ran: dict[str, Any], scratch: Path, path: str, body: Any, status: int, said: str
 ) -> None:
+    if path == "run":
+        body = {"picture": opened(ask), **body}
     got, answer = ask(path, body)
     assert got == status
     assert said in answer["error"]
     assert "\n" not in answer["error"]
-    assert "scratch" not in answer["error"]
+    assert str(scratch) not in answer["error"]
+    assert not [entry for entry in scratch.iterdir() if entry.is_dir()]
 
 
 def test_a_pixel_outside_is_refused(ran: dict[str, Any], ask: Any) -> None:
-    ask("open", {"file": "below/a photo.png"})
-    number = ask("run", {**SETTINGS, "upsampler": "nearest"})[1]["result"]
+    number = ask("run", {**SETTINGS, "picture": opened(ask), "upsampler": "nearest"})[1]["result"]
     for y, x in ((48, 0), (0, 36), (-1, 0)):
         status, answer = ask("compare", dict(result=number, y=y, x=x))
         assert (status, "not one of 36 x 48" in answer["error"]) == (400, True)
@@ -356,6 +443,47 @@ def test_the_command_serves_until_it_is_stopped(folder: Path) -> None:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err.strip()) == (130, "", "interrupted")
+
+
+def test_it_stops_at_once_while_it_computes(folder: Path) -> None:
+    """Neither is the run waited for, nor does it crash in the clean-up of jax; the scratch folder is removed."""
+    temporary = folder / ".temporary"
+    temporary.mkdir()
+    with run_command(
+        str(folder), "--port", "0", env={**os.environ, "JAX_PLATFORMS": "cpu", "TMPDIR": str(temporary)}
+    ) as process:
+        assert process.stdout is not None
+        found = re.search("http://127.0.0.1:[0-9]+/", process.stdout.readline())
+        assert found
+        token = re.search('anyup-server" content="([^"]+)"', request(found[0])[1].decode())
+        assert token
+
+        def ask(path: str, **body: Any) -> tuple[int, bytes, Any]:
+            return request(f"{found[0]}api/{path}", json.dumps(body).encode(), X_AnyUp_Token=token[1])
+
+        picture = json.loads(ask("open", file="below/a photo.png")[1])["picture"]
+        slow = dict(encoder="efficientnet_lite0", layer=0, encoder_side=2048, side=32)  # 20 s on a fast machine
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(ask, "run", picture=picture, **slow)
+            time.sleep(8)
+            assert not answer.done()
+            process.send_signal(signal.SIGINT)
+            began = time.monotonic()
+            _, err = process.communicate(timeout=60)
+            assert time.monotonic() - began < 8
+            assert answer.result()[0] == 503
+    assert (process.returncode, err.strip()) == (130, "interrupted")
+    assert list(temporary.iterdir()) == []
+
+
+def test_open_without_a_browser_says_so(folder: Path) -> None:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "BROWSER": "none-at-all", "PATH": "", "DISPLAY": ""}
+    with run_command(str(folder), "--port", "0", "--open", env=environment) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(3)]
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert lines[2].startswith("browser ")
 
 
 def test_the_command_refuses_in_one_line(folder: Path) -> None:

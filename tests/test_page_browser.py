@@ -464,14 +464,164 @@ def test_pointing_at_pixels_of_the_application(asked: Any, application: tuple[Ex
     assert canvas(asked, "anyup") == before
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (768, "light"), (1280, "dark")])
+def dropped(page: Any, *names: str) -> None:
+    """Drop pictures of these names at once, without waiting."""
+    script = """([names, text]) => {
+        const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0)), carried = new DataTransfer();
+        for (const name of names) carried.items.add(new File([bytes], name, { type: "image/png" }));
+        document.body.dispatchEvent(new DragEvent("drop", { dataTransfer: carried, bubbles: true, cancelable: true }));
+    }"""
+    page.evaluate(script, [names, base64.b64encode(photograph(64, 48)).decode()])
+
+
+def test_a_picture_dropped_while_the_page_starts_is_kept(browser: Any, address: str) -> None:
+    """It is not lost, and the example does not take its place."""
+    page, spoken = browser.new_context(service_workers="block").new_page(), []
+    page.set_default_timeout(SECONDS)
+    page.on("pageerror", lambda error: spoken.append(str(error)))
+    waiting: list[Any] = []
+    page.route("**/files.json", lambda route: waiting.append(route))
+    page.goto(f"{address}#side=112")
+    page.wait_for_function("window.anyup !== undefined")
+    dropped(page, "early.png")
+    page.check('input[name="mode"][value="segment"]')
+    page.check('input[name="side"][value="224"]')
+    page.evaluate("location.hash = '#side=112'")
+    while not waiting:
+        page.wait_for_timeout(50)
+    waiting[0].continue_()
+    page.wait_for_function("anyup.times.AnyUp > 0")
+    page.evaluate("anyup.idle()")
+    assert page.inner_text("#status").startswith("early.png: ")
+    assert page.is_hidden("#error")
+    page.context.close()
+    assert spoken == []
+
+
+def test_one_picture_of_several_is_opened(asked: Any) -> None:
+    dropped(asked, "Straße 東京.png", "second.png")
+    asked.evaluate("anyup.idle()")
+    assert asked.inner_text("#status").startswith("Straße 東京.png: ")
+    assert asked.inner_text("#error").startswith("Only Straße 東京.png is opened")
+    assert "file=" not in asked.url  # what was dropped cannot be opened again
+    with asked.expect_download() as download:
+        asked.click("#png")
+    assert download.value.suggested_filename == "Straße_東京_anyup.png"
+
+
+def test_another_window_does_not_change_the_picture(
+    asked: Any, browser: Any, application: tuple[Explorer, str]
+) -> None:
+    other = browser.new_context().new_page()
+    other.set_default_timeout(SECONDS)
+    other.goto(f"{application[1]}#side=112&encoder_side=224")
+    until(other, "window.anyup && anyup.engine")
+    give(other, "square.png", photograph(50, 50))
+    chosen(asked, side=224)
+    sizes = [re.search(r"to (\d+) \S (\d+) pixels", page.inner_text("#status")) for page in (other, asked)]
+    assert [found and found.groups() for found in sizes] == [("112", "112"), ("224", "149")]
+    other.hover("#stage", position=dict(x=80, y=60))
+    until(other, "!document.querySelector('#error').hidden")
+    assert "have been replaced" in other.inner_text("#error")
+    other.click("#npy")
+    until(other, "!document.querySelector('#error').hidden")
+    assert "have been replaced" in other.inner_text("#error")
+    other.context.close()
+
+
+def test_settings_without_a_result_leave_no_pictures(asked: Any) -> None:
+    """Those of before would be taken for the result of what is chosen now."""
+    asked.select_option("#upsampler", "naf")
+    asked.evaluate("anyup.idle()")
+    assert asked.inner_text(".panels figure:last-child figcaption") == "NAF"
+    sizes = "[...document.querySelectorAll('canvas')].map(canvas => [canvas.dataset.map, canvas.width])"
+    assert {map for map, width in asked.evaluate(sizes) if width > 1} == {"image"}
+    assert asked.is_hidden("#timings")
+    asked.fill('input[name="layer"]', "-3")
+    asked.fill('input[name="layer"]', "")
+    asked.press('input[name="layer"]', "Enter")
+    assert asked.input_value('input[name="layer"]') == "-2"
+    assert "layer=-2" in asked.url
+
+
+def test_segments_of_a_result_that_is_replaced_are_forgotten(asked: Any) -> None:
+    chosen(asked, mode="segment")
+    asked.evaluate("""() => {
+        const frame = document.querySelector("#stage"), box = frame.getBoundingClientRect();
+        for (const x of [50, 150]) {
+            frame.dispatchEvent(new MouseEvent("click", { clientX: box.left + x, clientY: box.top + 50 }));
+        }
+        document.querySelector('input[name="side"][value="224"]').click();
+    }""")
+    asked.evaluate("anyup.idle()")
+    assert asked.evaluate("document.querySelectorAll('.seeds b').length") == 0
+    assert asked.is_disabled("#clear")
+    assert asked.is_hidden("#error")
+
+
+def test_weights_leave_the_picture_on_disk_chosen(asked: Any) -> None:
+    name = f"own{SHIPPED['anyup_efficientnet_lite'].suffix}"
+    give(asked, name, SHIPPED["anyup_efficientnet_lite"].read_bytes())
+    assert asked.input_value("#disk") == "below/waves & more.png"
+    assert f"weights={name}" in asked.url
+    assert asked.locator(f'#weight-files option[value="{name}"]').count() == 1
+
+
+def test_a_link_to_a_file_that_is_gone_says_so(browser: Any, application: tuple[Explorer, str]) -> None:
+    page = browser.new_context().new_page()
+    page.set_default_timeout(SECONDS)
+    page.goto(f"{application[1]}#side=112&file=gone.png")
+    until(page, "window.anyup && !document.querySelector('#error').hidden")
+    assert page.inner_text("#error").startswith("There is no file gone.png")
+    page.evaluate("location.hash = '#side=112&encoder_side=224&file=below/waves %26 more.png'")
+    until(page, "anyup.times.Upsampler > 0")
+    assert page.is_hidden("#error")
+    page.context.close()
+
+
+def test_without_its_server_the_page_says_so(browser: Any, tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "a.png").write_bytes(photograph(64, 48))
+    page, spoken = browser.new_context(viewport=dict(width=1000, height=900)).new_page(), []
+    page.set_default_timeout(SECONDS)
+    page.on("pageerror", lambda error: spoken.append(str(error)))
+    with app.listen(0) as here, app.serving(Explorer(Folder(tmp_path), tmp_path / "scratch"), here) as address:
+        page.goto(f"{address}#side=112&encoder_side=224&file=a.png")
+        until(page, "window.anyup && anyup.times.Upsampler > 0")
+        page.hover("#stage", position=dict(x=80, y=60))
+        until(page, "!document.querySelector('#stage .window').hidden")
+    actions = (lambda: page.hover("h1"), lambda: page.click("#npy"), lambda: chosen(page, side=224))
+    for act in actions:
+        page.evaluate("document.querySelector('#error').hidden = true")
+        act()
+        until(page, "!document.querySelector('#error').hidden")
+        assert page.inner_text("#error").startswith("The server does not answer")
+        assert page.is_hidden("#stage .window")
+    page.context.close()
+    assert spoken == []
+
+
+def test_every_field_has_a_name(asked: Any) -> None:
+    nameless = """() => [...document.querySelectorAll("button, input, select")]
+        .filter((field) => !(field.ariaLabel || field.labels?.length || field.textContent.trim()))
+        .map((field) => field.outerHTML)"""
+    assert asked.evaluate(nameless) == []
+    assert asked.evaluate("document.querySelector('[aria-busy]')") is None
+    asked.click('input[name="side"][value="224"]')
+    # what is busy may not be read out until it is done, so the status stands outside of it
+    assert asked.evaluate("document.querySelector('#status').closest('[aria-busy]')") is None
+    asked.evaluate("anyup.idle()")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(320, "dark"), (768, "light"), (1280, "dark")])
 def test_every_width_holds_the_application(
     width: int, scheme: str, browser: Any, application: tuple[Explorer, str], tmp_path: Path
 ) -> None:
     page = browser.new_context(viewport=dict(width=width, height=800), color_scheme=scheme).new_page()
     page.set_default_timeout(SECONDS)
-    page.goto(f"{application[1]}#side=112&file=below/waves %26 more.png")
-    until(page, "window.anyup && anyup.times.Upsampler > 0")
+    page.goto(f"{application[1]}#side=112")
+    until(page, "window.anyup && anyup.engine")
+    give(page, f"{'no_spaces_in_the_name_' * 8}.png", photograph(90, 60))
     page.screenshot(path=tmp_path / f"{width}.png", full_page=True)
     print(tmp_path / f"{width}.png")
     assert page.evaluate("document.documentElement.scrollWidth") <= width

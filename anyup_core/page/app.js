@@ -12,7 +12,9 @@ const METHODS = { anyup: "AnyUp", jafar: "JAFAR", featup: "FeatUp", loftup: "Lof
 
 const WISHES = ["threads", "backend"]; // of the address, of which the page has no fields
 
-let engine = null, name = "", size = null, colours = null, cursor = null, pointing = false, running = false, again = false;
+let engine = null, name = "", onDisk = "", size = null, colours = null, cursor = null, pointing = false, running = false, again = false;
+let begin;
+const begun = new Promise((resolve) => (begin = resolve)); // with an engine, or without one where it failed
 
 // ---- what the page says
 
@@ -102,20 +104,20 @@ function options(values, labels = {}) {
   return values.map((value) => new Option(labels[value] ?? value, value));
 }
 
-function showOffers({ pictures, encoders, upsamplers, weightFiles, weightSuffixes, truncated }) {
+function showOffers({ pictures, encoders, upsamplers, weightSuffixes, truncated }) {
   $("#file").accept = ["image/*", ...weightSuffixes].join(",");
   $("#disk").replaceChildren(new Option(pictures.length ? "Picture on disk …" : "No pictures on disk", ""), ...options(pictures));
   $("#disk").disabled = !pictures.length;
-  $("#disk").title = truncated ? "Only the first files of the folder are listed." : "";
+  if (truncated) $("#disk").append(Object.assign(new Option("Only the first are listed; file=NAME in the address opens any"), { disabled: true }));
   $("#encoders").replaceChildren(...options(encoders));
   $("#upsampler").replaceChildren(...options(Object.keys(upsamplers), METHODS));
-  $("#weight-files").replaceChildren(...options(weightFiles));
   showWeights();
 }
 
 /** Offer the weights of the chosen upsampler, those with a name and those on disk. */
 function showWeights() {
   const { upsamplers, weightFiles } = engine.offers, { names, weightless } = upsamplers[chosen("upsampler")];
+  $("#weight-files").replaceChildren(...options(weightFiles));
   $("#weight-names").replaceChildren(...options([...names, ...weightFiles]));
   $("#weights").placeholder = weightless ? "it has none" : names[0] ?? "a file";
 }
@@ -131,44 +133,75 @@ function showMethod() {
 
 // ---- pictures in
 
-async function open(file) {
+let given = 0, turn = Promise.resolve();
+
+/** Take a picture or weights in, those that were given first before, so that the last one stays. */
+async function take(title, ask) {
+  given += 1;
   await trying(async () => {
-    say(`Opening ${file.name || "the picture"} …`);
+    await begun;
+    if (!engine) throw new Refused("The page could not start; reload it.");
+    const answer = turn.then(() => {
+      say(`Opening ${title} …`);
+      return ask();
+    });
+    turn = answer.catch(() => {});
     let opened;
     try {
-      opened = await engine.open(file);
+      opened = await answer;
     } catch (error) {
+      setField("file", onDisk);
       say(engine.ready() ? "Everything is as it was." : "");
       throw error;
     }
-    if (opened.weights === undefined) name = opened.name;
-    else {
+    if (opened.weights === undefined) {
+      name = opened.name;
+      onDisk = opened.file ?? "";
+      showOnDisk();
+    } else {
       name = name || opened.weights;
       setField("weights", opened.weights);
+      if (engine.offers) showWeights();
       say(`${opened.weights} is in use.`);
     }
-    setField("file", opened.file ?? "");
+    if (engine.offers) writeAddress();
     await update();
+  });
+}
+
+const open = (file) => take(file.name || "the picture", () => engine.open(file));
+const openOnDisk = (file) => take(file, () => engine.openOnDisk(file));
+
+/** Choose the picture on disk that is shown, which may be one that is not listed. */
+function showOnDisk() {
+  const disk = $("#disk");
+  if (onDisk && ![...disk.options].some((option) => option.value === onDisk)) disk.append(new Option(onDisk, onDisk));
+  if (onDisk) disk.disabled = false;
+  setField("file", onDisk);
+}
+
+/** Open the files that are dropped or pasted at once: all weights, and one picture. */
+async function openAll(files) {
+  await trying(async () => {
+    await begun;
+    const suffixes = $("#file").accept.split(",").filter((part) => part.startsWith("."));
+    const isWeights = (file) => suffixes.some((suffix) => file.name.toLowerCase().endsWith(suffix));
+    const [picture, ...others] = files.filter((file) => !isWeights(file));
+    for (const file of files.filter(isWeights)) await open(file);
+    if (picture) await open(picture);
+    if (others.length) throw new Refused(`Only ${picture.name} is opened: one picture at a time.`);
   });
 }
 
 async function example() {
   await trying(async () => {
-    const file = await engine.example();
-    if (file) await open(file);
-  });
-}
-
-async function openOnDisk() {
-  const file = chosen("file");
-  if (file) await trying(async () => {
-    name = (await engine.openOnDisk(file)).name;
-    await update();
+    const before = given, file = await engine?.example();
+    if (file && given === before) await open(file);
   });
 }
 
 async function update() {
-  if (!engine.ready()) return;
+  if (!engine?.ready()) return;
   if (running) {
     again = true;
     return;
@@ -177,17 +210,19 @@ async function update() {
   try {
     do {
       again = false;
-      await compute();
+      await compute().catch((error) => {
+        if (!again) throw error; // what was asked since may well succeed
+      });
     } while (again);
   } finally {
     running = false;
-    document.body.removeAttribute("aria-busy");
+    $(".work").removeAttribute("aria-busy");
   }
 }
 
 async function compute() {
-  const wanted = settings();
-  document.body.setAttribute("aria-busy", "true");
+  const wanted = settings(), title = name;
+  $(".work").setAttribute("aria-busy", "true"); // not the status above it, which would not be read out
   forget();
   colours = null;
   for (const id of ["#png", "#npy"]) $(id).disabled = true;
@@ -201,6 +236,9 @@ async function compute() {
     say(`Upsampling to ${size.width} × ${size.height} …`);
     result = await engine.run(wanted);
   } catch (error) {
+    for (const map of MAPS) draw(map, new ImageData(1, 1)); // those of before would stand under the new names
+    $("#grid").textContent = "";
+    $("#timings").hidden = true;
     say("There is no result for this picture and these settings.");
     throw error;
   }
@@ -210,7 +248,7 @@ async function compute() {
   $("#grid").textContent = `${result.low.width} × ${result.low.height}`;
   showTimes(result.times);
   const total = result.times.reduce((sum, [, time]) => sum + time, 0);
-  say(`${name}: ${result.channels} channels, from ${result.low.width} × ${result.low.height} cells to ${size.width} × ${size.height} pixels in ${seconds(total)}.`);
+  say(`${title}: ${result.channels} channels, from ${result.low.width} × ${result.low.height} cells to ${size.width} × ${size.height} pixels in ${seconds(total)}.`);
 }
 
 const seconds = (milliseconds) => `${(milliseconds / 1000).toFixed(2)} s`;
@@ -244,6 +282,7 @@ function showColours() {
 }
 
 function forget() {
+  view += 1;
   cursor = null;
   shown = null;
   for (const mark of all(".window, .pixel")) mark.hidden = true;
@@ -275,16 +314,17 @@ const madeOf = ({ window }) => (window ? `, made of ${window[1][1] - window[1][0
 
 // the newest pixel wins: one question at a time, and those in between are dropped
 let asked = false, wanted = null, shown = null;
+let view = 0; // counts what is marked: an answer that comes after it was forgotten is not shown
 
 async function compare(pixel) {
   wanted = pixel;
   if (asked) return;
   asked = true;
   while (wanted) {
-    const next = wanted;
+    const next = wanted, before = view;
     wanted = null;
     const result = await trying(() => engine.compare(next));
-    if (!result || !colours || !pointing) continue;
+    if (!result?.anyup || view !== before || !pointing) continue;
     shown = next;
     for (const map of MAPS) draw(map, result[map]);
     showPixel(next, result);
@@ -295,8 +335,8 @@ async function compare(pixel) {
 }
 
 async function pick(pixel) {
-  const result = await trying(() => engine.pick(pixel));
-  if (!result) return;
+  const before = view, result = await trying(() => engine.pick(pixel));
+  if (!result?.anyup || view !== before) return;
   for (const map of MAPS) draw(map, result[map]);
   showPixel(pixel, result);
   for (const seeds of all(".seeds")) {
@@ -312,9 +352,9 @@ async function pick(pixel) {
 async function clear() {
   pointing = false;
   wanted = null;
-  await engine.clear();
   forget();
   showColours();
+  if (engine) await trying(() => engine.clear());
 }
 
 // ---- pointing
@@ -400,7 +440,7 @@ function showMode() {
 function save(what, suffix) {
   const link = document.createElement("a"), address = typeof what === "string" ? null : URL.createObjectURL(what);
   link.href = address ?? what;
-  link.download = `${name.replace(/\.[^.]*$/, "").replace(/[^\w-]+/g, "_") || "features"}_${chosen("upsampler") ?? "anyup"}.${suffix}`;
+  link.download = `${name.replace(/\.[^.]*$/, "").replace(/[^\p{L}\p{M}\p{N}_-]+/gu, "_") || "features"}_${chosen("upsampler") ?? "anyup"}.${suffix}`;
   link.click();
   if (address) setTimeout(() => URL.revokeObjectURL(address), 60_000);
 }
@@ -427,8 +467,7 @@ $("#file").addEventListener("change", (event) => {
 $("#example").addEventListener("click", example);
 
 addEventListener("paste", (event) => {
-  const file = [...(event.clipboardData?.files ?? [])][0];
-  if (file) open(file);
+  openAll([...(event.clipboardData?.files ?? [])]);
 });
 addEventListener("dragover", (event) => {
   event.preventDefault();
@@ -440,12 +479,12 @@ addEventListener("dragleave", (event) => {
 addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("dropping");
-  const [file] = event.dataTransfer.files;
-  if (file) open(file);
+  openAll([...event.dataTransfer.files]);
 });
 
 $("#settings").addEventListener("change", async ({ target }) => {
   if (!target.name) return;
+  if (!target.value && preset[target.name]) target.value = preset[target.name]; // no layer is none, not layer 0
   if (target.name === "upsampler") {
     setField("weights", "");
     showWeights();
@@ -457,16 +496,18 @@ $("#settings").addEventListener("change", async ({ target }) => {
 });
 $("#settings").addEventListener("submit", (event) => event.preventDefault());
 $("#disk").addEventListener("change", () => {
-  writeAddress();
-  openOnDisk();
+  if (chosen("file")) openOnDisk(chosen("file"));
+  else setField("file", onDisk);
 });
 $("#split").addEventListener("input", showSplit);
 $("#split").addEventListener("change", writeAddress);
 addEventListener("hashchange", () => {
-  const before = chosen("file");
+  if (!engine) return; // which will read it
+  const { file } = addressed();
   readAddress();
+  if (engine.offers) showWeights();
   showMode();
-  if (chosen("file") && chosen("file") !== before) openOnDisk();
+  if (engine.offers && file && file !== onDisk) openOnDisk(file);
   else trying(update);
 });
 
@@ -481,9 +522,11 @@ $("#camera").addEventListener("click", () => trying(async () => {
   } catch {
     throw new Refused("The camera is not available; allow it for this page, or choose a picture.");
   }
+  $("#take").disabled = true; // until there is a picture
   $("#video").srcObject = stream;
   $("#taking").showModal();
 }));
+$("#video").addEventListener("loadeddata", () => ($("#take").disabled = false));
 $("#take").addEventListener("click", () => trying(async () => {
   const video = $("#video"), canvas = new OffscreenCanvas(video.videoWidth, video.videoHeight);
   canvas.getContext("2d").drawImage(video, 0, 0);
@@ -525,6 +568,7 @@ async function start() {
   } catch (error) {
     complain(error);
     say("The page cannot start.");
+    begin();
     return undefined;
   } finally {
     $("#progress").hidden = true;
@@ -536,8 +580,10 @@ async function start() {
   showMethod();
   showMode();
   say(`Ready${engine.note}.`);
-  if (engine.ready()) await trying(update);
-  else if (chosen("file")) await openOnDisk();
+  begin();
+  const { file } = addressed();
+  if (given) return undefined; // while the page started
+  if (engine.offers && file) await openOnDisk(file);
   else await example();
   return undefined;
 }

@@ -17,15 +17,24 @@ class Server {
   loading = [];
   note = "";
   #token;
-  #opened = false;
+  #picture = null;
+  #prepared = null;
   #photograph = null;
   #result = null;
+  #turn = Promise.resolve();
 
   constructor(token) {
     this.#token = token;
   }
 
-  async #ask(path, body) {
+  /** Ask one question after the other: over several connections they would be answered in any order. */
+  #ask(path, body) {
+    const answer = this.#turn.then(() => this.#answer(path, body));
+    this.#turn = answer.catch(() => {});
+    return answer;
+  }
+
+  async #answer(path, body) {
     let response;
     try {
       const headers = { "X-AnyUp-Token": this.#token };
@@ -58,18 +67,19 @@ class Server {
   }
 
   ready() {
-    return this.#opened;
+    return this.#picture !== null;
   }
 
   /** Send a picture, or a file of weights. */
   async open(file) {
     const name = file.name || "picture", query = `?name=${encodeURIComponent(name)}`;
-    if (this.offers.weightSuffixes.some((suffix) => name.toLowerCase().endsWith(suffix))) {
-      return this.json(`weights${query}`, file);
-    }
-    const { largest } = this.offers;
-    if (file.size > largest) throw new Refused(`${name} has ${Math.round(file.size / 1e6)} MB; give a picture of at most ${largest / 1e6} MB.`);
-    return this.#remembered(await this.json(`picture${query}`, file));
+    const weights = this.offers.weightSuffixes.some((suffix) => name.toLowerCase().endsWith(suffix));
+    const most = weights ? this.offers.largestWeights : this.offers.largest;
+    if (file.size > most) throw new Refused(`${name} has ${Math.round(file.size / 1e6)} MB; at most ${most / 1e6} MB are taken.`);
+    if (!weights) return this.#remembered(await this.json(`picture${query}`, file));
+    const { weightFiles } = this.offers, kept = await this.json(`weights${query}`, file);
+    if (!weightFiles.includes(kept.weights)) weightFiles.unshift(kept.weights);
+    return kept;
   }
 
   async openOnDisk(file) {
@@ -77,7 +87,7 @@ class Server {
   }
 
   #remembered(opened) {
-    this.#opened = true;
+    this.#picture = opened.picture;
     return opened;
   }
 
@@ -86,13 +96,14 @@ class Server {
   }
 
   async prepare(settings) {
-    const { guide } = await this.#arrays("prepare", described(settings));
+    this.#prepared = { picture: this.#picture, ...described(settings) }; // another picture may be opened before it runs
+    const { guide } = await this.#arrays("prepare", this.#prepared);
     this.#photograph = painted(guide);
     return this.#photograph;
   }
 
-  async run(settings) {
-    const { low, bilinear, anyup, ...rest } = await this.#arrays("run", described(settings));
+  async run() {
+    const { low, bilinear, anyup, ...rest } = await this.#arrays("run", this.#prepared);
     this.#result = rest.result;
     return { low: painted(low), bilinear: painted(bilinear), anyup: painted(anyup), ...rest };
   }
@@ -116,8 +127,10 @@ class Server {
   }
 
   /** Return the address of the features, (H, W, C) in float32, which the browser saves without holding them. */
-  npy() {
-    return `api/features.npy?${new URLSearchParams({ token: this.#token, result: this.#result })}`;
+  async npy() {
+    const path = `features.npy?${new URLSearchParams({ token: this.#token, result: this.#result })}`;
+    await (await this.#ask(path)).body.cancel(); // the browser does not tell why a download failed
+    return `api/${path}`;
   }
 }
 

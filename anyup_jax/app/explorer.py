@@ -33,6 +33,7 @@ Answer = tuple[dict[str, Any], dict[str, UInt8[np.ndarray, "_ _ ..."]]]
 SIDES = (32, 2048)  # of output and image, least and most
 NARROW = 14  # sides of a picture, the longer one by the shorter
 SEGMENTS = 8
+PICTURES = 4  # kept, so that as many windows of a browser can each have one
 LARGE = 1 / 4  # of the memory: an output above it is written to disk, band by band, which takes several times as long
 ALIKE = 0.8
 TIMM = "timm:"
@@ -133,7 +134,7 @@ class Result:
 
 
 class Explorer:
-    """One picture at a time, as the page shows it. Calls from several threads are answered one after the other.
+    """A few pictures and the features of one, as pages show them. Calls of several threads are answered in turn.
 
     Args:
         folder: whose files may be opened.
@@ -142,11 +143,11 @@ class Explorer:
 
     def __init__(self, folder: Folder, scratch: Path):
         self.folder, self.scratch = folder, scratch
-        self.image: Picture | None = None
+        self.images: dict[int, Picture] = {}  # by their numbers, of which several pages may each have one
         self.result: Result | None = None
         self.sent: dict[str, Path] = {}  # weights by their names
         self.models: dict[str, tuple[Any, Any]] = {}  # of a kind the last one, with what it was made of
-        self.count = 0
+        self.count = 0  # of pictures, results and files that were sent
         self.lock = threading.Lock()
 
     def offers(self) -> dict[str, Any]:
@@ -171,35 +172,56 @@ class Explorer:
         )
 
     def open(self, path: str | os.PathLike, name: str) -> dict[str, Any]:
-        """Read a picture. Raises OSError or ValueError for a file that is none, or one that is too narrow."""
+        """Read a picture. Return its number, by which it is asked for, its name and its size.
+
+        Raises:
+            OSError, ValueError: for a file that is none, or one that is too narrow.
+        """
+        if not os.path.isfile(path):
+            raise IsADirectoryError(f"{name or 'This'} is a folder, no picture.")
         image = read_image(path)
         height, width = image.shape[:2]
         if max(height, width) > NARROW * min(height, width):
             least = f"give one that is at most {NARROW} times as long as it is wide"
             raise ValueError(f"{name} is {width} x {height}, too narrow; {least}.")
         with self.lock:
-            self.image = image
-        return dict(name=name, width=width, height=height)
+            self.count += 1
+            self.images[self.count] = image
+            for oldest in [*self.images][:-PICTURES]:
+                del self.images[oldest]
+            return dict(picture=self.count, name=name, width=width, height=height)
 
     def keep(self, path: Path, name: str) -> dict[str, Any]:
-        """Keep a file of weights that was sent, under its name."""
-        self.sent[name] = path
+        """Move a file of weights that was sent to the scratch folder; it replaces one of the same name."""
+        with self.lock:  # a run may be reading the file that is replaced
+            self.count += 1
+            kept = path.replace(self.scratch / f"weights{self.count}{path.suffix}")
+            if name in self.sent:
+                self.sent[name].unlink(missing_ok=True)
+            self.sent[name] = kept
         return dict(weights=name)
 
-    def prepare(self, settings: Settings) -> Answer:
-        """Return the picture as it guides the output."""
+    def named(self, text: str) -> str:
+        """Return a text with files that were sent called by their names instead of their paths here."""
+        for name, path in [*self.sent.items()]:
+            text = text.replace(str(path), name)
+        return text
+
+    def prepare(self, picture: int, settings: Settings) -> Answer:
+        """Return a picture as it guides the output."""
         with self.lock:
-            return {}, dict(guide=self._scaled(settings.side))
+            return {}, dict(guide=self._scaled(picture, settings.side))
 
-    def _scaled(self, side: int) -> Picture:
-        if self.image is None:
-            raise ValueError("There is no picture yet; open one.")
-        scale = side / max(self.image.shape[:2])
-        height, width = (max(2, round(n * scale)) for n in self.image.shape[:2])
-        return resize_image(self.image, (height, width))
+    def _scaled(self, picture: int, side: int) -> Picture:
+        if picture not in self.images:
+            raise ValueError("This picture is kept no more, others have been opened since; open it again.")
+        image = self.images[picture]
+        scale = side / max(image.shape[:2])
+        height, width = (max(2, round(n * scale)) for n in image.shape[:2])
+        return resize_image(image, (height, width))
 
-    def run(self, settings: Settings) -> Answer:
-        """Encode and upsample the picture. Return the three maps as joint PCA, and what they took.
+    def run(self, picture: int, settings: Settings) -> Answer:
+        """Encode and upsample a picture. Return the three maps as joint PCA, and what they took.
 
         Raises:
             ValueError, TypeError, OSError, ImportError: as the encoders and upsamplers do.
@@ -214,10 +236,10 @@ class Explorer:
                 times.append((name, 1000 * (time.perf_counter() - start)))
                 start = time.perf_counter()
 
-            guide = self._scaled(settings.side)
+            guide = self._scaled(picture, settings.side)
             model, encoder = self._upsampler(settings), self._encoder(settings)
             lap("Models")
-            features = np.ascontiguousarray(encode(encoder, self._scaled(settings.encoder_side)), np.float32)
+            features = np.ascontiguousarray(encode(encoder, self._scaled(picture, settings.encoder_side)), np.float32)
             lap("Encoder")
             output = self._upsample(model, guide, features)
             lap("Upsampler")

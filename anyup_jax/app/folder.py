@@ -23,25 +23,27 @@ class Folder:
 
     Raises:
         NotADirectoryError: if it is none.
+        PermissionError: if it may not be listed.
     """
 
     def __init__(self, root: str | os.PathLike):
         if not os.path.isdir(root):
             raise NotADirectoryError(f"{os.fspath(root)} is no folder; give one with pictures, or leave it out.")
-        self.root = Path(root).resolve()
+        with os.scandir(root):  # `os.walk` would find nothing where nothing may be read
+            self.root = Path(root).resolve()
 
     def listing(self) -> tuple[list[str], list[str], bool]:
         """Return the pictures, the files of weights, and whether there are more than are listed."""
         pictures: list[str] = []
         weights: list[str] = []
         for count, name in enumerate(self._files()):
-            if count == VISITED or LISTED in (len(pictures), len(weights)):
-                return pictures, weights, True
+            if count == VISITED:
+                return pictures[:LISTED], weights[:LISTED], True
             if is_photograph(name):
                 pictures.append(name)
             elif name.lower().endswith(WEIGHT_SUFFIXES):
                 weights.append(name)
-        return pictures, weights, False
+        return pictures[:LISTED], weights[:LISTED], max(len(pictures), len(weights)) > LISTED
 
     def _files(self) -> Iterator[str]:
         for folder, subfolders, names in os.walk(self.root):
@@ -55,11 +57,16 @@ class Folder:
 
         Raises:
             PermissionError: if it lies outside of the folder, links followed.
-            FileNotFoundError: if there is no such file.
+            FileNotFoundError: if there is no such file or folder; a pipe or a device, which may never end, is none.
         """
-        path = Path(expanded(os.path.join(self.root, name))) if "\0" not in name else self.root / "\ufffd"
-        if not path.resolve().is_relative_to(self.root):
+        missing = FileNotFoundError(f"There is no file {name} in {self.root}.")
+        try:
+            path = Path(expanded(os.path.join(self.root, name)))
+            target = path.resolve()
+        except ValueError:  # a zero byte, or half a surrogate pair, which no file system has
+            raise missing from None
+        if not target.is_relative_to(self.root):
             raise PermissionError(f"{name} lies outside of the folder that the app was started for, {self.root}.")
-        if not path.exists():
-            raise FileNotFoundError(f"There is no file {name} in {self.root}.")
+        if not (path.is_file() or path.is_dir()):
+            raise missing
         return path

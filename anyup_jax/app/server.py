@@ -7,6 +7,8 @@ the page itself was told.
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import contextlib
 import hmac
 import io
@@ -26,11 +28,10 @@ import numpy as np
 import uvicorn
 from jaxtyping import UInt8
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
@@ -44,7 +45,8 @@ HOST = "127.0.0.1"
 HOSTS = [HOST, "localhost"]
 PICTURE, WEIGHTS, QUESTION = 100_000_000, 2_000_000_000, 100_000  # bytes of a body, at most
 HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -118,84 +120,103 @@ class Api:
                     raise Refusal(403, "This is not the page of this server; reload it.")
                 return await call(request)
             except Refusal as error:
-                return JSONResponse({"error": str(error)}, error.status)
+                return in_json({"error": str(error)}, error.status)
             except ClientDisconnect:
                 return Response(status_code=400)
+            except asyncio.CancelledError:
+                return in_json({"error": "The server was stopped; start `anyup app` again, and reload this page."}, 503)
             except (*REFUSALS, TypeError) as error:
-                text = " ".join(str(error).split()) or type(error).__name__
+                text = self.explorer.named(" ".join(str(error).split())) or type(error).__name__
                 memory = isinstance(error, MemoryError)
-                return JSONResponse({"error": f"There is not enough memory: {text}" if memory else text}, 400)
+                return in_json({"error": f"There is not enough memory: {text}" if memory else text}, 400)
             except Exception as error:
                 logging.getLogger("uvicorn.error").exception("A call failed.")
                 text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                return JSONResponse({"error": f"This failed ({text}); more stands in the server's terminal."}, 500)
+                return in_json({"error": f"This failed ({text}); more stands in the server's terminal."}, 500)
 
         return answer
 
     async def offers(self, request: Request) -> Response:
-        offers = await run_in_threadpool(self.explorer.offers)
-        return JSONResponse({**offers, "largest": PICTURE})
+        offers = await in_thread(self.explorer.offers)
+        return in_json({**offers, "largest": PICTURE, "largestWeights": WEIGHTS})
 
     async def picture(self, request: Request) -> Response:
         name = file_name(request, "picture")
-        path = await self._received(request, name, PICTURE)
-        try:
-            return JSONResponse(await run_in_threadpool(self.explorer.open, path, name))
-        except (ValueError, OSError) as error:  # which call the file by its path here
-            raise Refusal(400, str(error).replace(str(path), name)) from error
-        finally:
-            path.unlink(missing_ok=True)
+        async with self._received(request, "", PICTURE) as path:
+            try:
+                return in_json(await in_thread(self.explorer.open, path, name))
+            except (ValueError, OSError) as error:  # which call the file by its path here
+                raise Refusal(400, str(error).replace(str(path), name)) from error
 
     async def weights(self, request: Request) -> Response:
         name = file_name(request, "weights")
         if not name.lower().endswith(WEIGHT_SUFFIXES):
             raise Refusal(400, f"{name} is no file of weights; these end in {', '.join(WEIGHT_SUFFIXES)}.")
-        path = await self._received(request, name, WEIGHTS)
-        return JSONResponse(self.explorer.keep(path, name))
+        async with self._received(request, Path(name).suffix, WEIGHTS) as path:
+            return in_json(await in_thread(self.explorer.keep, path, name))
 
-    async def _received(self, request: Request, name: str, most: int) -> Path:
-        """Write the body to a file of its own."""
-        folder = Path(tempfile.mkdtemp(dir=self.explorer.scratch))
-        path = folder / f"file{Path(name).suffix}"
-        with path.open("wb") as file:
-            async for chunk in body(request, most):
-                await run_in_threadpool(file.write, chunk)
-        return path
+    @contextlib.asynccontextmanager
+    async def _received(self, request: Request, suffix: str, most: int) -> AsyncIterator[Path]:
+        """Give the body as a file, which is removed at the end, also where the body is refused or cut off."""
+        with tempfile.TemporaryDirectory(dir=self.explorer.scratch) as folder:
+            path = Path(folder, f"file{suffix}")
+            with path.open("wb") as file:
+                async for chunk in body(request, most):
+                    await in_thread(file.write, chunk)
+            yield path
 
     async def open(self, request: Request) -> Response:
         name = (await question(request, "file")).get("file")
         if not isinstance(name, str):
             raise Refusal(400, f"file={name!r} must be the name of a picture in the folder.")
         path = self.explorer.folder.path(name)
-        answer = await run_in_threadpool(self.explorer.open, path, name)
-        return JSONResponse({**answer, "file": name})
+        answer = await in_thread(self.explorer.open, path, name)
+        return in_json({**answer, "file": name})
 
     async def prepare(self, request: Request) -> Response:
-        settings = Settings.read(await question(request))
-        return packed(*await run_in_threadpool(self.explorer.prepare, settings))
+        return packed(*await in_thread(self.explorer.prepare, *await asked(request)))
 
     async def run(self, request: Request) -> Response:
-        settings = Settings.read(await question(request))
-        return packed(*await run_in_threadpool(self.explorer.run, settings))
+        return packed(*await in_thread(self.explorer.run, *await asked(request)))
 
     async def compare(self, request: Request) -> Response:
-        return packed(*await run_in_threadpool(self.explorer.compare, *await pixel(request)))
+        return packed(*await in_thread(self.explorer.compare, *await pixel(request)))
 
     async def pick(self, request: Request) -> Response:
-        return packed(*await run_in_threadpool(self.explorer.pick, *await pixel(request)))
+        return packed(*await in_thread(self.explorer.pick, *await pixel(request)))
 
     async def clear(self, request: Request) -> Response:
         (number,) = whole(await question(request, "result"), "result")
-        await run_in_threadpool(self.explorer.clear, number)
-        return JSONResponse({})
+        await in_thread(self.explorer.clear, number)
+        return in_json({})
 
     async def features(self, request: Request) -> Response:
         text = request.query_params.get("result", "")
         if not re.fullmatch(r"\d{1,9}", text):
             raise Refusal(400, f"result={text!r} must be a whole number.")
-        output = await run_in_threadpool(self.explorer.output, int(text))
+        output = await in_thread(self.explorer.output, int(text))
         headers = {"Content-Length": str(len(npy_header(output)) + output.nbytes)}
         return StreamingResponse(npy(output), media_type="application/octet-stream", headers=headers)
+
+
+async def in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Call in a thread of its own. Those of a pool would be waited for when the process ends, for minutes perhaps."""
+    answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    answer.set_running_or_notify_cancel()  # so that nothing can cancel it: the thread goes on in any case
+
+    def call() -> None:
+        try:
+            answer.set_result(work(*arguments))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return await asyncio.wrap_future(answer)
+
+
+def in_json(value: Any, status: int = 200) -> Response:
+    """Return JSON in ASCII: names of files may hold bytes that are no UTF-8, which Python keeps as half surrogates."""
+    return Response(json.dumps(value).encode(), status, media_type="application/json")
 
 
 def file_name(request: Request, default: str) -> str:
@@ -233,6 +254,13 @@ def whole(values: dict[str, Any], *names: str) -> tuple[int, ...]:
         if type(values[name]) is not int:
             raise Refusal(400, f"{name}={values[name]!r} must be a whole number.")
     return tuple(values[name] for name in names)
+
+
+async def asked(request: Request) -> tuple[int, Settings]:
+    """Return the number of the picture, and the settings for it."""
+    values = await question(request)
+    (picture,) = whole({"picture": values.pop("picture", None)}, "picture")
+    return picture, Settings.read(values)
 
 
 async def pixel(request: Request) -> tuple[int, ...]:
@@ -276,10 +304,18 @@ def listen(port: int) -> socket.socket:
     return here
 
 
+class Server(uvicorn.Server):
+    """Stops within a second: what is still computed then is cut off, which is no error to be logged."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        await super().shutdown(sockets)
+
+
 @contextlib.contextmanager
 def serving(explorer: Explorer, here: socket.socket) -> Iterator[str]:
     """Serve in a thread of its own, for tests and notebooks. Gives the address."""
-    server = uvicorn.Server(configured(explorer))
+    server = Server(configured(explorer))
     server.install_signal_handlers = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
     thread = threading.Thread(target=server.run, kwargs=dict(sockets=[here]), daemon=True)
     thread.start()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import tempfile
+import threading
 from pathlib import Path
 
+from anyup_core.command import Abandoned
 from anyup_core.paths import expanded
 from anyup_jax.cli.models import say
 from anyup_jax.cli.parser import whole
@@ -29,8 +32,6 @@ def app(args: argparse.Namespace) -> None:
     pixels a side. Hover a pixel to see what is similar to it, and click some for segments.
     """
     try:
-        import uvicorn
-
         from anyup_jax.app import server
     except ModuleNotFoundError as error:
         message = f'`anyup app` needs {error.name}, which is not installed: pip install "anyup-jax[app]"'
@@ -41,12 +42,25 @@ def app(args: argparse.Namespace) -> None:
 
     folder = Folder(args.folder)
     prepare_devices()
-    with server.listen(args.port) as here, tempfile.TemporaryDirectory(prefix="anyup-app-") as scratch:
-        explorer = Explorer(folder, Path(scratch))
-        say("page", f"{server.address(here)} until Ctrl-C")
-        say("files", f"pictures and weights of {folder.root}")
-        if args.open:
-            import webbrowser
+    # ignored: what is being computed at the end may still write there
+    temporary = tempfile.TemporaryDirectory(prefix="anyup-app-", ignore_cleanup_errors=True)
+    explorer = Explorer(folder, Path(temporary.name))
+    try:
+        with temporary, server.listen(args.port) as here:
+            say("page", f"{server.address(here)} until Ctrl-C")
+            say("files", f"pictures and weights of {folder.root}")
+            if args.open:
+                threading.Thread(target=show, args=[server.address(here)], daemon=True).start()
+            server.Server(server.configured(explorer)).run(sockets=[here])
+    except KeyboardInterrupt as error:
+        if explorer.lock.locked():
+            raise Abandoned(*(error.args or [signal.SIGINT])) from error
+        raise
 
-            webbrowser.open(server.address(here))
-        uvicorn.Server(server.configured(explorer)).run(sockets=[here])
+
+def show(address: str) -> None:
+    """Open an address in the browser. A browser of the terminal takes it over until it is left, so call in a thread."""
+    import webbrowser
+
+    if not webbrowser.open(address):
+        say("browser", f"none was found; open {address} in one")
