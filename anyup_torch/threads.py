@@ -53,7 +53,8 @@ def count(device: torch.device) -> int:
     It is PyTorch's number of threads, or that of the processors if there are fewer; 1 on accelerators, which have no
     such threads, and where operations are watched, as by profilers, which see those of their own thread.
     """
-    if device.type != "cpu" or torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled():
+    watched: Any = torch._C
+    if device.type != "cpu" or watched._len_torch_dispatch_stack() or watched._autograd._profiler_enabled():
         return 1
     if _local.crew is not None:
         return _local.crew.size
