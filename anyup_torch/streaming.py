@@ -1,9 +1,10 @@
 """The same model for eager inference, in a fraction of the memory: blocks of rows through whole residual blocks.
 
 A GroupNorm needs the statistics of a whole image, but once they are known it is a scale and a shift per channel. So
-each layer is one pass over the pixels, block by block in the cache: normalise, SiLU, matrix product, written in
+each layer is one pass over the pixels, block by block in a core's cache: normalise, SiLU, matrix product, written in
 place, with the next norm's statistics gathered on the way. Three D-channel images are held at the peak, in the memory
-of the output where they fit; projected queries and attention weights exist only for one strip of rows at a time.
+of the output where they fit; projected queries and attention weights exist only for a strip of rows on each thread.
+Blocks and strips go to threads of their own, see `threads`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from anyup_torch.image_code import ImageCode, Map, Size
 from anyup_torch.layers import GROUP_NORM_EPS, ReflectConv2d, ResBlock, RoPE, transformed
 from anyup_torch.upsamplers.blocks import ResidualBlock
 
-BLOCK = 1 << 13  # pixels a block: what stays in the cache at 128 channels
+BLOCK = 1 << 12  # pixels a block: what stays in a core's cache at 128 channels
 BLOCK_PARALLEL = 1 << 18  # the same on accelerators, which want few large operations
 
 Affine = tuple[Float[Tensor, " D"], Float[Tensor, " D"]]  # scale and shift per channel

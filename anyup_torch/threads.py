@@ -97,7 +97,7 @@ def on_own_threads(function: Function) -> Function:
 
 def each(function: Callable[[int], None], number: int) -> None:
     """Call `function(0)`, ..., `function(number - 1)`, started in this order, on all threads of an `on_own_threads`
-    call. A function must not wait for a later one. What one of them raises is raised once all have ended.
+    call. A function must not wait for a later one; it may call `each`. What one raises is raised once all have ended.
     """
     crew, numbers = _local.crew, itertools.count()
     failed = threading.Event()
@@ -113,8 +113,9 @@ def each(function: Callable[[int], None], number: int) -> None:
     helpers = [] if crew is None else [_submit(crew, work) for _ in range(min(crew.size, number) - 1)]
     try:
         work()
-    finally:
-        errors = [error for helper in helpers if (error := helper.exception()) is not None]
+    finally:  # one that has not begun finds nothing to do any more
+        begun = [helper for helper in helpers if not helper.cancel()]
+        errors = [error for helper in begun if (error := helper.exception()) is not None]
     if errors:
         raise errors[0]
 

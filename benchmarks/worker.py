@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -48,10 +49,14 @@ class Outcome:
     rate: float
 
 
-def measure(job: Job) -> Outcome:
-    """Run a job in a new process and return what it measured. Raises RuntimeError if it did not end well."""
+def measure(job: Job, **variables: str) -> Outcome:
+    """Run a job in a new process, whose environment has these variables too, and return what it measured.
+
+    Raises RuntimeError if it did not end well.
+    """
     command = [sys.executable, "-m", "benchmarks.worker", json.dumps(dataclasses.asdict(job))]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, **variables}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if process.returncode:
         raise RuntimeError(f"{job} ended with status {process.returncode}: {process.stderr.strip()[-500:]}")
     return Outcome(**json.loads(process.stdout.splitlines()[-1]))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,6 +19,7 @@ from anyup_core.upsamplers import catalogue
 from benchmarks import (
     attention,
     bands,
+    busy,
     data,
     encoders,
     export,
@@ -23,12 +27,14 @@ from benchmarks import (
     plain_upsamplers,
     pod,
     probe,
+    record,
     run,
     train,
     upsamplers,
     windows,
 )
 from benchmarks.published import with_published_attention
+from benchmarks.tables import table_of
 from benchmarks.worker import Job, measure
 
 
@@ -53,6 +59,19 @@ def test_published_algorithm_gives_the_same_output() -> None:
         output = with_published_attention(model)(image, features, q_chunk_size=500)
     assert len(chunks) == 3
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+
+
+def test_busy_processes_end_with_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = dict(image=28, cells=2, channels=8, repeats=1)
+    rows = {"jax tiled": (Job("jax", **sizes), {}), "passive": (Job("torch", **sizes), {"OMP_WAIT_POLICY": "PASSIVE"})}
+    monkeypatch.setattr(busy, "ROWS", rows)
+    started = []
+    popen = busy.subprocess.Popen
+    monkeypatch.setattr(busy.subprocess, "Popen", lambda *args, **kw: started.append(popen(*args, **kw)) or started[-1])
+    table = busy.busy(1)
+    assert table.row_count == 2
+    assert len(started) >= 2
+    assert all(process.poll() is not None for process in started)
 
 
 def test_failed_job_is_an_error() -> None:
@@ -279,3 +298,39 @@ def test_arithmetic_of_upsamplers_is_that_of_the_plain_formulas(method: str) -> 
         dim = upsamplers.DIM
         counted += 2 * (side**2 * (2 + cells**2 + dim) + cells**2 * channels) * dim
     assert counter.get_total_flops() == pytest.approx(counted, rel=1e-6)
+
+
+def table_of_two(ratio: str) -> Table:
+    table = table_of("a title", "", "seconds", "ours / theirs")
+    table.add_row("one", "3.14", ratio)
+    table.add_row("two", "2.72", "none")
+    return table
+
+
+def test_tables_are_written_and_their_ratios_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written, kept = tmp_path / "new.json", tmp_path / "ratios.json"
+    for ratio, keep, changed, printed in (
+        ("2.00", True, 0, "0 of 0 ratios"),
+        ("2.40", False, 0, "0 of 1 ratios"),
+        ("1.50", False, 1, "table: one, ours / theirs: 2 before, 1.5 now"),
+        ("2.60", True, 1, "table: one, ours / theirs: 2 before, 2.6 now"),
+        ("2.60", False, 0, "0 of 1 ratios"),
+    ):
+        monkeypatch.setattr(run, "TABLES", {"table": lambda rounds, ratio=ratio: table_of_two(ratio)})
+        run.main(["table", "--rounds", "2", "--json", str(written)])
+        content = json.loads(written.read_text())
+        assert content["rounds"] == 2
+        assert content["machine"]["processors"] >= 1
+        assert content["machine"]["packages"]["jax"]
+        assert content["tables"]["table"]["columns"] == ["", "seconds", "ours / theirs"]
+        assert content["tables"]["table"]["rows"][0] == ["one", "3.14", ratio]
+        capsys.readouterr()
+        assert record.main([str(kept), str(written), *(["--keep"] if keep else [])]) == changed
+        assert printed in capsys.readouterr().out
+
+
+def test_a_folder_that_is_not_there_is_told_before_anything_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        run.main(["forward", "--json", str(tmp_path / "none" / "x.json")])

@@ -97,6 +97,18 @@ def test_an_error_is_raised_and_the_next_call_works() -> None:
 
 
 @pytest.mark.usefixtures("two")
+def test_blocks_of_blocks() -> None:
+    class Nested(Module):
+        @threads.on_own_threads
+        def count(self) -> int:
+            done: list[int] = []
+            threads.each(lambda _: threads.each(done.append, 7), 30)
+            return len(done)
+
+    assert Nested().count() == 210
+
+
+@pytest.mark.usefixtures("two")
 def test_threads_end_with_the_one_they_work_for() -> None:
     def run() -> None:
         Module().divided(3)
