@@ -66,18 +66,21 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(folder: Path, scratch: Path) -> Iterator[str]:
+def page(folder: Path, scratch: Path) -> Iterator[str]:
+    """The address of the page."""
     explorer = Explorer(Folder(folder), scratch)
-    with server.listen(0) as here, server.serving(explorer, here) as address:
-        yield address
+    with server.listen(0) as here, server.serving(explorer, here) as page:
+        yield page
 
 
 @pytest.fixture(scope="module")
-def token(address: str) -> str:
-    _, text, _ = request(f"{address}index.html")
-    found = re.search('<meta name="anyup-server" content="([^"]{43})">', text.decode())
-    assert found
-    return found[1]
+def address(page: str) -> str:
+    return page.partition("?")[0]
+
+
+@pytest.fixture(scope="module")
+def token(page: str) -> str:
+    return page.partition("?token=")[2]
 
 
 def request(address: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes, Any]:
@@ -265,13 +268,12 @@ def test_names_that_are_no_text_are_offered_and_opened(tmp_path: Path) -> None:
     except OSError:
         pytest.skip("The file system takes names in UTF-8 alone.")
     explorer = Explorer(Folder(tmp_path), tmp_path / "scratch")
-    with server.listen(0) as here, server.serving(explorer, here) as address:
-        token = re.search('anyup-server" content="([^"]+)"', request(address)[1].decode())
-        assert token
-        status, content, _ = request(f"{address}api/offers", X_AnyUp_Token=token[1])
+    with server.listen(0) as here, server.serving(explorer, here) as page:
+        address, _, token = page.partition("?token=")
+        status, content, _ = request(f"{address}api/offers", X_AnyUp_Token=token)
         assert (status, json.loads(content)["pictures"]) == (200, [name])
         body = json.dumps({"file": name}).encode()
-        status, content, _ = request(f"{address}api/open", body, X_AnyUp_Token=token[1])
+        status, content, _ = request(f"{address}api/open", body, X_AnyUp_Token=token)
         assert (status, json.loads(content)["name"]) == (200, name)
 
 
@@ -394,12 +396,16 @@ def test_large_bodies_are_refused(address: str, token: str, monkeypatch: pytest.
     assert answer.startswith(b"HTTP/1.1 413 ")
 
 
-def test_the_page_keeps_other_sites_out(address: str) -> None:
-    status, content, headers = request(address)
-    assert status == 200
-    assert b"<script" in content
+def test_the_page_is_for_those_who_know_its_address(page: str, address: str, token: str) -> None:
+    status, content, headers = request(page)
+    assert (status, len(token)) == (200, 43)
+    assert f'<meta name="anyup-server" content="{token}">' in content.decode()
+    for other in ("", "index.html", "?token=", "?token=x", "index.html?token=%C3%A9"):
+        status, content, _ = request(address + other)
+        assert (status, token.encode() in content) == (403, False)
     assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
     assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
+    assert headers["Referrer-Policy"] == "no-referrer"
     for path in ("../pyproject.toml", "%2e%2e/config.py", "..%2fconfig.py"):
         assert request(address + path)[0] == 404
 
@@ -436,7 +442,7 @@ def run_command(*arguments: str, **kept: Any) -> subprocess.Popen[str]:
 def test_the_command_serves_until_it_is_stopped(folder: Path) -> None:
     with run_command(str(folder), "--port", "0", env={**os.environ, "JAX_PLATFORMS": "cpu"}) as process:
         assert process.stdout is not None
-        found = re.search("http://127.0.0.1:[0-9]+/", process.stdout.readline())
+        found = re.search(r"http://127.0.0.1:[0-9]+/\?token=[\w-]+", process.stdout.readline())
         assert found
         assert str(folder) in process.stdout.readline()
         assert b"anyup-server" in request(found[0])[1]
@@ -453,13 +459,12 @@ def test_it_stops_at_once_while_it_computes(folder: Path) -> None:
         str(folder), "--port", "0", env={**os.environ, "JAX_PLATFORMS": "cpu", "TMPDIR": str(temporary)}
     ) as process:
         assert process.stdout is not None
-        found = re.search("http://127.0.0.1:[0-9]+/", process.stdout.readline())
+        found = re.search(r"http://127.0.0.1:[0-9]+/\?token=[\w-]+", process.stdout.readline())
         assert found
-        token = re.search('anyup-server" content="([^"]+)"', request(found[0])[1].decode())
-        assert token
+        address, _, token = found[0].partition("?token=")
 
         def ask(path: str, **body: Any) -> tuple[int, bytes, Any]:
-            return request(f"{found[0]}api/{path}", json.dumps(body).encode(), X_AnyUp_Token=token[1])
+            return request(f"{address}api/{path}", json.dumps(body).encode(), X_AnyUp_Token=token)
 
         picture = json.loads(ask("open", file="below/a photo.png")[1])["picture"]
         slow = dict(encoder="efficientnet_lite0", layer=0, encoder_side=2048, side=32)  # 20 s on a fast machine

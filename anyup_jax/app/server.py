@@ -1,8 +1,9 @@
 """The page with Python behind it, over HTTP on this machine alone.
 
 A site that is open in the same browser can send requests to this server as well. It is answered nothing: the host has
-to be this machine's, which a name that resolves to it is not, and every call of the API has to hold a token that only
-the page itself was told.
+to be this machine's, which a name that resolves to it is not, and every call of the API has to hold a token that the
+page is told. Whoever asks for the page has to know it too: it is part of the address that the command prints. So other
+users of the machine, whose requests come from the same place, are answered nothing either.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
@@ -65,12 +66,16 @@ class Refusal(Exception):
 
 
 def build(explorer: Explorer, token: str) -> Starlette:
-    """Return the application: the page at "/", the API below "/api/", which asks for `token`."""
+    """Return the application: the page at "/", the API below "/api/"; both ask for `token`."""
     api = Api(explorer, token)
     index = (PAGE / "index.html").read_text("utf-8")
     marked = index.replace("<head>", f'<head>\n<meta name="anyup-server" content="{token}">', 1)
 
     async def serve_index(request: Request) -> Response:
+        if not api.admits(request.query_params.get("token", "")):
+            return PlainTextResponse(
+                "Open the address that `anyup app` has printed: it holds the key of this page.", 403
+            )
         return HTMLResponse(marked)
 
     routes = [
@@ -110,13 +115,16 @@ class Api:
     def __init__(self, explorer: Explorer, token: str):
         self.explorer, self.token = explorer, token
 
+    def admits(self, given: str) -> bool:
+        return hmac.compare_digest(given.encode(), self.token.encode())
+
     def answered(self, call: Callable[[Request], Any]) -> Callable[[Request], Any]:
         """Return a call that checks the token, and answers what is refused with one sentence."""
 
         async def answer(request: Request) -> Response:
             given = request.headers.get("X-AnyUp-Token") or request.query_params.get("token", "")
             try:
-                if not hmac.compare_digest(given.encode(), self.token.encode()):
+                if not self.admits(given):
                     raise Refusal(403, "This is not the page of this server; reload it.")
                 return await call(request)
             except Refusal as error:
@@ -315,24 +323,29 @@ class Server(uvicorn.Server):
 @contextlib.contextmanager
 def serving(explorer: Explorer, here: socket.socket) -> Iterator[str]:
     """Serve in a thread of its own, for tests and notebooks. Gives the address."""
-    server = Server(configured(explorer))
+    token = new_token()
+    server = Server(configured(explorer, token))
     server.install_signal_handlers = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
     thread = threading.Thread(target=server.run, kwargs=dict(sockets=[here]), daemon=True)
     thread.start()
     try:
-        yield address(here)
+        yield address(here, token)
     finally:
         server.should_exit = True
         thread.join()
 
 
-def configured(explorer: Explorer) -> uvicorn.Config:
-    app = build(explorer, secrets.token_urlsafe(32))
+def new_token() -> str:
+    return secrets.token_urlsafe(32)
+
+
+def configured(explorer: Explorer, token: str) -> uvicorn.Config:
+    app = build(explorer, token)
     return uvicorn.Config(
         app, loop="asyncio", http="h11", ws="none", lifespan="off", log_level="warning", access_log=False,
         timeout_graceful_shutdown=1, server_header=False,
     )  # fmt: skip
 
 
-def address(here: socket.socket) -> str:
-    return f"http://{HOST}:{here.getsockname()[1]}/"
+def address(here: socket.socket, token: str) -> str:
+    return f"http://{HOST}:{here.getsockname()[1]}/?token={token}"

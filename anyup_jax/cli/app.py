@@ -47,11 +47,13 @@ def app(args: argparse.Namespace) -> None:
     explorer = Explorer(folder, Path(temporary.name))
     try:
         with temporary, server.listen(args.port) as here:
-            say("page", f"{server.address(here)} until Ctrl-C")
+            token = server.new_token()
+            address = server.address(here, token)
+            say("page", f"{address} until Ctrl-C")
             say("files", f"pictures and weights of {folder.root}")
             if args.open:
-                threading.Thread(target=show, args=[server.address(here)], daemon=True).start()
-            server.Server(server.configured(explorer)).run(sockets=[here])
+                threading.Thread(target=show, args=[address], daemon=True).start()
+            server.Server(server.configured(explorer, token)).run(sockets=[here])
     except KeyboardInterrupt as error:
         if explorer.lock.locked():
             raise Abandoned(*(error.args or [signal.SIGINT])) from error
