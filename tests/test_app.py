@@ -435,7 +435,9 @@ def test_the_cells_seen_are_those_of_the_window(window: str) -> None:
 
 
 def run_command(*arguments: str, **kept: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "anyup_jax", "app", *arguments]
+    # SIGINT is ignored where the suite runs in the background
+    heard = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", heard, sys.executable, "-m", "anyup_jax", "app", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kept)
 
 
