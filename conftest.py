@@ -19,8 +19,6 @@ from tests import annotations
 
 annotations.install(Path(__file__).parent)
 
-from anyup_jax import devices  # noqa: E402  its annotations are checked, too
-
 # for processes that tests start in other folders: `train`, `convert` and `evaluation` are not installed
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(
     os.pathsep
@@ -52,6 +50,8 @@ def _refusals_are_unchecked(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _programs_are_kept_on_disk() -> None:
+    from anyup_jax import devices  # now that its annotations are checked, too
+
     devices.keep_compiled()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import itertools
 import math
@@ -29,19 +30,19 @@ R = TypeVar("R")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class _Local(threading.local):
-    """What belongs to a thread: those that work for it, and, of one of these, whose it is."""
-
-    pool: ThreadPoolExecutor | None = None
-    size = 0
-    crew: Crew | None = None
-
-
+@dataclasses.dataclass(frozen=True)
 class Crew:
-    """The threads that work on one call: the one that leads it, and its helpers."""
+    """The threads that work for another one: on each call one of them leads, and the rest help it."""
 
-    def __init__(self, pool: ThreadPoolExecutor, size: int):
-        self.pool, self.size = pool, size
+    pool: ThreadPoolExecutor
+    size: int
+
+
+class _Local(threading.local):
+    """What belongs to a thread: the crew that works for it, and the one that it is of."""
+
+    own: Crew | None = None
+    crew: Crew | None = None
 
 
 _local = _Local()
@@ -89,8 +90,7 @@ def on_own_threads(function: Function) -> Function:
         device = next(module.parameters()).device
         if _local.crew is not None or (size := count(device)) < 2:
             return function(module, *args, **kwargs)
-        crew = Crew(_pool(size), size)
-        return _submit(crew, lambda: function(module, *args, **kwargs)).result()
+        return _submit(_crew(size), lambda: function(module, *args, **kwargs)).result()
 
     return cast(Function, call)
 
@@ -135,15 +135,15 @@ def _submit(crew: Crew, function: Callable[[], R]) -> Future[R]:
     return crew.pool.submit(run)
 
 
-def _pool(size: int) -> ThreadPoolExecutor:
+def _crew(size: int) -> Crew:
     """Return the threads that work for this one; they end when it does."""
-    if _local.pool is None or _local.size != size:
+    if _local.own is None or _local.own.size != size:
         before, started = torch.get_num_threads(), threading.Barrier(size)
-        _local.pool, _local.size = ThreadPoolExecutor(size, "anyup"), size
-        for thread in [_local.pool.submit(_start, started) for _ in range(size)]:
+        _local.own = Crew(ThreadPoolExecutor(size, "anyup"), size)
+        for thread in [_local.own.pool.submit(_start, started) for _ in range(size)]:
             thread.result()
         torch.set_num_threads(before)  # for others: they have set it for themselves, and for all
-    return _local.pool
+    return _local.own
 
 
 def _start(started: threading.Barrier) -> None:

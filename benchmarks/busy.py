@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from rich.table import Table
 
+from anyup_torch.threads import processors
 from benchmarks.tables import table_of
 from benchmarks.worker import Job, Outcome, measure
 
@@ -26,7 +26,7 @@ ROWS: dict[str, tuple[Job, dict[str, str]]] = {
 
 def busy(rounds: int) -> Table:
     """224 x 224, 14 x 14, C = 320: seconds of a call on this machine, and beside two busy processes a processor."""
-    processes = 2 * len(os.sched_getaffinity(0))
+    processes = 2 * processors()
     outcomes: dict[str, tuple[list[Outcome], list[Outcome]]] = {name: ([], []) for name in ROWS}
     for _ in range(rounds):
         for name, (job, variables) in ROWS.items():

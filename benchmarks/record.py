@@ -10,7 +10,6 @@ import argparse
 import datetime
 import importlib.metadata
 import json
-import os
 import platform
 import re
 from pathlib import Path
@@ -18,8 +17,10 @@ from typing import Any
 
 from rich.table import Table
 
+from anyup_torch.threads import processors
+
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "numpy", "onnxruntime")
-TOLERANCE = 1.25  # by which a ratio may get worse
+TOLERANCE = 1.25  # the factor by which a ratio may change
 
 Ratios = dict[str, dict[str, dict[str, float]]]
 """Names of tables -> of rows -> of columns -> values."""
@@ -37,7 +38,7 @@ def machine() -> dict[str, Any]:
             continue
     return dict(
         processor=model or platform.processor(),
-        processors=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        processors=processors(),
         system=platform.platform(),
         python=platform.python_version(),
         packages=versions,

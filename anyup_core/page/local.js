@@ -2,6 +2,8 @@
 
 import { Refused, decode, scaled, sizes } from "./picture.js";
 
+const GPU = { used: " and the GPU", failed: "; the GPU refused the model" };
+
 /**
  * Start the worker. `threads` is a wish, 0 for half of the processors, and so is `backend`, "wasm" or "webgpu"; `report`
  * is told the share that is loaded.
@@ -11,7 +13,7 @@ export async function startLocal({ threads, backend }, report) {
   const loaded = await engine.ask("load", { threads, backend });
   engine.threads = loaded.threads;
   engine.loading = [["Download", loaded.fetching], ["Start", loaded.opening]];
-  engine.note = `, with ${loaded.threads} ${loaded.threads === 1 ? "thread" : "threads"}${loaded.gpu ? " and the GPU" : ""}`;
+  engine.note = `, with ${loaded.threads} ${loaded.threads === 1 ? "thread" : "threads"}${GPU[loaded.gpu] ?? ""}`;
   return engine;
 }
 

@@ -1,7 +1,7 @@
 // Runs encoder and AnyUp away from the page's own thread, and keeps their features for questions about pixels.
 
 import * as maths from "./maths.js";
-import { axisWindow, onnxInputs, onnxTables, readMetadata, seen } from "./tables.js";
+import { axisWindow, onnxInputs, readMetadata, seen } from "./tables.js";
 
 const IMAGENET = { mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225] };
 const NO_WEIGHTS = "was not written by `anyup export` for every size; give such a file.";
@@ -59,7 +59,7 @@ async function load({ threads: wish, backend }) {
   model = await opened(contents[1], "anyup");
   if (adapter) model.onGpu = await opened(contents[2], "anyup", "webgpu").catch(() => undefined);
   const times = { fetching: fetchedAt - began, opening: performance.now() - fetchedAt };
-  return { result: { threads, gpu: model.onGpu !== undefined, ...times } };
+  return { result: { threads, gpu: adapter && (model.onGpu ? "used" : "failed"), ...times } };
 }
 
 /** Return a GPU adapter, null where there is none that can be used. */
@@ -70,11 +70,14 @@ async function foundAdapter(backend) {
   return found && (backend === "webgpu" || !software) ? found : null;
 }
 
-/** Return AnyUp on the GPU, where there is one whose buffers hold the scores of all pixels, otherwise in WASM. */
-function modelFor(...shapes) {
-  if (!model.onGpu) return model;
-  const scores = onnxTables(model.onGpu.settings, ...shapes).score_shape.data.reduce((size, n) => size * n, 4n);
-  return scores > BigInt(adapter.limits.maxStorageBufferBindingSize) ? model : model.onGpu;
+/** Return AnyUp and what it takes: on the GPU, where there is one whose buffers hold the scores of all pixels, else in WASM. */
+function modelFor(image, features) {
+  if (model.onGpu) {
+    const inputs = onnxInputs(model.onGpu.settings, image, features);
+    const scores = inputs.score_shape.data.reduce((size, n) => size * n, 4n);
+    if (scores <= BigInt(adapter.limits.maxStorageBufferBindingSize)) return { used: model.onGpu, inputs };
+  }
+  return { used: model, inputs: onnxInputs(model.settings, image, features) };
 }
 
 async function fetched(path, report) {
@@ -138,9 +141,8 @@ async function run({ seen: pixels, guide, stride }) {
     return map(Object.values(found)[0]);
   });
   const size = [guide.height, guide.width], dims = [1, features.channels, features.height, features.width];
-  const used = modelFor([1, 3, ...size], dims, size, features.channels);
+  const { used, inputs } = await timed("Tables", () => modelFor(normalized(guide, IMAGENET), { type: "float32", dims, data: features.data }));
   const output = await timed(used === model ? "AnyUp" : "AnyUp on the GPU", async () => {
-    const inputs = onnxInputs(used.settings, normalized(guide, IMAGENET), { type: "float32", dims, data: features.data });
     const feeds = {};
     for (const [name, { type = "float32", data, dims }] of Object.entries(inputs)) feeds[name] = new ort.Tensor(type, data, dims);
     return map((await used.session.run(feeds)).hr);

@@ -36,7 +36,6 @@ SEGMENTS = 8
 PICTURES = 4  # kept, so that as many windows of a browser can each have one
 LARGE = 1 / 4  # of the memory: an output above it is written to disk, band by band, which takes several times as long
 ALIKE = 0.8
-TIMM = "timm:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,8 +265,10 @@ class Explorer:
         return self._kept("upsampler", key, lambda: upsamplers.from_pretrained(method, source))
 
     def _encoder(self, settings: Settings) -> Any:
+        from anyup_jax.encoders.timm_bridge import PREFIX
+
         name, weights = settings.encoder.strip(), settings.encoder_weights.strip()
-        if name.startswith(TIMM) and not set("/\\:").isdisjoint(name.removeprefix(TIMM)):
+        if name.startswith(PREFIX) and not set("/\\:").isdisjoint(name.removeprefix(PREFIX)):
             raise ValueError(f"{name} must be timm: and the name of a timm model; files are given as its weights.")
         path = str(self._file(weights, False)) if weights else None
         config = EncoderConfig(name=name, weights=path, layer=(settings.layer,))
